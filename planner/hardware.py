@@ -1,0 +1,57 @@
+"""Gpu and Instance: what a run is placed on. Memory in bytes, bandwidth in bytes/s, dense rates in FLOP/s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.errors import InvalidInput
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One accelerator as software sees it. Rates are dense; 0 means no source states it."""
+
+    gpu_id: str
+    name: str
+    vendor: str = ""
+    architecture: str = ""
+    memory_bytes: int
+    """Memory the driver reports (the usable capacity before the CUDA context)."""
+    memory_basis: str = "reported"
+    """Where memory_bytes comes from: reported (host), cloud-api, marketing (assumed binary GB), user, nvml."""
+    used_by_others_bytes: int = 0
+    compute_capability: tuple[int, int] | None = None
+    bandwidth_bytes_per_s: float = 0.0
+    fp32_flops_per_s: float = 0.0
+    tf32_flops_per_s: float = 0.0
+    fp16_flops_per_s: float = 0.0
+    bf16_flops_per_s: float = 0.0
+    bf16_native: bool | None = None
+    sm_count: int = 0
+    l2_bytes: int = 0
+    tdp_w: float = 0.0
+    sources: tuple[str, ...] = ()
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes < 1:
+            raise InvalidInput(f"{self.gpu_id}: memory is {self.memory_bytes} bytes; must be positive")
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory left for one training process, its CUDA context included."""
+        return self.memory_bytes - self.used_by_others_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instance:
+    """A priced machine. USD per hour on demand, with the date the price was read."""
+
+    provider: str
+    instance_type: str
+    region: str
+    gpu_id: str
+    gpu_count: int
+    usd_per_hour: float
+    price_date: str
+    source: str

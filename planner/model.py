@@ -1,0 +1,328 @@
+"""ModelSpec: what a causal language model is made of (dimensions and modules; no training settings).
+
+Module names are those of the Hugging Face implementation, because LoRA targets and quantization skip lists are
+written with them. Shapes are in elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from planner.errors import InvalidInput
+
+LinearClass = Literal["Linear", "Conv1D", "subclass"]
+"""What class the module is: bitsandbytes converts exactly nn.Linear and Conv1D, not subclasses of nn.Linear."""
+
+NormKind = Literal[
+    "rms",  # x.float() -> pow -> mean -> rsqrt -> mul -> cast back, then weight * x   (llama)
+    "rms_fp32_weight",  # the weight multiplies in fp32, cast back last                (olmo2, gpt_oss)
+    "rms_gemma",  # as above with (1 + weight.float())                                (gemma)
+    "layernorm",  # torch layer_norm, weight and bias
+    "layernorm_fp32",  # mean/var written out in fp32, weight in fp32, cast back      (cohere)
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """A matrix product module: weight [out_features, in_features], optional bias [out_features]."""
+
+    name: str
+    """Path inside the decoder layer ("self_attn.q_proj"), or in the model for the head ("lm_head")."""
+    in_features: int
+    out_features: int
+    bias: bool = False
+    cls: LinearClass = "Linear"
+    parts: tuple[int, ...] = ()
+    """Output widths of the projections fused into this one (q, k, v or gate, up); empty: not fused."""
+
+    @property
+    def weight_elements(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def num_parameters(self) -> int:
+        return self.weight_elements + (self.out_features if self.bias else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norm:
+    """A normalisation over `size` elements."""
+
+    name: str
+    size: int
+    kind: NormKind = "rms"
+    weight: bool = True
+    bias: bool = False
+    weight_elements: int = 0
+    """Elements of the weight when they differ from `size` (per-head weights); 0: same as size."""
+
+    @property
+    def num_parameters(self) -> int:
+        n = self.weight_elements or self.size
+        return n * (int(self.weight) + int(self.bias))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Self-attention of one layer.
+
+    `projections` are the modules that read the layer's input, in call order: q, k, v; or one fused module with
+    `parts`; for MLA q_a/q_b (or q), kv_a, kv_b. `output` is the projection back to the hidden size.
+    """
+
+    kind: Literal["standard", "mla"] = "standard"
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int = 0
+    """Width of a value head when it differs from head_dim (MLA); 0: same."""
+    projections: tuple[Linear, ...]
+    output: Linear
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    qk_norm_scope: Literal["head", "full"] = "head"
+    """"head": after the split into heads, over head_dim. "full": over the whole projection, before the split."""
+    q_a_norm: Norm | None = None
+    kv_a_norm: Norm | None = None
+    """MLA: norms of the compressed query and key/value."""
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_rope_head_dim: int = 0
+    """MLA: the part of head_dim that is rotated (shared single key head)."""
+    position: Literal["rope", "alibi", "learned", "none"] = "rope"
+    rotary_dim: int = 0
+    """Rotated elements per head (partial rotary); 0 with position="rope": all of head_dim."""
+    rope_style: Literal["half", "interleaved", "neox"] = "half"
+    sliding_window: int = 0
+    """Window in tokens; 0: full attention."""
+    logit_softcap: bool = False
+    sinks: bool = False
+    """A learned sink logit per head (gpt_oss)."""
+    sdpa: bool = True
+    """False: the class has no scaled_dot_product_attention path; transformers falls back to eager."""
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*self.projections, self.output)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return tuple(n for n in (self.q_norm, self.k_norm, self.q_a_norm, self.kv_a_norm) if n is not None)
+
+    @property
+    def num_parameters(self) -> int:
+        own = sum(x.num_parameters for x in (*self.linears, *self.norms))
+        return own + (self.num_heads if self.sinks else 0)
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "xielu"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mlp:
+    """Feed-forward: gated act(gate(x)) * up(x), or plain act(up(x)); `gate` None means plain.
+
+    A fused gate_up module is `up` with parts (gate, up) and `gate` None and `gated` True.
+    """
+
+    gated: bool
+    up: Linear
+    down: Linear
+    gate: Linear | None = None
+    activation: Activation = "silu"
+    intermediate_size: int
+    extra_parameters: int = 0
+    """Learned scalars of the activation itself (xIELU: 2)."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(x for x in (self.gate, self.up, self.down) if x is not None)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(x.num_parameters for x in self.linears) + self.extra_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """A mixture of experts whose expert weights are fused 3-D parameters (transformers 5).
+
+    gate_up [E, 2*intermediate, hidden], down [E, hidden, intermediate]; neither is an nn.Linear, so bitsandbytes
+    quantizes neither. The router is a Linear module (or a bare parameter).
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    name: str = "mlp.experts"
+    gate_up_name: str = "gate_up_proj"
+    down_name: str = "down_proj"
+    bias: bool = False
+    router: Linear
+    router_is_linear: bool = False
+    """True when the router is an nn.Linear module (quantizable, adaptable), False for a bare parameter."""
+    router_fp32: bool = False
+    router_extra_parameters: int = 0
+    """e_score_correction_bias and the like, when they are parameters and not buffers."""
+    shared: Mlp | None = None
+    shared_gate: Linear | None = None
+    activation: Activation = "silu"
+
+    @property
+    def expert_elements(self) -> int:
+        """Elements of all fused expert weights, biases included."""
+        weights = 3 * self.num_experts * self.hidden_size * self.intermediate_size
+        biases = self.num_experts * (2 * self.intermediate_size + self.hidden_size) if self.bias else 0
+        return weights + biases
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The nn.Linear modules of the block (router if it is one, shared expert)."""
+        own = (self.router,) if self.router_is_linear else ()
+        shared = self.shared.linears if self.shared else ()
+        gate = (self.shared_gate,) if self.shared_gate else ()
+        return (*own, *shared, *gate)
+
+    @property
+    def num_parameters(self) -> int:
+        router = 0 if self.router_is_linear else self.router.num_parameters
+        return self.expert_elements + router + self.router_extra_parameters + sum(x.num_parameters for x in self.linears)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One decoder layer.
+
+    Residual scheme: x + attn(input_norm(x)), then x + mlp(pre_mlp_norm(x)). `post_attention_norm` and
+    `post_mlp_norm` normalise a branch's output before the addition (gemma2, olmo2 with no input norms).
+    parallel: x + attn(input_norm(x)) + mlp(pre_mlp_norm(x) or the same norm's output).
+    """
+
+    attention: Attention
+    mlp: Mlp | None = None
+    experts: Experts | None = None
+    input_norm: Norm | None = None
+    post_attention_norm: Norm | None = None
+    pre_mlp_norm: Norm | None = None
+    post_mlp_norm: Norm | None = None
+    parallel: bool = False
+    residual_multiplier: bool = False
+    """The branch output is multiplied by a scalar before the addition (granite)."""
+    hidden_dropout: bool = False
+    """The class calls dropout on branch outputs (p from the config, usually 0: an identity)."""
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        own = (self.input_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm)
+        return tuple(n for n in own if n is not None)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        mlp = self.mlp.linears if self.mlp else ()
+        experts = self.experts.linears if self.experts else ()
+        return (*self.attention.linears, *mlp, *experts)
+
+    @property
+    def num_parameters(self) -> int:
+        total = self.attention.num_parameters + sum(n.num_parameters for n in self.norms)
+        total += self.mlp.num_parameters if self.mlp else 0
+        return total + (self.experts.num_parameters if self.experts else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """An embedding table [rows, width]."""
+
+    name: str
+    rows: int
+    width: int
+
+    @property
+    def num_parameters(self) -> int:
+        return self.rows * self.width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A decoder-only language model.
+
+    `layers` has one entry per decoder layer, in order; equal layers are the same object. `head` reads the final
+    hidden states; when `tied` its weight is the token embedding's.
+    """
+
+    model_id: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    layers: tuple[Layer, ...]
+    token_embedding: Table
+    position_embedding: Table | None = None
+    embedding_norm: Norm | None = None
+    embedding_projections: tuple[Linear, ...] = ()
+    """Projections between the embedding width and the hidden size (opt-350m: project_in, project_out)."""
+    embedding_scale: bool = False
+    """Embeddings are multiplied by a scalar after the look-up (gemma, granite)."""
+    final_norm: Norm | None = None
+    head: Linear
+    tied: bool
+    logit_softcap: bool = False
+    logit_scale: bool = False
+    """Logits are multiplied or divided by a scalar (cohere, granite)."""
+    stored_dtype: str = ""
+    """dtype of the published checkpoint ("bfloat16", ...); empty: not stated by any source."""
+    max_position_embeddings: int = 0
+    stored_quantization: str = ""
+    """quant_method of the checkpoint itself (gptq, awq, mxfp4, fp8, ...); empty: none."""
+    remote_code: bool = False
+    """The published class is not in transformers: the structure rests on the model's own code."""
+    keep_in_fp32: tuple[str, ...] = ()
+    """Module names the class keeps in fp32 when loaded in 16 bit (_keep_in_fp32_modules)."""
+    sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    exact_parameters: int = 0
+    """Parameter count read from safetensors or GGUF tensor headers; 0: not read."""
+    layer_prefix: str = field(default="model.layers")
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise InvalidInput(f"{self.model_id}: a model needs at least one layer")
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{self.model_id}: {name} is {getattr(self, name)}; must be at least 1")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def distinct_layers(self) -> Iterator[tuple[Layer, int]]:
+        """Yield every distinct layer with how often it occurs, in order of first occurrence."""
+        counts: dict[int, int] = {}
+        kinds: dict[int, Layer] = {}
+        for layer in self.layers:
+            counts[id(layer)] = counts.get(id(layer), 0) + 1
+            kinds[id(layer)] = layer
+        for key, number in counts.items():
+            yield kinds[key], number
+
+    @property
+    def num_parameters(self) -> int:
+        """Unique parameters (a tied head counts once), as `sum(p.numel() for p in model.parameters())`."""
+        total = self.token_embedding.num_parameters
+        total += self.position_embedding.num_parameters if self.position_embedding else 0
+        total += sum(x.num_parameters for x in self.embedding_projections)
+        total += sum(n.num_parameters for n in (self.embedding_norm, self.final_norm) if n is not None)
+        total += sum(layer.num_parameters * number for layer, number in self.distinct_layers())
+        if self.tied:
+            return total + (self.head.out_features if self.head.bias else 0)
+        return total + self.head.num_parameters

@@ -1,0 +1,203 @@
+"""TrainingSpec: how a model is trained. Values use Hugging Face, PEFT and bitsandbytes words.
+
+Defaults here are only the neutral ones; what a framework does unasked lives in `planner.stacks`.
+"""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from planner.errors import Contradiction, InvalidInput, one_line, unknown
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Method = Literal["full", "lora", "qlora", "dora"]
+Quantization = Literal["none", "nf4", "fp4", "int8", "gptq4", "gptq8", "awq4"]
+Checkpointing = Literal["none", "full", "offload"]
+AttentionKernel = Literal["eager", "sdpa", "flash2"]
+Loss = Literal["full-logits-fp32", "full-logits", "chunked", "fused"]
+Optimizer = Literal[
+    "adamw",  # torch AdamW, foreach
+    "adamw-fused",
+    "adamw-bf16-states",  # torch AdamW on bf16 parameters keeps bf16 states (foreach)
+    "adamw-8bit",
+    "paged-adamw",
+    "paged-adamw-8bit",
+    "lion",
+    "lion-8bit",
+    "adafactor",
+    "sgd",
+]
+Kernels = Literal["none", "liger", "unsloth", "fms-fused"]
+
+DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": typing.get_args(Dtype),
+    "method": typing.get_args(Method),
+    "quantization": typing.get_args(Quantization),
+    "checkpointing": typing.get_args(Checkpointing),
+    "attention": typing.get_args(AttentionKernel),
+    "loss": typing.get_args(Loss),
+    "optimizer": typing.get_args(Optimizer),
+    "kernels": typing.get_args(Kernels),
+}
+
+
+def choice(what: str, value: str) -> Any:
+    """Return `value` if it is one of the known values of `what`, else raise UnknownName listing them."""
+    if value not in CHOICES[what]:
+        raise unknown(what, value, CHOICES[what])
+    return value
+
+
+def _positive(name: str, value: Any, lowest: int = 1, highest: int = 2**40) -> None:
+    if hasattr(value, "shape"):  # an array of values (sweeps) is checked by its extremes
+        low, high = int(value.min()), int(value.max())
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidInput(f"{name} must be a whole number, not {one_line(value)!r}")
+    else:
+        low = high = value
+    if low < lowest or high > highest:
+        raise InvalidInput(f"{name} is {low if low < lowest else high}; must be between {lowest} and {highest}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """A LoRA adapter, in PEFT's words."""
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Module names (suffixes), or one of the keywords all-linear, attention, mlp."""
+    modules_to_save: tuple[str, ...] = ()
+    use_dora: bool = False
+    use_rslora: bool = False
+    dtype: Dtype = "fp32"
+    """dtype of the adapter weights (PEFT keeps fp32 unless told otherwise)."""
+    target_slices: tuple[int, ...] = ()
+    """Adapt only these parts of a fused projection, as litgpt adapts the q and v slices of one qkv module."""
+
+    def __post_init__(self) -> None:
+        _positive("LoRA rank r", self.r)
+        if not 0 <= self.lora_dropout < 1:
+            raise InvalidInput(f"lora_dropout is {self.lora_dropout}; must be at least 0 and below 1")
+        if not self.target_modules:
+            raise InvalidInput("no target_modules; name at least one, for example all-linear")
+        choice("dtype", self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationSpec:
+    """How the frozen base weights are stored."""
+
+    kind: Quantization = "none"
+    double_quant: bool = False
+    quantized_modules: Literal["linears", "adapted-only", "none"] = "linears"
+    skip_modules: tuple[str, ...] = ("lm_head",)
+    """Modules left unquantized; bitsandbytes' default is the output embedding and what it is tied to."""
+    group_size: int = 128
+    """GPTQ and AWQ: weights that share one scale and zero point."""
+    compute_dtype: Dtype = "bf16"
+
+    def __post_init__(self) -> None:
+        choice("quantization", self.kind)
+        choice("dtype", self.compute_dtype)
+        if self.double_quant and self.kind not in ("nf4", "fp4"):
+            raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Versions:
+    """Library releases that change the answer, as (major, minor) tuples."""
+
+    torch: tuple[int, int] = (2, 13)
+    transformers: tuple[int, int] = (5, 23)
+    peft: tuple[int, int] = (0, 21)
+    bitsandbytes: tuple[int, int] = (0, 50)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSpec:
+    """One fine-tuning configuration. `micro_batch_size`, `seq_len` and LoRA rank may be arrays in a sweep."""
+
+    method: Method = "qlora"
+    lora: LoraSpec | None = None
+    quantization: QuantizationSpec = field(default_factory=QuantizationSpec)
+    micro_batch_size: int = 1
+    seq_len: int = 2048
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: Checkpointing = "full"
+    use_reentrant: bool = False
+    attention: AttentionKernel = "sdpa"
+    padded: bool = False
+    """Rows carry a padding mask; SDPA then needs a 4-D mask and loses its flash kernel."""
+    loss: Loss = "full-logits-fp32"
+    optimizer: Optimizer = "adamw-fused"
+    autocast: Literal["none", "bf16", "fp16"] = "bf16"
+    base_dtype: Dtype = "bf16"
+    """dtype of the base weights that are not quantized, as they lie on the GPU (before k-bit preparation)."""
+    kbit_preparation: bool = False
+    """PEFT's prepare_model_for_kbit_training: every unquantized 16-bit parameter becomes fp32."""
+    fp32_norms_only: bool = False
+    """Only the norms are fp32 (residual stream fp32), embeddings and head stay in base_dtype."""
+    keeps_outputs: bool = False
+    """The caller holds the model's outputs (logits) until after the backward."""
+    outputs_to_fp32: bool = False
+    """accelerate's convert_outputs_to_fp32 copies the logits to fp32 (prepared model under mixed precision)."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 switches it off."""
+    kernels: Kernels = "none"
+    compile: bool = False
+    untied_head: bool = False
+    """The stack keeps its own head weight even where the model ties it (litgpt)."""
+    optimizer_in_backward: bool = False
+    versions: Versions = field(default_factory=Versions)
+
+    def __post_init__(self) -> None:
+        choice("method", self.method)
+        choice("checkpointing", self.gradient_checkpointing)
+        choice("attention", self.attention)
+        choice("loss", self.loss)
+        choice("optimizer", self.optimizer)
+        choice("kernels", self.kernels)
+        choice("dtype", self.base_dtype)
+        if self.autocast not in ("none", "bf16", "fp16"):
+            raise unknown("autocast", self.autocast, ("none", "bf16", "fp16"))
+        _positive("micro_batch_size", self.micro_batch_size, highest=2**20)
+        _positive("seq_len", self.seq_len, highest=2**27)
+        _positive("gradient_accumulation_steps", self.gradient_accumulation_steps, highest=2**20)
+        quantized = self.quantization.kind != "none"
+        if self.method == "full" and (self.lora or quantized):
+            what = "a LoRA adapter" if self.lora else f"a {self.quantization.kind} base"
+            raise Contradiction(f"method full trains every 16/32-bit weight and excludes {what}; use lora or qlora")
+        if self.method != "full" and self.lora is None:
+            raise Contradiction(f"method {self.method} needs a LoRA adapter (r, alpha, target_modules)")
+        if self.method == "qlora" and not quantized:
+            raise Contradiction("method qlora needs a quantized base; choose nf4, fp4, int8, ... or method lora")
+        if self.method == "lora" and quantized:
+            raise Contradiction(
+                f"method lora has a 16/32-bit base, not {self.quantization.kind}; use method qlora or quantization none"
+            )
+        if self.kbit_preparation and not quantized:
+            raise Contradiction("k-bit preparation belongs to a quantized base; drop it or use method qlora")
+
+    @property
+    def rows_tokens(self) -> Any:
+        """Tokens in one micro batch: micro_batch_size * seq_len (may be an array)."""
+        return self.micro_batch_size * self.seq_len
+
+    def describe(self) -> dict[str, Any]:
+        """Return every setting as plain JSON values, nested specs flattened with a dot."""
+        flat: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if hasattr(value, "__dataclass_fields__"):
+                for sub in fields(value):
+                    part = getattr(value, sub.name)
+                    flat[f"{item.name}.{sub.name}"] = list(part) if isinstance(part, tuple) else part
+            else:
+                flat[item.name] = value
+        return flat
