@@ -18,7 +18,7 @@ class Gpu:
     memory_bytes: int
     """Memory the driver reports (the usable capacity before the CUDA context)."""
     memory_basis: str = "reported"
-    """Where memory_bytes comes from: reported (host), cloud-api, marketing (assumed binary GB), user, nvml."""
+    """Where memory_bytes comes from: reported (host), cloud-api, marketing (GB read as 10**9 bytes), user, nvml."""
     used_by_others_bytes: int = 0
     compute_capability: tuple[int, int] | None = None
     bandwidth_bytes_per_s: float = 0.0
@@ -55,3 +55,4 @@ class Instance:
     usd_per_hour: float
     price_date: str
     source: str
+    notes: str = ""

@@ -102,6 +102,8 @@ class Attention:
     """A learned sink logit per head (gpt_oss)."""
     sdpa: bool = True
     """False: the class has no scaled_dot_product_attention path; transformers falls back to eager."""
+    dropout: bool = False
+    """Attention weights pass a dropout with p > 0 unless the caller sets it to 0 (gpt2: 0.1)."""
 
     @property
     def q_size(self) -> int:
@@ -220,7 +222,7 @@ class Layer:
     residual_multiplier: bool = False
     """The branch output is multiplied by a scalar before the addition (granite)."""
     hidden_dropout: bool = False
-    """The class calls dropout on branch outputs (p from the config, usually 0: an identity)."""
+    """Branch outputs pass a dropout whose p in the config is above 0 (gpt2: 0.1); at p = 0 it is an identity."""
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -273,6 +275,8 @@ class ModelSpec:
     """Projections between the embedding width and the hidden size (opt-350m: project_in, project_out)."""
     embedding_scale: bool = False
     """Embeddings are multiplied by a scalar after the look-up (gemma, granite)."""
+    embedding_dropout: bool = False
+    """The embeddings pass a dropout whose p in the config is above 0 (gpt2: 0.1)."""
     final_norm: Norm | None = None
     head: Linear
     tied: bool

@@ -185,6 +185,12 @@ class TrainingSpec:
             raise Contradiction("k-bit preparation belongs to a quantized base; drop it or use method qlora")
 
     @property
+    def gradient_accumulation_steps_exceed_one(self) -> bool:
+        """Whether gradients of an earlier micro batch are alive during the forward."""
+        steps = self.gradient_accumulation_steps
+        return bool((steps > 1).any()) if hasattr(steps, "shape") else steps > 1
+
+    @property
     def rows_tokens(self) -> Any:
         """Tokens in one micro batch: micro_batch_size * seq_len (may be an array)."""
         return self.micro_batch_size * self.seq_len

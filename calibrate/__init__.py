@@ -1,0 +1,1 @@
+"""The measuring side: runs the real libraries (torch, transformers, peft, bitsandbytes); never imported by `planner`."""

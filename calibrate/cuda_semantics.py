@@ -1,0 +1,276 @@
+"""Make fake CPU tensors behave as CUDA tensors do, one named rule at a time.
+
+Rules that pick another operator are patches (`cuda_functions`) or autocast registrations (`cuda_autocast_lists`); memory inside a CUDA kernel is a rule of `kernel_temporaries`. Each rule can be switched off in
+`planner.cuda_rules.Architecture`; sizes live there too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner import cuda_rules
+from planner.cuda_rules import Architecture
+
+SHORT_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+aten = torch.ops.aten
+
+
+@contextmanager
+def cuda_functions(arch: Architecture, *, force_flash: bool = False) -> Iterator[None]:
+    """Replace functions whose CUDA path differs from the CPU path in what it allocates or saves.
+
+    Attributes are patched: a TorchFunctionMode is off inside torch.autograd.backward, where checkpoints recompute.
+    """
+    patches: list[tuple[Any, str, Any]] = []
+    if arch.sdpa_kernels:
+        patches.append((nn.functional, "scaled_dot_product_attention", partial(sdpa, arch, force_flash)))
+    if arch.fused_dropout:
+        patches += [(nn.functional, "dropout", dropout), (torch, "dropout", dropout)]
+    if arch.fused_softmax_cast:
+        patches += [(nn.functional, "softmax", softmax), (torch, "softmax", softmax)]
+    with ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def sdpa(
+    arch: Architecture,
+    force_flash: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Run the kernel CUDA would choose, as the aten operator that returns CUDA's side outputs.
+
+    SDPA is in CUDA's autocast list; the direct operator is not, so the cast happens here.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
+        if attn_mask is not None and attn_mask.dtype == torch.float32:
+            attn_mask = attn_mask.to(dtype)
+    kernel = cuda_rules.sdpa_kernel(
+        SHORT_DTYPE[query.dtype], has_mask=attn_mask is not None, head_dim=query.shape[-1],
+        v_head_dim=value.shape[-1], arch=arch, force_flash=force_flash,
+    )  # fmt: skip
+    if kernel == "flash":
+        return flash_attention(query, key, value, dropout_p, is_causal, scale)
+    if enable_gqa or key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, False, scale=scale
+        )[0]
+    return efficient_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    """FlashAttention as aten calls it: head sizes padded to a multiple of 8.
+
+    Source: ATen/native/transformers/attention.cpp, scaled_dot_product_attention, pad_last_dim<8>.
+    """
+    size = query.shape[-1]
+    scale = scale if scale is not None else size**-0.5
+    if size % 8:
+        query, key, value = (nn.functional.pad(x, (0, 8 - size % 8)) for x in (query, key, value))
+    out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    return out[..., :size] if size % 8 else out
+
+
+def efficient_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    dropout_p: float, is_causal: bool, scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """Memory-efficient attention: a boolean mask is first turned into a bias of the query's dtype.
+
+    Source: ATen/native/transformers/attention.cpp convert_boolean_attn_mask, preprocess_mask (pads to 16 elements).
+    """
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
+        mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    needs_grad = any(x.requires_grad for x in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, needs_grad, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA's fused dropout keeps a 1-byte mask; the CPU composite keeps one in the activation dtype.
+
+    Source: ATen/native/Dropout.cpp is_fused_kernel_acceptable.
+    """
+    if not training or p == 0 or inplace:
+        return input if not inplace else torch.dropout_(input, p, training)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def softmax(input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> torch.Tensor:
+    """CUDA's softmax converts half to float inside the kernel (see cuda_rules.softmax_casts_inside)."""
+    wanted = SHORT_DTYPE.get(dtype, "")
+    if torch.is_autocast_enabled("cpu") and dtype is None:
+        wanted, dtype = "fp32", torch.float32
+    if cuda_rules.softmax_casts_inside(SHORT_DTYPE.get(input.dtype, ""), wanted):
+        return torch._softmax(input, dim, True)
+    return input.softmax(-1 if dim is None else dim, dtype=dtype)
+
+
+# --- autocast ------------------------------------------------------------------------------------------------------
+
+FP32_OPS = ("layer_norm", "native_layer_norm", "group_norm", "rsqrt", "reciprocal", "exp", "log", "softplus",
+            "logsumexp", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "cosh", "sinh", "tan", "log2")  # fmt: skip
+FP32_OPT_DTYPE_OPS = ("log_softmax.int", "cumsum", "sum", "sum.dim_IntList", "prod.dim_int")
+FALLTHROUGH_OPS = ("cross_entropy_loss",)
+
+
+@contextmanager
+def cuda_autocast_lists(enabled: bool) -> Iterator[None]:
+    """Give CPU autocast CUDA's lists of operations that run in fp32.
+
+    Source: ATen/autocast_mode.h AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE.
+    """
+    if not enabled:
+        yield
+        return
+    library = torch.library.Library("aten", "IMPL")
+    warnings.filterwarnings("ignore", message=".*Warning only once for all operators.*")
+    try:
+        for name in FP32_OPS:
+            library.impl(name, _in_fp32(_overload(name)), "AutocastCPU")
+        for name in FP32_OPT_DTYPE_OPS:
+            library.impl(name, _with_fp32_dtype(_overload(name)), "AutocastCPU")
+        for name in FALLTHROUGH_OPS:
+            library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def _overload(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def _no_autocast() -> Any:
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+
+
+def _upcast(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
+
+
+def _in_fp32(op: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _no_autocast():
+            return op(*(_upcast(a) for a in args), **{k: _upcast(v) for k, v in kwargs.items()})
+
+    return run
+
+
+def _with_fp32_dtype(op: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _no_autocast():
+            first = args[0]
+            if kwargs.get("dtype") is None and first.dtype in (torch.float16, torch.bfloat16):
+                if "log_softmax" in str(op) and len(args) > 2:
+                    args = args[:2]
+                kwargs["dtype"] = torch.float32
+            return op(*args, **kwargs)
+
+    return run
+
+
+# --- memory inside kernels -----------------------------------------------------------------------------------------
+
+
+def kernel_temporaries(arch: Architecture) -> Callable[[Any, Sequence[Any], dict[str, Any]], Sequence[tuple[str, int]]]:
+    """Return the tracker's rule for buffers that CUDA kernels allocate inside themselves."""
+    table: dict[str, Callable[[Sequence[Any], dict[str, Any]], Sequence[tuple[str, int]]]] = {}
+    if arch.gemm_4bit_dequantizes:
+        table["bitsandbytes.gemm_4bit"] = lambda args, kwargs: _gemm_4bit(args, kwargs, arch)
+    if arch.softmax_backward_product:
+        table["aten._softmax_backward_data"] = _softmax_backward
+    if arch.attention_workspaces:
+        table["aten._scaled_dot_product_flash_attention_backward"] = _flash_backward
+    if not table:
+        return lambda func, args, kwargs: ()
+
+    def rule(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:
+        found = table.get(str(func).rsplit(".", 1)[0])
+        return found(args, kwargs) if found else ()
+
+    return rule
+
+
+def _gemm_4bit(args: Sequence[Any], kwargs: dict[str, Any], arch: Architecture) -> Sequence[tuple[str, int]]:
+    a, (n, k) = args[0], args[2]
+    m = a.numel() // k
+    if not cuda_rules.gemm_4bit_dequantizes(m, n, k, compute_bytes=a.element_size(), arch=arch):
+        return ()
+    nested = kwargs.get("absmax_8bit") is not None or (len(args) > 7 and args[7] is not None)
+    return cuda_rules.gemm_4bit_temporaries(n, k, double_quant=nested, compute_bytes=a.element_size())
+
+
+def _softmax_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:
+    grad = args[0]
+    return (("grad*output", cuda_rules.softmax_backward_temporary(grad.numel(), grad.element_size())),)
+
+
+def _flash_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:
+    query, key = args[1], args[2]
+    b, h, s_q, d = query.shape
+    return cuda_rules.flash_backward_workspace(b, s_q, key.shape[2], h, key.shape[1], d)
+
+
+# --- transformers --------------------------------------------------------------------------------------------------
+
+
+def _no_packed_sequences(position_ids: torch.Tensor) -> None:
+    """find_packed_sequence_indices for rows that hold one sequence: its temporaries, then None."""
+    first = position_ids[:, :1] - 1
+    mask = (torch.diff(position_ids, prepend=first, dim=-1) != 1).cumsum(-1)
+    (mask[:, -1] == 0).all()
+
+
+@contextmanager
+def transformers_as_on_device(*, padded: bool) -> Iterator[None]:
+    """Undo what transformers does because it takes fake tensors for tracing: decisions read data there, here not."""
+    from transformers import masking_utils
+
+    def ignore_mask(padding_mask: Any, q_length: int, kv_length: int, *rest: Any, **named: Any) -> bool:
+        local = named.get("local_attention_size", rest[2] if len(rest) > 2 else None)
+        if local is not None and kv_length >= local:
+            return False
+        return not (padded and padding_mask is not None)
+
+    replacements = {
+        "is_tracing": lambda tensor=None: False,
+        "find_packed_sequence_indices": _no_packed_sequences,
+        "_ignore_causal_mask_sdpa": ignore_mask,
+        "fast_all": lambda padding_mask: not padded,
+    }
+    with ExitStack() as stack:
+        for name, value in replacements.items():
+            if hasattr(masking_utils, name):
+                stack.callback(setattr, masking_utils, name, getattr(masking_utils, name))
+                setattr(masking_utils, name, value)
+        yield

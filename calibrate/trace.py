@@ -1,0 +1,244 @@
+"""Trace: two training steps of the real libraries under fake tensors, every allocation recorded.
+
+    python -m calibrate.trace --config config.json --training training.json [--layers N] [--events FILE]
+        prints one JSON document (static bytes, peaks of both steps, what is alive at the peak, peaks per segment)
+    python -m calibrate.trace ... --ops backward [--segment layer.1] [--step 1] [--min-bytes 4096]
+        prints the allocations and releases of a phase in order: bytes, live total, operation, module
+    --capability 7.5   which GPU's kernels (default 8.0); --plain switches every CUDA rule off
+
+`config.json` is a Hugging Face config; `training.json` holds TrainingSpec fields, nested or flat as
+`TrainingSpec.describe()` prints them ("lora.r": 16). Run it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from calibrate import cuda_semantics, fake_model
+from calibrate.step import Step
+from calibrate.tracker import Block, Event, Tracker
+from planner.cuda_rules import Architecture
+from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
+
+STEPS = 2
+
+
+@dataclass(slots=True)
+class TraceResult:
+    """What a trace saw. Bytes are requested bytes of live storages (no allocator rounding)."""
+
+    static_bytes: int
+    step_peaks: list[int]
+    peak_event: int
+    segment_peaks: dict[str, int]
+    """Highest live bytes inside each segment of the last step."""
+    blocks: list[Block]
+    events: list[Event]
+    layers: int
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the last step, when the optimizer state exists."""
+        return self.step_peaks[-1]
+
+    def live_at(self, event: int) -> list[Block]:
+        """Return the storages alive right after event number `event`, largest first."""
+        alive: set[int] = set()
+        for item in self.events[: event + 1]:
+            (alive.add if item.nbytes > 0 else alive.discard)(item.id)
+        return sorted((self.blocks[i] for i in alive), key=lambda b: -b.nbytes)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the result as plain JSON values (without the event list)."""
+        peak = self.events[self.peak_event]
+        return {
+            "static_bytes": self.static_bytes,
+            "peak_bytes": self.peak_bytes,
+            "step_peak_bytes": self.step_peaks,
+            "peak_place": {
+                "op": peak.op, "phase": peak.phase, "segment": peak.segment, "module": self.blocks[peak.id].module,
+            },
+            "segment_peak_bytes": self.segment_peaks,
+            "live_at_peak": [b.describe() for b in self.live_at(self.peak_event)],
+            "layers": self.layers,
+            "blocks": len(self.blocks),
+            "events": len(self.events),
+            "notes": self.notes,
+            "versions": self.versions,
+        }  # fmt: skip
+
+
+def trace(
+    config: dict[str, Any],
+    training: TrainingSpec,
+    *,
+    layers: int | None = None,
+    arch: Architecture | None = None,
+    real: bool = False,
+) -> TraceResult:
+    """Run two optimizer steps and return what was allocated.
+
+    Args:
+        config: a Hugging Face model config.
+        training: the settings of the run.
+        layers: decoder layers to keep; None for the model's own depth.
+        arch: the GPU whose kernels are imitated.
+        real: run real CPU tensors instead of fake ones (tests; small models only).
+    """
+    arch = arch or Architecture()
+    model, notes = fake_model.build(config, training, layers)
+    tracker = Tracker(cuda_semantics.kernel_temporaries(arch))
+    with ExitStack() as stack:
+        if not real:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(cuda_semantics.transformers_as_on_device(padded=training.padded))
+        stack.enter_context(cuda_semantics.cuda_autocast_lists(arch.autocast_lists))
+        _load(model, training, tracker, real=real)
+        stack.enter_context(tracker)
+        stack.enter_context(cuda_semantics.cuda_functions(arch, force_flash=training.attention == "flash2"))
+        step = Step(model, training, tracker, arch, real=real)
+        for number in range(1, STEPS + 1):
+            tracker.labels.step = number
+            step.run()
+        result = _result(tracker, step.num_layers, notes)
+        tracker.closed = True
+    return result
+
+
+def _load(model: nn.Module, training: TrainingSpec, tracker: Tracker, *, real: bool) -> None:
+    make = fake_model.random_maker if real else fake_model.fake_maker
+    for name, tensor in fake_model.materialise(model, training, make):
+        path, _, leaf = name.rpartition(".")
+        tracker.labels.modules[:] = [path]
+        tracker.adopt(tensor, leaf)
+    tracker.labels.modules.clear()
+
+
+def _result(tracker: Tracker, layers: int, notes: list[str]) -> TraceResult:
+    live = static = 0
+    peaks = dict.fromkeys(range(1, STEPS + 1), 0)
+    segments: dict[str, int] = {}
+    peak_event = 0
+    for index, event in enumerate(tracker.events):
+        live += event.nbytes
+        if event.step == 0:
+            static = live
+            continue
+        if live > peaks[event.step]:
+            peaks[event.step] = live
+            if event.step == STEPS:
+                peak_event = index
+        if event.step == STEPS:
+            segments[event.segment] = max(segments.get(event.segment, 0), live)
+    return TraceResult(
+        static_bytes=static,
+        step_peaks=list(peaks.values()),
+        peak_event=peak_event,
+        segment_peaks=segments,
+        blocks=tracker.blocks,
+        events=list(tracker.events),
+        layers=layers,
+        notes=notes,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")}
+
+
+# --- input ---------------------------------------------------------------------------------------------------------
+
+
+def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
+    """Build a TrainingSpec from nested values or from the flat form of `TrainingSpec.describe()`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        group, dot, leaf = name.partition(".")
+        if dot:
+            nested.setdefault(group, {})[leaf] = value
+        elif not (value is None and group in nested):
+            nested[name] = value
+    for name, kind in (("lora", LoraSpec), ("quantization", QuantizationSpec), ("versions", Versions)):
+        if isinstance(nested.get(name), dict):
+            known = {f.name for f in dataclasses.fields(kind)}
+            inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
+            nested[name] = kind(**inner)
+    return TrainingSpec(**nested)
+
+
+def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) -> Iterator[str]:
+    live = 0
+    for event in result.events:
+        live += event.nbytes
+        if event.step != step or (phase not in ("all", event.phase)) or segment not in event.segment:
+            continue
+        if abs(event.nbytes) < least:
+            continue
+        block = result.blocks[event.id]
+        what = f"{block.op} {list(block.shape)} {block.dtype}" if event.nbytes > 0 else f"free {block.op} during {event.op}"
+        yield f"{event.nbytes:>+16,d} {live:>18,d} #{event.id:<6d} {event.segment:<20s} {what}  [{block.module}]"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Library chatter goes to stderr; stdout carries one document."""
+    import logging
+
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: see the module docstring."""
+    parser = argparse.ArgumentParser(prog="python -m calibrate.trace", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--training", type=Path, required=True)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--events", type=Path, help="write every event as JSON lines")
+    parser.add_argument("--ops", metavar="PHASE", help="list events of: forward, loss, backward, recompute, ..., all")
+    parser.add_argument("--segment", default="", help="only segments that contain this text")
+    parser.add_argument("--step", type=int, default=STEPS)
+    parser.add_argument("--min-bytes", type=int, default=0)
+    parser.add_argument("--capability", default="8.0")
+    parser.add_argument("--plain", action="store_true", help="switch every CUDA rule off")
+    given = parser.parse_args(arguments)
+    config = json.loads(given.config.read_text())
+    training = training_from_dict(json.loads(given.training.read_text()))
+    major, minor = (int(x) for x in given.capability.split("."))
+    arch = Architecture.plain() if given.plain else Architecture(capability=(major, minor))
+    with _quiet():
+        result = trace(config, training, layers=given.layers, arch=arch)
+    if given.events:
+        lines = (json.dumps([e.id, e.nbytes, e.op, e.phase, e.segment, e.step]) for e in result.events)
+        given.events.write_text("\n".join(lines) + "\n")
+    if given.ops:
+        sys.stdout.writelines(row + "\n" for row in _rows(result, given.ops, given.segment, given.step, given.min_bytes))
+    else:
+        print(json.dumps(result.describe(), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

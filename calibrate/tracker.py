@@ -1,0 +1,146 @@
+"""Tracker: a dispatch mode that sees every tensor storage come to life and die.
+
+It is entered above FakeTensorMode (or over real CPU tensors: the same code checks the fake run against a real one).
+Storages are identified by their C++ object, so views never count twice. Memory that a CUDA kernel allocates inside
+itself is invisible to PyTorch's dispatcher; `synthetic` rules add it around the operation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Temporaries = Sequence[tuple[str, int]]
+SyntheticRule = Callable[[Any, Sequence[Any], dict[str, Any]], Temporaries]
+
+
+@dataclass(slots=True)
+class Block:
+    """One storage: how many bytes, made by which operation, where."""
+
+    id: int
+    nbytes: int
+    op: str
+    phase: str
+    segment: str
+    module: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the block as plain JSON values."""
+        return {
+            "id": self.id, "nbytes": self.nbytes, "op": self.op, "phase": self.phase, "segment": self.segment,
+            "module": self.module, "shape": list(self.shape), "dtype": self.dtype,
+        }  # fmt: skip
+
+
+@dataclass(slots=True)
+class Event:
+    """A change of the live bytes, in program order; `nbytes` is negative for a release."""
+
+    id: int
+    nbytes: int
+    phase: str
+    segment: str
+    step: int
+    op: str
+    """The operation running when it happened (for a release: the last one that ran)."""
+
+
+@dataclass(slots=True)
+class Labels:
+    """Where the program is now."""
+
+    step: int = 0
+    phase: str = "load"
+    segment: str = "load"
+    modules: list[str] = field(default_factory=list)
+    backward_module: str = ""
+
+    @property
+    def module(self) -> str:
+        """The innermost module running forward, else the one whose backward runs."""
+        return self.modules[-1] if self.modules else self.backward_module
+
+
+class Tracker(TorchDispatchMode):
+    """Record allocations and releases of every storage the dispatcher returns."""
+
+    def __init__(self, synthetic: SyntheticRule | None = None) -> None:
+        super().__init__()
+        self.labels = Labels()
+        self.blocks: list[Block] = []
+        self.events: list[Event] = []
+        self.ops: list[str] = []
+        self._synthetic = synthetic
+        self._live: dict[int, int] = {}
+        self._last_op = ""
+        self._ignoring = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func).removesuffix(".default")
+        held: list[int] = []
+        if self._synthetic is not None and not self._ignoring:
+            for label, nbytes in self._synthetic(func, args, kwargs):
+                held.append(self.allocate(nbytes, f"{name}:{label}"))
+        if not name.startswith("prim."):
+            self._last_op = name
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.register(leaf, name)
+        for block in reversed(held):
+            self.release(block)
+        return out
+
+    def register(self, tensor: torch.Tensor, op: str) -> None:
+        """Record the tensor's storage if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        if self._ignoring or storage.nbytes() == 0:
+            return
+        block = self.allocate(storage.nbytes(), op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        self._live[key] = block
+        weakref.finalize(storage, self._freed, key, block)
+
+    def adopt(self, tensor: torch.Tensor, op: str) -> None:
+        """Record a storage that exists already (a parameter after loading)."""
+        self.register(tensor, op)
+
+    def allocate(self, nbytes: int, op: str, shape: tuple[int, ...] = (), dtype: str = "") -> int:
+        """Record `nbytes` of new memory and return its id."""
+        at = self.labels
+        block = Block(len(self.blocks), nbytes, op, at.phase, at.segment, at.module, shape, dtype)
+        self.blocks.append(block)
+        self.events.append(Event(block.id, nbytes, at.phase, at.segment, at.step, op))
+        return block.id
+
+    def release(self, block: int) -> None:
+        """Record that the block's memory is free again."""
+        at = self.labels
+        nbytes = self.blocks[block].nbytes
+        self.events.append(Event(block, -nbytes, at.phase, at.segment, at.step, self._last_op))
+
+    def _freed(self, key: int, block: int) -> None:
+        self._live.pop(key, None)
+        self.release(block)
+
+    @contextmanager
+    def ignore(self) -> Iterator[None]:
+        """Memory made inside is not device memory (host scalars, paged optimizer state)."""
+        self._ignoring += 1
+        try:
+            yield
+        finally:
+            self._ignoring -= 1

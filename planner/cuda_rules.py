@@ -1,0 +1,182 @@
+"""What CUDA kernels allocate inside themselves: sizes of side outputs, workspaces and hidden temporaries.
+
+Standard library only. The analytical program and the tracer (`calibrate.trace`) both read these rules, so that
+each fact has one home. Every function turns shapes into bytes and names its source. Shapes: b rows, s tokens,
+h heads, d head size, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SdpaKernel = Literal["flash", "efficient", "cudnn", "math"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """The facts about a GPU and its libraries that decide which kernels run, and switches for each rule.
+
+    All switches off (see `plain`) leaves exactly what PyTorch's CPU kernels do, which the tests compare with real
+    CPU runs.
+    """
+
+    capability: tuple[int, int] = (8, 0)
+    num_sms: int = 108
+    torch: tuple[int, int] = (2, 13)
+    bitsandbytes: tuple[int, int] = (0, 50)
+    cudnn_attention: bool = False
+    """PyTorch prefers cuDNN's attention (newest releases on sm90/sm100 with a recent cuDNN)."""
+    sdpa_kernels: bool = True
+    fused_dropout: bool = True
+    autocast_lists: bool = True
+    fused_softmax_cast: bool = True
+    softmax_backward_product: bool = True
+    gemm_4bit_dequantizes: bool = True
+    int8_kernels: bool = True
+    attention_workspaces: bool = True
+    blas_workspaces: bool = True
+    host_scalars: bool = True
+    """Optimizer step counters and Python scalars stay on the host and are not counted."""
+
+    @classmethod
+    def plain(cls) -> Architecture:
+        """Every CUDA rule switched off."""
+        return cls(
+            sdpa_kernels=False,
+            fused_dropout=False,
+            autocast_lists=False,
+            fused_softmax_cast=False,
+            softmax_backward_product=False,
+            gemm_4bit_dequantizes=False,
+            int8_kernels=False,
+            attention_workspaces=False,
+            blas_workspaces=False,
+            host_scalars=False,
+        )
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+# --- matrix products -------------------------------------------------------------------------------------------
+
+
+def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+    """Workspace of one cuBLAS handle: 4096 KiB x 2 + 16 KiB x 8 before Hopper, 32 MiB on Hopper and Blackwell.
+
+    Source: ATen/cuda/CublasHandlePool.cpp parseChosenWorkspaceSize (default ":4096:2:16:8", sm90/sm100 ":4096:8").
+    Checked on a T4: 8 519 680 B a handle.
+    """
+    return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
+
+
+def cublas_handles(*, trains: bool = True) -> int:
+    """Handles that own a workspace: one of the forward thread and one of autograd's device thread."""
+    return 2 if trains else 1
+
+
+# --- 4-bit weights ---------------------------------------------------------------------------------------------
+
+BLOCKSIZE_4BIT = 64
+NESTED_BLOCKSIZE = 256
+GEMM_4BIT_FUSED_MAX_M = 1536
+
+
+def absmax_blocks(elements: int) -> int:
+    """Quantization blocks of a 4-bit weight (64 elements each)."""
+    return -(-elements // BLOCKSIZE_4BIT)
+
+
+def static_4bit_bytes(elements: int, *, double_quant: bool) -> tuple[tuple[str, int], ...]:
+    """Storages that one 4-bit weight owns after loading, by name.
+
+    Source: bitsandbytes.functional.quantize_4bit: packed weight, absmax, the 16-entry code table and, with double
+    quantization, 8-bit absmax with its own fp32 absmax, a 256-entry code table and the offset.
+    """
+    blocks = absmax_blocks(elements)
+    packed, code = ("weight", -(-elements // 2)), ("code", 64)
+    if not double_quant:
+        return (packed, ("absmax", 4 * blocks), code)
+    nested = (("absmax", blocks), ("state2.absmax", 4 * -(-blocks // NESTED_BLOCKSIZE)), ("state2.code", 1024))
+    return (packed, *nested, ("offset", 4), code)
+
+
+def gemm_4bit_temporaries(
+    n: int, k: int, *, double_quant: bool, compute_bytes: int
+) -> tuple[tuple[str, int], ...]:
+    """Buffers, all alive together, of a 4-bit forward product that dequantizes the weight [n, k] first.
+
+    Source: bitsandbytes 0.50 backends/cuda/ops.py _dequant_linear_fallback: absmax_dq, absmax, B_dq, then F.linear
+    allocates the output.
+    """
+    scales = 4 * absmax_blocks(n * k)
+    weight = ("B_dq", n * k * compute_bytes)
+    return (("absmax_dq", scales), ("absmax", scales), weight) if double_quant else (weight,)
+
+
+def gemm_4bit_dequantizes(m: int, n: int, k: int, *, compute_bytes: int, arch: Architecture) -> bool:
+    """Whether bitsandbytes' CUDA gemm_4bit dequantizes the whole weight instead of running its fused kernel.
+
+    Source: bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit: above 1536 rows of input, or k not a multiple of the
+    block size, always.
+    """
+    if m > GEMM_4BIT_FUSED_MAX_M or k % BLOCKSIZE_4BIT:
+        return True
+    if m <= 4:
+        return False
+    return m > 512
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+
+def flash_backward_workspace(b: int, s_q: int, s_k: int, h: int, h_kv: int, d: int) -> tuple[tuple[str, int], ...]:
+    """Buffers inside FlashAttention-2's backward (16-bit), alive with dq, dk, dv.
+
+    Source: flash_attn/flash_api.cpp mha_bwd: softmax_d fp32 [b, h, ceil128(s)], dq_accum fp32
+    [b, ceil128(s), h, ceil32(d)], and for grouped heads dk/dv for every query head (2 bytes each).
+    """
+    s_pad = round_up(s_q, 128)
+    d_pad = round_up(d, 32) if d <= 128 else round_up(d, 64)
+    buffers = [("softmax_d", 4 * b * h * s_pad), ("dq_accum", 4 * b * s_pad * h * d_pad)]
+    if h_kv != h:
+        expanded = 2 * b * s_k * h * d
+        buffers += [("dk_expanded", expanded), ("dv_expanded", expanded)]
+    return tuple(buffers)
+
+
+def softmax_backward_temporary(scores: int, grad_bytes: int) -> int:
+    """CUDA's softmax backward writes grad * output (in grad's dtype) before its kernel; log_softmax does not.
+
+    Source: ATen/native/cuda/SoftMax.cu softmax_backward_cuda_out: `Tensor tmp = grad * output`.
+    """
+    return scores * grad_bytes
+
+
+def softmax_casts_inside(input_dtype: str, output_dtype: str) -> bool:
+    """Whether CUDA softmax converts on the fly: no fp32 copy going in, a half grad_input coming out.
+
+    Source: ATen/native/SoftMax.cpp softmax(input, dim, dtype): only for a Half input (not bf16) and dtype float32.
+    """
+    return input_dtype == "fp16" and output_dtype == "fp32"
+
+
+def sdpa_kernel(
+    dtype: str, *, has_mask: bool, head_dim: int, v_head_dim: int, arch: Architecture, force_flash: bool = False
+) -> SdpaKernel:
+    """The kernel that torch's scaled_dot_product_attention picks on CUDA.
+
+    Source: ATen/native/transformers/cuda/sdp_utils.cpp: flash needs sm80, 16-bit, no mask, equal head sizes up to 256;
+    the memory-efficient kernel takes the rest.
+    """
+    half = dtype in ("bf16", "fp16")
+    if force_flash and half and not has_mask:
+        return "flash"
+    if arch.cudnn_attention and half and head_dim <= 128 and head_dim == v_head_dim:
+        return "cudnn"
+    if half and not has_mask and head_dim == v_head_dim and head_dim <= 256 and arch.capability >= (8, 0):
+        return "flash"
+    return "efficient"

@@ -1,0 +1,64 @@
+"""From config.json to ModelSpec: the registry of families by model_type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+
+from planner.config_values import mapping, text
+from planner.errors import UnknownName, one_line, unknown
+from planner.model import ModelSpec
+
+_MODULES: dict[str, str] = {
+    "gemma": "gemma",
+    "gpt2": "gpt",
+    "gpt_neox": "gpt",
+    "llama": "llama_like",
+    "ministral3": "llama_like",
+    "mistral": "llama_like",
+    "mixtral": "moe",
+    "phi3": "phi",
+    "qwen2": "llama_like",
+    "qwen3": "llama_like",
+}
+"""model_type -> module of this package; the family's function there has the model_type's name."""
+
+_ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "m2m_100", "longt5", "led", "marian")
+
+_TRACE = "if transformers knows it, install loraplan[trace] and use --via trace"
+
+
+def known_families() -> list[str]:
+    """Return every model_type that `build_spec` understands, sorted."""
+    return sorted(_MODULES)
+
+
+def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the language model's config: the nested text_config of a multimodal one, with the outer facts it lacks."""
+    nested = mapping(config, "text_config", default={})
+    if not nested:
+        return config
+    # the stored dtype and quantization are written once, outside
+    outer = {k: config[k] for k in ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings") if k in config}
+    return {**outer, **nested}
+
+
+def build_spec(config: Mapping[str, object], *, model_id: str) -> ModelSpec:
+    """Return what the model of this config.json is made of.
+
+    Raises:
+        UnknownName: a model_type that no family here covers.
+        InvalidInput: a key that is missing or holds an impossible value.
+    """
+    config = text_part(config)
+    model_type = text(config, "model_type")
+    if model_type in _ENCODER_DECODERS or config.get("is_encoder_decoder") is True:
+        raise UnknownName(
+            f"model_type {one_line(model_type)!r} is an encoder-decoder model, which is not planned yet; "
+            "only decoder-only language models are; choose one of them"
+        )
+    if model_type not in _MODULES:
+        raise unknown("model_type", model_type, known_families(), _TRACE)
+    family = getattr(import_module(f"{__name__}.{_MODULES[model_type]}"), model_type)
+    spec: ModelSpec = family(config, model_id)
+    return spec

@@ -1,0 +1,69 @@
+"""What every module of the step needs at hand: the engine, the model, the training settings, the shapes."""
+
+from __future__ import annotations
+
+from planner import cuda_rules
+from planner.model import ModelSpec
+from planner.step.engine import FP32, Engine, Size, Tensor
+from planner.training import TrainingSpec
+
+
+class Step:
+    """One configuration being run on the symbolic engine.
+    """
+
+    __slots__ = (
+        "arch", "autocast", "batch", "cos_sin", "embedding_dtype", "eng", "lora_dropout", "mask", "model", "norm_dtype",
+        "parameters", "seq", "tokens", "train", "unquantized_dtype",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        train: TrainingSpec,
+        arch: cuda_rules.Architecture,
+        accumulates_in_place: bool = True,
+    ) -> None:
+        self.eng = Engine(accumulates_in_place)
+        self.model = model
+        self.train = train
+        self.arch = arch
+        self.batch: Size = train.micro_batch_size
+        self.seq: Size = train.seq_len
+        self.tokens: Size = train.micro_batch_size * train.seq_len
+        self.autocast = None if train.autocast == "none" else train.autocast
+        self.lora_dropout = train.lora.lora_dropout if train.lora else 0.0
+        self.unquantized_dtype = FP32 if train.kbit_preparation else train.base_dtype
+        self.embedding_dtype = self.unquantized_dtype
+        self.norm_dtype = FP32 if train.fp32_norms_only else self.unquantized_dtype
+        self.parameters: list[Tensor] = []
+        """Trainable leaves, in creation order."""
+        self.cos_sin: tuple[Tensor, Tensor] | None = None
+        self.mask: Tensor | None = None
+
+    def trainable(self, numel: Size, dtype: str, op: str) -> Tensor:
+        """Allocate a trainable parameter and remember it for the optimizer."""
+        leaf = self.eng.parameter(numel, dtype, op, trainable=True)
+        self.parameters.append(leaf)
+        return leaf
+
+    def arch_4bit_forward(self, m: Size, n: int, k: int, itemsize: int) -> list[Size]:
+        """Buffers of a 4-bit forward product: empty where bitsandbytes' fused kernel runs."""
+        nested = self.train.quantization.double_quant
+        buffers = cuda_rules.gemm_4bit_temporaries(n, k, double_quant=nested, compute_bytes=itemsize)
+        if hasattr(m, "shape"):  # a sweep: the choice differs from cell to cell, the allocation order does not
+            uses = self._dequantizes_each(m, n, k, itemsize)
+            return [size * uses for _, size in buffers]
+        if not cuda_rules.gemm_4bit_dequantizes(m, n, k, compute_bytes=itemsize, arch=self.arch):
+            return []
+        return [size for _, size in buffers]
+
+    def _dequantizes_each(self, m: Size, n: int, k: int, itemsize: int) -> Size:
+        values = {
+            int(rows): cuda_rules.gemm_4bit_dequantizes(int(rows), n, k, compute_bytes=itemsize, arch=self.arch)
+            for rows in set(m.ravel().tolist())
+        }
+        out = m.copy()
+        flat = out.reshape(-1)
+        flat[:] = [values[int(rows)] for rows in m.ravel().tolist()]
+        return out

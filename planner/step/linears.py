@@ -1,0 +1,310 @@
+"""Linear modules: their weights as they lie on the GPU, the quantized and plain products, and the LoRA paths.
+
+A `LinearWeights` is one module of one layer. The forward functions follow, line by line in what they allocate:
+bitsandbytes nn/modules.py and autograd/_functions.py (0.50), peft tuners/lora/{layer,bnb,gptq,variants,dora}.py (0.21).
+"""
+
+from __future__ import annotations
+
+from planner import cuda_rules
+from planner.model import Linear
+from planner.step import ops
+from planner.step.context import Step
+from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.training import LoraSpec, QuantizationSpec
+
+
+class LinearWeights:
+    """The tensors of one linear module."""
+
+    __slots__ = ("bias", "dora", "dtype", "kind", "lora", "packed", "rank", "spec", "state_bytes", "weight")
+
+    def __init__(self, spec: Linear) -> None:
+        self.spec = spec
+        self.kind = "none"
+        self.dtype = FP32
+        self.weight: Tensor | None = None
+        self.packed: list[Tensor] = []
+        self.bias: Tensor | None = None
+        self.lora: list[tuple[Tensor, Tensor, Size, Size]] = []
+        """(A [r, in], B [out, r], rank, out) of each adapter on this module; several for fused slices."""
+        self.rank: Size = 0
+        self.dora: Tensor | None = None
+
+
+def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, int]]:
+    """Return the tensors that store a quantized weight, as (name, bytes).
+
+    4-bit: see `cuda_rules.static_4bit_bytes`. int8: values and one fp32 scale per row
+    (Int8Params.SCB). GPTQ: qweight, qzeros, fp16 scales, int32 g_idx (auto_gptq qlinear). AWQ: without g_idx.
+    """
+    n = spec.weight_elements
+    if quant.kind in ("nf4", "fp4"):
+        return list(cuda_rules.static_4bit_bytes(n, double_quant=quant.double_quant))
+    if quant.kind == "int8":
+        return [("values", n), ("scales", spec.out_features * 4)]
+    bits = {"gptq4": 4, "awq4": 4, "gptq8": 8}[quant.kind]
+    groups = -(-spec.in_features // quant.group_size)
+    tensors = [
+        ("qweight", n * bits // 8),
+        ("qzeros", groups * spec.out_features * bits // 8),
+        ("scales", groups * spec.out_features * 2),
+    ]
+    return tensors if quant.kind == "awq4" else [*tensors, ("g_idx", spec.in_features * 4)]
+
+
+def is_quantized(spec: Linear, quant: QuantizationSpec, adapted: bool) -> bool:
+    """Whether the library that quantizes would convert this module."""
+    if quant.kind == "none" or quant.quantized_modules == "none":
+        return False
+    if spec.cls == "subclass" and quant.kind in ("nf4", "fp4", "int8"):
+        return False  # bitsandbytes converts exactly nn.Linear and Conv1D (transformers integrations/bitsandbytes.py)
+    if quant.quantized_modules == "adapted-only" and not adapted:
+        return False
+    return not any(spec.name == skip or spec.name.endswith("." + skip) for skip in quant.skip_modules)
+
+
+def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
+    """Allocate a module's frozen (or, in full fine-tuning, trainable) weights."""
+    eng, train = step.eng, step.train
+    held = LinearWeights(spec)
+    quant = train.quantization
+    trainable = train.method == "full"
+    if is_quantized(spec, quant, adapted):
+        held.kind = quant.kind
+        held.packed = [eng.empty(n, "int8", f"weight_{name}") for name, n in quantized_bytes(spec, quant)]
+    else:
+        held.weight = eng.parameter(spec.weight_elements, step.unquantized_dtype, "weight", trainable)
+    held.dtype = train.base_dtype
+    if spec.bias:
+        held.bias = eng.parameter(spec.out_features, step.unquantized_dtype, "weight", trainable)
+    return held
+
+
+def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
+    """Allocate LoRA A, B (and the DoRA magnitude) on a module; one pair per adapted slice of a fused projection."""
+    spec = held.spec
+    parts: tuple[int, ...] = (spec.out_features,)
+    if lora.target_slices and spec.parts:
+        parts = tuple(spec.parts[i] for i in lora.target_slices if i < len(spec.parts))
+    held.rank = lora.r
+    for width in parts:
+        a = step.trainable(lora.r * spec.in_features, lora.dtype, "adapter")
+        b = step.trainable(width * lora.r, lora.dtype, "adapter")
+        held.lora.append((a, b, lora.r, width))
+    if lora.use_dora:
+        held.dora = step.trainable(spec.out_features, lora.dtype, "adapter")
+
+
+# --- forward -------------------------------------------------------------------------------------------------------
+
+
+def forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """Run the module: plain, quantized, with or without adapters."""
+    if not held.lora:
+        return base_forward(step, held, x)
+    if held.kind in ("nf4", "fp4", "int8"):
+        return _lora_bnb(step, held, x)
+    return _lora_plain(step, held, x)
+
+
+def base_forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """The base layer alone."""
+    if held.kind in ("nf4", "fp4"):
+        return _forward_4bit(step, held, x)
+    if held.kind == "int8":
+        return _forward_8bit(step, held, x)
+    if held.kind != "none":
+        return _forward_gptq(step, held, x)
+    spec = held.spec
+    assert held.weight is not None
+    return ops.linear(
+        step.eng, x, held.weight, step.tokens, spec.out_features, spec.in_features, held.bias, _matmul_name(spec)
+    )
+
+
+def _matmul_name(spec: Linear) -> str:
+    return "lm_head" if spec.name == "lm_head" else "linear"
+
+
+def _adapter_product(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """lora_B(lora_A(dropout(x))) * scaling over all adapted slices (one slice: no concatenation)."""
+    eng = step.eng
+    p = step.lora_dropout
+    m, k = step.tokens, held.spec.in_features
+    outs = []
+    for a, b, rank, width in held.lora:
+        low = ops.linear(eng, ops.dropout(eng, x, p, "lora_dropout"), a, m, rank, k, op="lora_a")
+        outs.append(ops.scale(eng, ops.linear(eng, low, b, m, width, rank, op="lora_b"), "lora_scale"))
+        del low
+    out = outs[0]
+    for other in outs[1:]:
+        out = ops.cat_half(eng, out, other, "lora_slices")
+    return out
+
+
+def _lora_plain(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """peft lora.Linear.forward (and GPTQ's): x is cast to the adapter's dtype even under autocast."""
+    eng = step.eng
+    arg = x  # nn.Module.__call__ keeps its arguments alive
+    result = base_forward(step, held, x)
+    dtype = result.dtype
+    x = ops.cast(eng, x, held.lora[0][0].dtype, "lora_input_cast")
+    if held.dora is not None:
+        result = _dora(step, held, x, result)
+    else:
+        result = ops.add(eng, result, _adapter_product(step, held, x), "lora_add")
+    result = ops.cast(eng, result, dtype, "lora_result_cast")
+    del arg
+    return result
+
+
+def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """peft Linear4bit/Linear8bitLt.forward: 4-bit clones the base output; x is cast only without autocast."""
+    eng = step.eng
+    arg = x
+    result = base_forward(step, held, x)
+    if held.kind != "int8":
+        result = ops.contiguous(eng, result, "lora_clone")
+    dtype = result.dtype
+    convert = eng.autocast is None
+    if convert:
+        x = ops.cast(eng, x, held.lora[0][0].dtype, "lora_input_cast")
+    if held.dora is not None:
+        result = _dora(step, held, x, result)
+        if convert:
+            result = ops.cast(eng, result, dtype, "lora_result_cast")
+    else:
+        output = _adapter_product(step, held, x)
+        if convert:
+            output = ops.cast(eng, output, dtype, "lora_result_cast")
+        result = ops.add(eng, result, output, "lora_add")
+    del arg
+    return result
+
+
+def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor) -> Tensor:
+    """DoraLinearVariant.forward + DoraLinearLayer.forward (peft variants.py, dora.py)."""
+    eng, spec = step.eng, held.spec
+    m, n, k = step.tokens, spec.out_features, spec.in_features
+    a, b, rank, _ = held.lora[0]
+    base = result
+    if step.lora_dropout:
+        x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
+        base = ops.linear(eng, x, _dequantized(step, held, x.dtype), m, n, k)
+    eye = eng.empty(k * k, a.dtype, "dora_eye")
+    low = ops.linear(eng, eye, a, k, rank, k, op="dora_weight")
+    delta = ops.cast(eng, ops.linear(eng, low, b, k, n, rank, op="dora_weight"), x.dtype)
+    weight = _dequantized(step, held, x.dtype)
+    with eng.no_grad():
+        scaled = ops.unary(eng, delta, "dora_norm")
+        total = ops.unary(eng, scaled, "dora_norm")
+        norm = eng.empty(n, total.dtype, "dora_norm")
+    del scaled, total, eye, low
+    assert held.dora is not None
+    ratio = ops.mul(eng, held.dora, norm, "dora_ratio")
+    low = ops.linear(eng, x, a, m, rank, k, op="lora_a")
+    lora_result = ops.linear(eng, low, b, m, n, rank, op="lora_b")
+    first = ops.mul(eng, ops.shift(eng, ratio), base, "dora_mul")
+    second = ops.scale(eng, ops.mul(eng, ratio, lora_result, "dora_mul"), "lora_scale")
+    out = ops.add(eng, first, second, "dora_add")
+    del weight, delta
+    return ops.add(eng, result, out, "lora_add")
+
+
+def _dequantized(step: Step, held: LinearWeights, dtype: str) -> Tensor:
+    """The base weight as a plain tensor of `dtype` (dequantize_module_weight, then .to)."""
+    if held.weight is not None:
+        return ops.cast(step.eng, held.weight, dtype, "dequantize")
+    return step.eng.empty(held.spec.weight_elements, dtype, "dequantize")
+
+
+def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """bitsandbytes Linear4bit.forward: compute dtype in, matmul_4bit, input dtype out."""
+    eng, spec, train = step.eng, held.spec, step.train
+    arg = x
+    source = x.dtype
+    x = ops.cast(eng, x, train.quantization.compute_dtype, "compute_dtype_cast")
+    m, n, k = step.tokens, spec.out_features, spec.in_features
+    nested = train.quantization.double_quant
+    weights = spec.weight_elements
+    work = [eng.workspace(size, "dequantize") for size in step.arch_4bit_forward(m, n, k, ITEMSIZE[x.dtype])]
+    if work:
+        eng.kernel("dequantize", x.dtype, weights // 2 + sum(w.nbytes for w in work), count=3 if nested else 1)
+    out = eng.empty(m * n, x.dtype, "linear_4bit")
+    eng.kernel("matmul", x.dtype, x.nbytes + weights * ITEMSIZE[x.dtype] + out.nbytes, ops.matmul_flops(m, n, k))
+    del work
+    dtype, numel = x.dtype, x.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = ops._grad(grads)
+        # functional.dequantize_4bit: absmax in fp32 (plus its in-place offset), then the weight in its load dtype
+        work = [eng.workspace(4 * cuda_rules.absmax_blocks(weights), "dequantize")] if nested else []
+        weight = eng.empty(weights, held.dtype, "dequantize")
+        eng.kernel("dequantize", held.dtype, weights // 2 + weight.nbytes, count=3 if nested else 1)
+        del work
+        if held.dtype != grad.dtype:
+            weight = ops.unary(eng, weight, "dequantize", grad.dtype)
+        result = eng.empty(numel, grad.dtype, "linear_4bit_grad")
+        eng.kernel("matmul", dtype, weight.nbytes + grad.nbytes + result.nbytes, ops.matmul_flops(m, k, n))
+        del weight
+        return [result]
+
+    eng.link(out, (x,), backward, hooked=False)
+    del x
+    out = ops.cast(eng, out, source, "input_dtype_cast")
+    del arg
+    return out
+
+
+def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """MatMul8bitLt: int8 copy of the input, int8 product; keeps the input; backward dequantizes the weight."""
+    eng, spec = step.eng, held.spec
+    m, n, k = step.tokens, spec.out_features, spec.in_features
+    half = ops.unary(eng, x, "int8_input_cast", FP16) if x.dtype != FP16 else x
+    quantized = eng.empty(x.numel, "int8", "int8_quantize")
+    scales = eng.empty(m, FP32, "int8_quantize")
+    del half
+    product = eng.workspace(m * n * 4, "int8_product")
+    out = eng.empty(m * n, x.dtype, "linear_8bit")
+    eng.kernel("matmul_int8", "int8", x.numel + spec.weight_elements + out.nbytes, ops.matmul_flops(m, n, k), 3)
+    del product, quantized, scales
+    numel, dtype = x.numel, x.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = ops._grad(grads)
+        weight = eng.empty(spec.weight_elements, dtype, "dequantize")
+        eng.kernel("dequantize", dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
+        result = eng.empty(numel, dtype, "linear_8bit_grad")
+        eng.kernel("matmul", dtype, weight.nbytes + grad.nbytes + result.nbytes, ops.matmul_flops(m, k, n))
+        del weight
+        return [result]
+
+    eng.link(out, (x,), backward, (x,), hooked=False)
+    return out
+
+
+def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """GPTQ/AWQ linear in training: the weight is dequantized to fp16 for the product, forward and backward."""
+    eng, spec = step.eng, held.spec
+    m, n, k = step.tokens, spec.out_features, spec.in_features
+    source = x.dtype
+    target = eng.autocast or step.train.quantization.compute_dtype
+    x = ops.cast(eng, x, target, "compute_dtype_cast")
+    weight = eng.empty(spec.weight_elements, x.dtype, "dequantize")
+    out = eng.empty(m * n, x.dtype, "linear_gptq")
+    eng.kernel("dequantize", x.dtype, spec.weight_elements // 2 + weight.nbytes, count=2)
+    eng.kernel("matmul", x.dtype, x.nbytes + weight.nbytes + out.nbytes, ops.matmul_flops(m, n, k))
+    del weight
+    numel, dtype = x.numel, x.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        weight = eng.empty(spec.weight_elements, dtype, "dequantize")
+        eng.kernel("dequantize", dtype, spec.weight_elements // 2 + weight.nbytes, count=2)
+        result = eng.empty(numel, dtype, "linear_gptq_grad")
+        eng.kernel("matmul", dtype, weight.nbytes + 2 * result.nbytes, ops.matmul_flops(m, k, n))
+        del weight
+        return [result]
+
+    eng.link(out, (x,), backward, hooked=False)
+    return ops.cast(eng, out, source, "input_dtype_cast") if not eng.autocast else out

@@ -1,0 +1,469 @@
+"""What each operation allocates, saves, computes and moves, forward and backward, as torch's CUDA kernels do.
+
+One function per operation. Sizes: elements; m, n, k as in a matrix product [m, k] x [k, n]. The backward formulas are
+those of tools/autograd/derivatives.yaml and torch/csrc/autograd/FunctionsManual.cpp (torch 2.13); the names of the
+allocations are what the ledger and the trace comparison print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.step.engine import BF16, FP16, FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
+
+_HALF = (BF16, FP16)
+
+
+def promote(a: str, b: str) -> str:
+    """torch.promote_types for the floating dtypes used here."""
+    if a == b:
+        return a
+    if FP32 in (a, b):
+        return FP32
+    return FP32 if {a, b} == {BF16, FP16} else a
+
+
+# --- element-wise --------------------------------------------------------------------------------------------------
+
+
+def unary(eng: Engine, x: Tensor, op: str, dtype: str | None = None) -> Tensor:
+    """A pass without backward of its own: output like x."""
+    out = eng.empty(x.numel, dtype or x.dtype, op)
+    eng.kernel("elementwise", out.dtype, x.nbytes + out.nbytes)
+    return out
+
+
+def cast(eng: Engine, x: Tensor, dtype: str, op: str = "cast") -> Tensor:
+    """x.to(dtype): the same tensor when nothing changes."""
+    if x.dtype == dtype:
+        return x
+    out = unary(eng, x, op, dtype)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = grads[0]
+        assert grad is not None
+        return [grad if grad.dtype == source else unary(eng, grad, "cast_grad", source)]
+
+    source = x.dtype
+    eng.link(out, (x,), backward)
+    return out
+
+
+def reshape_view(eng: Engine, x: Tensor, numel: Size | None = None) -> Tensor:
+    """A view (reshape, transpose, narrow of one part): same storage, gradient passed through."""
+    out = x.view(numel)
+    if numel is None:
+        eng.link(out, (x,), lambda node, grads: [grads[0]])
+    return out
+
+
+def narrow(eng: Engine, x: Tensor, numel: Size, op: str = "slice_grad") -> Tensor:
+    """A slice of x: the backward fills a zero tensor of x's size (slice_backward)."""
+    out = x.view(numel)
+    full = x.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = grads[0]
+        assert grad is not None
+        padded = eng.empty(full, grad.dtype, op)
+        eng.kernel("elementwise", grad.dtype, padded.nbytes + 2 * grad.nbytes, count=2)
+        return [padded]
+
+    eng.link(out, (x,), backward)
+    return out
+
+
+def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad") -> list[Tensor]:
+    """torch.split/chunk: views; the backward concatenates, filling missing parts with zeros."""
+    outs = [x.view(n) for n in numels]
+    full = x.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        dtype = next(g.dtype for g in grads if g is not None)
+        missing = [eng.empty(n, dtype, op) for n, g in zip(numels, grads, strict=True) if g is None]
+        out = eng.empty(full, dtype, op)
+        eng.kernel("elementwise", dtype, 2 * out.nbytes)
+        del missing
+        return [out]
+
+    eng.link(outs, (x,), backward)
+    return outs
+
+
+def contiguous(eng: Engine, x: Tensor, op: str = "contiguous") -> Tensor:
+    """A copy of a strided tensor."""
+    out = unary(eng, x, op)
+    eng.link(out, (x,), lambda node, grads: [grads[0]])
+    return out
+
+
+def add(eng: Engine, a: Tensor, b: Tensor, op: str = "add", numel: Size | None = None) -> Tensor:
+    """a + b: saves nothing; the gradient reaches both sides as it is."""
+    dtype = promote(a.dtype, b.dtype)
+    out = eng.empty(a.numel if numel is None else numel, dtype, op)
+    eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
+    eng.link(out, (a, b), lambda node, grads: [grads[0], grads[0]])
+    return out
+
+
+def scale(eng: Engine, x: Tensor, op: str = "scale") -> Tensor:
+    """x * scalar: saves nothing."""
+    out = unary(eng, x, op)
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), "scale_grad")])
+    return out
+
+
+def shift(eng: Engine, x: Tensor, op: str = "shift") -> Tensor:
+    """x + scalar."""
+    out = unary(eng, x, op)
+    eng.link(out, (x,), lambda node, grads: [grads[0]])
+    return out
+
+
+def negate(eng: Engine, x: Tensor) -> Tensor:
+    """-x."""
+    out = unary(eng, x, "neg")
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), "neg_grad")])
+    return out
+
+
+def _grad(grads: Grads) -> Tensor:
+    grad = grads[0]
+    assert grad is not None
+    return grad
+
+
+def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
+    """a * b with broadcasting of the smaller: each side saves the other when it needs a gradient."""
+    dtype = promote(a.dtype, b.dtype)
+    big = a if _larger(a, b) else b
+    out = eng.empty(big.numel, dtype, op)
+    eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
+    saved = []
+    if a.requires_grad:
+        saved.append(b)
+    if b.requires_grad:
+        saved.append(a)
+    needs = (a.requires_grad, b.requires_grad)
+    types = (a.dtype, b.dtype)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = _grad(grads)
+        results: list[Tensor | None] = [None, None]
+        for side in (1, 0):
+            if needs[side]:
+                other = types[1 - side]
+                results[side] = unary(eng, grad, "mul_grad", promote(grad.dtype, other))
+        return results
+
+    eng.link(out, (a, b), backward, tuple(saved))
+    return out
+
+
+def _larger(a: Tensor, b: Tensor) -> bool:
+    more = a.numel >= b.numel
+    return bool(more if isinstance(more, bool) else more.all())
+
+
+def square(eng: Engine, x: Tensor) -> Tensor:
+    """x.pow(2) in fp32 (on autocast's fp32 list); the backward holds pow(x, 1), 2 * that, and the product."""
+    x = autocast_fp32(eng, x)
+    out = unary(eng, x, "pow")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        base = node.saved[0]
+        power = unary(eng, base, "pow_grad")
+        twice = unary(eng, power, "pow_grad")
+        out = unary(eng, twice, "pow_grad")
+        del power, twice
+        return [out]
+
+    eng.link(out, (x,), backward, (x,))
+    return out
+
+
+def mean_last(eng: Engine, x: Tensor, rows: Size) -> Tensor:
+    """x.mean(-1, keepdim=True): the backward expands and divides into a full-size tensor."""
+    out = eng.empty(rows, x.dtype, "mean")
+    eng.kernel("reduce", x.dtype, x.nbytes + out.nbytes)
+    full = x.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(full, _grad(grads).dtype, "mean_grad")
+        eng.kernel("elementwise", out.dtype, out.nbytes)
+        return [out]
+
+    eng.link(out, (x,), backward)
+    return out
+
+
+def rsqrt(eng: Engine, x: Tensor) -> Tensor:
+    """torch.rsqrt: saves its result; three small temporaries in backward."""
+    out = unary(eng, x, "rsqrt")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = _grad(grads)
+        first = unary(eng, grad, "rsqrt_grad")
+        cube = unary(eng, grad, "rsqrt_grad")
+        return [_last(unary(eng, grad, "rsqrt_grad"), first, cube)]
+
+    eng.link(out, (x,), backward, (out.view(),))
+    return out
+
+
+def _last(out: Tensor, *temporaries: Tensor) -> Tensor:
+    """Keep `temporaries` alive until `out` exists, as one C++ expression does."""
+    return out
+
+
+def pointwise(eng: Engine, x: Tensor, op: str, saves_input: bool = True) -> Tensor:
+    """A fused activation kernel (silu, gelu, relu, tanh, sigmoid): saves input or result, one tensor in backward."""
+    out = unary(eng, x, op)
+    saved = x if saves_input else out.view()
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), f"{op}_grad")], (saved,))
+    return out
+
+
+def dropout(eng: Engine, x: Tensor, p: float, op: str = "dropout") -> Tensor:
+    """native_dropout: output like x and a 1-byte mask, both needed later; the identity at p = 0."""
+    if p == 0:
+        return x
+    out = eng.empty(x.numel, x.dtype, op)
+    mask = eng.empty(x.numel, "int8", f"{op}_mask")
+    eng.kernel("dropout", x.dtype, x.nbytes + out.nbytes + mask.nbytes)
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), f"{op}_grad")], (mask,))
+    return out
+
+
+def cat_half(eng: Engine, first: Tensor, second: Tensor, op: str = "cat") -> Tensor:
+    """torch.cat of two tensors: saves nothing; the backward narrows into views."""
+    out = eng.empty(first.numel + second.numel, promote(first.dtype, second.dtype), op)
+    eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
+    numels = (first.numel, second.numel)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = _grad(grads)
+        return [grad.view(numels[0]), grad.view(numels[1])]
+
+    eng.link(out, (first, second), backward)
+    return out
+
+
+def expand_copy(eng: Engine, x: Tensor, factor: int, op: str = "repeat_kv") -> Tensor:
+    """expand + reshape of key/value heads: a copy, summed back in backward."""
+    if factor == 1:
+        return x
+    out = eng.empty(x.numel * factor, x.dtype, op)
+    eng.kernel("elementwise", x.dtype, x.nbytes + out.nbytes)
+    small = x.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(small, _grad(grads).dtype, f"{op}_grad")
+        eng.kernel("reduce", out.dtype, _grad(grads).nbytes + out.nbytes)
+        return [out]
+
+    eng.link(out, (x,), backward)
+    return out
+
+
+# --- autocast ------------------------------------------------------------------------------------------------------
+
+
+def autocast_half(eng: Engine, x: Tensor, cache: bool = False) -> Tensor:
+    """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context."""
+    target = eng.autocast
+    if target is None or x.dtype not in ITEMSIZE or x.dtype == target:
+        return x
+    leaf = cache and x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
+    if leaf:
+        held = eng.cast_cache.get(id(x))
+        if held is not None:
+            return held[1]
+    out = cast(eng, x, target, "autocast_weight" if leaf else "autocast")
+    if leaf:
+        eng.cast_cache[id(x)] = (eng.layer, out)
+    return out
+
+
+def autocast_fp32(eng: Engine, x: Tensor) -> Tensor:
+    """Cast for an operation on autocast's fp32 list."""
+    return cast(eng, x, FP32, "autocast_fp32") if eng.autocast else x
+
+
+# --- matrix products -----------------------------------------------------------------------------------------------
+
+
+def matmul_flops(m: Size, n: Size, k: Size) -> Size:
+    """2 m n k, as float: int64 would overflow silently in a sweep."""
+    return 2.0 * m * n * k
+
+
+def linear(
+    eng: Engine, x: Tensor, weight: Tensor, m: Size, n: Size, k: Size, bias: Tensor | None = None, op: str = "linear"
+) -> Tensor:
+    """F.linear: x [m, k], weight [n, k] -> [m, n]; saves x for the weight's gradient, the weight for the input's."""
+    x = autocast_half(eng, x)
+    w = autocast_half(eng, weight, cache=True)
+    b = autocast_half(eng, bias, cache=True) if bias is not None else None
+    out = eng.empty(m * n, x.dtype, op)
+    eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, matmul_flops(m, n, k))
+    need_x, need_w, need_b = x.requires_grad, w.requires_grad, b is not None and b.requires_grad
+    saved: list[Tensor] = []
+    if need_w:
+        saved.append(x)
+    if need_x:
+        saved.append(w)
+    x_numel, w_numel, dtype = x.numel, w.numel, x.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        results: list[Tensor | None] = [None, None, None]
+        if need_b:
+            results[2] = eng.empty(n, dtype, "bias_grad")
+            eng.kernel("reduce", dtype, _grad(grads).nbytes)
+        if need_x:
+            results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
+            eng.kernel("matmul", dtype, (m * n + w_numel + x_numel) * ITEMSIZE[dtype], matmul_flops(m, k, n))
+        if need_w:
+            results[1] = eng.empty(w_numel, dtype, "weight_grad")
+            eng.kernel("matmul", dtype, (m * n + w_numel + x_numel) * ITEMSIZE[dtype], matmul_flops(n, k, m))
+        return results
+
+    eng.link(out, (x, w, b), backward, tuple(saved))
+    return out
+
+
+def bmm(eng: Engine, a: Tensor, b: Tensor, out_numel: Size, flops: Size, op: str = "bmm") -> Tensor:
+    """Batched matrix product of two activations: both are saved."""
+    a, b = autocast_half(eng, a), autocast_half(eng, b)
+    out = eng.empty(out_numel, a.dtype, op)
+    eng.kernel("bmm", a.dtype, a.nbytes + b.nbytes + out.nbytes, flops)
+    saved = []
+    if b.requires_grad:
+        saved.append(a)
+    if a.requires_grad:
+        saved.append(b)
+    needs = (a.requires_grad, b.requires_grad)
+    numels, dtype = (a.numel, b.numel), a.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        results: list[Tensor | None] = [None, None]
+        for side in (0, 1):
+            if needs[side]:
+                results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
+                eng.kernel("bmm", dtype, (out_numel + numels[0] + numels[1]) * ITEMSIZE[dtype], flops)
+        return results
+
+    eng.link(out, (a, b), backward, tuple(saved))
+    return out
+
+
+# --- softmax and norms ---------------------------------------------------------------------------------------------
+
+
+def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: bool) -> Tensor:
+    """softmax(x, dtype=float32); `casts_inside` and `writes_product` are CUDA rules (planner.cuda_rules)."""
+    if not casts_inside:
+        x = cast(eng, x, FP32, "softmax_cast")
+    out = eng.empty(x.numel, FP32, "softmax")
+    eng.kernel("softmax", FP32, x.nbytes + out.nbytes)
+    source = x.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
+        out = eng.empty(_grad(grads).numel, source, "softmax_grad")
+        eng.kernel("softmax", FP32, 2 * _grad(grads).nbytes + out.nbytes)
+        del product
+        return [out]
+
+    eng.link(out, (x,), backward, (out.view(),))
+    return out
+
+
+def layer_norm(
+    eng: Engine, x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Size, op: str = "layer_norm"
+) -> Tensor:
+    """torch layer_norm (fp32 under autocast): saves input, mean, rstd."""
+    x = autocast_fp32(eng, x)
+    if eng.autocast:
+        weight = autocast_fp32(eng, weight) if weight is not None else None
+        bias = autocast_fp32(eng, bias) if bias is not None else None
+    out = eng.empty(x.numel, x.dtype, op)
+    mean = eng.empty(rows, FP32, op)
+    rstd = eng.empty(rows, FP32, op)
+    eng.kernel("norm", x.dtype, x.nbytes + out.nbytes)
+    saved = tuple(t for t in (x, mean, rstd, weight, bias) if t is not None)
+    needs = [t is not None and t.requires_grad for t in (x, weight, bias)]
+    shapes = [t.numel if t is not None else 0 for t in (x, weight, bias)]
+    dtype = x.dtype
+    wtype = weight.dtype if weight is not None else dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        eng.kernel("norm", dtype, 3 * _grad(grads).nbytes)
+        types = (dtype, wtype, wtype)
+        return [eng.empty(shapes[i], types[i], f"{op}_grad") if needs[i] else None for i in range(3)]
+
+    eng.link(out, (x, weight, bias), backward, saved)
+    return out
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def fused_attention(
+    eng: Engine,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out_numel: Size,
+    logsumexp_numel: Size,
+    workspace_bytes: Size,
+    flops: Size,
+    op: str,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One fused attention kernel: saves q, k, v, output and logsumexp; dq, dk, dv and workspaces in backward."""
+    out = eng.empty(out_numel, q.dtype, op)
+    lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
+    rng = eng.empty(2, INT64, f"{op}_rng")
+    eng.kernel("attention", q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
+    saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
+    numels, dtype = (q.numel, k.numel, v.numel), q.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
+        work = eng.workspace(workspace_bytes, f"{op}_workspace")
+        moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
+        eng.kernel("attention", dtype, moved, flops * 2.5, count=3)
+        del work
+        return results
+
+    eng.link(out, (q, k, v), backward, saved)
+    return out
+
+
+# --- loss ----------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(eng: Engine, logits: Tensor, tokens: Size) -> Tensor:
+    """F.cross_entropy on [tokens, vocab] logits: log_softmax (saved) + nll; two full gradients in backward."""
+    logits = autocast_fp32(eng, logits)
+    log_probs = eng.empty(logits.numel, logits.dtype, "log_softmax")
+    eng.kernel("softmax", logits.dtype, logits.nbytes + log_probs.nbytes)
+    dtype = logits.dtype
+
+    def softmax_backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [unary(eng, _grad(grads), "log_softmax_grad")]
+
+    eng.link(log_probs, (logits,), softmax_backward, (log_probs.view(),))
+    loss = eng.empty(1, dtype, "loss")
+    weight = eng.empty(1, dtype, "loss")
+    count = log_probs.numel
+
+    def nll_backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(count, dtype, "nll_loss_grad")
+        eng.kernel("elementwise", dtype, out.nbytes)
+        return [out]
+
+    eng.link(loss, (log_probs,), nll_backward, (log_probs, weight))
+    return loss

@@ -1,0 +1,102 @@
+"""Optimizer state and the optimizer step: bytes per parameter tensor, and what the step allocates on the way.
+
+Sources: torch/optim/_multi_tensor (adamw.py, foreach and fused), bitsandbytes optim/optimizer.py (0.50),
+transformers optimization.py (Adafactor).
+"""
+
+from __future__ import annotations
+
+from planner.step.context import Step
+from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor
+
+BNB_MIN_8BIT_ELEMENTS = 4096  # optim/optimizer.py min_8bit_size: smaller tensors keep 32-bit state
+BNB_PAGED_ELEMENTS = 100_000  # optim/optimizer.py get_state_buffer: smaller tensors are not paged
+BNB_8BIT_BLOCK = 256  # blockwise quantization of 8-bit states: one fp32 absmax per block and state
+
+STATES: dict[str, int] = {
+    "adamw": 2, "adamw-fused": 2, "adamw-bf16-states": 2, "adamw-8bit": 2, "paged-adamw": 2, "paged-adamw-8bit": 2,
+    "lion": 1, "lion-8bit": 1, "adafactor": 0, "sgd": 0,
+}  # fmt: skip
+"""Parameter-sized state tensors of each optimizer."""
+
+
+class OptimizerState:
+    """The state of every trainable parameter, laid out layer by layer."""
+
+    def __init__(self, step: Step, owners: list[tuple[int, int]]) -> None:
+        self.step = step
+        self.eng = step.eng
+        self.groups: list[tuple[int, list[Tensor]]] = []
+        position = 0
+        for layer, number in owners:
+            if number:
+                self.groups.append((layer, step.parameters[position : position + number]))
+            position += number
+        self.held: list[Storage] = []
+        for layer, leaves in self.groups:
+            self.eng.enter("state", layer)
+            for leaf in leaves:
+                self.held += [self.eng.workspace(n, "optimizer_state") for n in self._state_bytes(leaf)]
+
+    def _state_bytes(self, leaf: Tensor) -> list[Size]:
+        """Bytes of each state tensor of one parameter, as they lie on the GPU."""
+        name, n = self.step.train.optimizer, leaf.numel
+        if name == "adafactor":
+            return [4 * (n // 16 + 16)]  # factored second moments: one row and one column vector
+        if name in ("adamw", "adamw-fused", "adamw-bf16-states"):
+            steps = [4] if name == "adamw-fused" else []  # a fused step counter lies on the GPU, foreach's does not
+            return [leaf.nbytes, leaf.nbytes, *steps]
+        if "8bit" in name:
+            paged = name.startswith("paged")
+            wide, narrow = 4 * n, n + 4 * -(-n // BNB_8BIT_BLOCK)
+            size = _where(n < BNB_MIN_8BIT_ELEMENTS, wide, narrow)
+            size = _where(n >= BNB_PAGED_ELEMENTS, size - n, size) if paged else size
+            return [size] * STATES[name]
+        size = 4 * n
+        if name == "paged-adamw":
+            size = _where(n >= BNB_PAGED_ELEMENTS, 0 * n, size)
+        return [size] * STATES[name]
+
+    def hold_gradients(self) -> None:
+        """Gradients left by earlier micro batches of the accumulation."""
+        for layer, leaves in self.groups:
+            self.eng.enter("state", layer)
+            for leaf in leaves:
+                leaf.grad = self.eng.empty(leaf.numel, leaf.dtype, "gradient")
+
+    def run_step(self) -> None:
+        """The optimizer step: foreach AdamW holds one copy of all parameters (sqrt of the second moment)."""
+        if self.step.train.optimizer in ("adamw", "adamw-bf16-states") and not self.step.train.optimizer_in_backward:
+            held: list[tuple[int, list[Tensor]]] = []
+            for layer, leaves in self.groups:
+                self.eng.enter("optimizer", layer)
+                copies = [self.eng.empty(leaf.numel, leaf.dtype, "optimizer_temporary") for leaf in leaves]
+                held.append((layer, copies))
+            while held:
+                layer, copies = held.pop(0)
+                self.eng.enter("optimizer", layer)
+                copies.clear()
+                del copies
+        for layer, leaves in self.groups:
+            self.eng.enter("optimizer", layer)
+            for leaf in leaves:
+                states = STATES[self.step.train.optimizer]
+                moved = (3 + 2 * states) * leaf.nbytes
+                self.eng.kernel("optimizer", leaf.dtype, moved, count=1)
+
+    def parameter_count(self) -> Size:
+        """Trainable parameters of the whole model."""
+        repeats = self.eng.repeats
+        return sum(leaf.numel * repeats.get(layer, 1) for layer, leaves in self.groups for leaf in leaves)
+
+
+def _where(condition: Size, yes: Size, no: Size) -> Size:
+    """Choose element by element; plain ints stay ints."""
+    if isinstance(condition, bool):
+        return yes if condition else no
+    import numpy as np
+
+    return np.where(condition, yes, no)
+
+
+__all__ = ["FP32", "ITEMSIZE", "STATES", "OptimizerState"]

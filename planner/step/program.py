@@ -1,0 +1,313 @@
+"""Compose the phases of one training step: load, forward, loss, backward (with recomputation), optimizer.
+
+The step that is written down is the second one: the optimizer state exists, gradients do not (or, with gradient
+accumulation, exist from the first micro batch on). Runs of equal layers are emulated by four of them; the third
+stands for the rest, so the size of the program does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from planner import cuda_rules
+from planner.lora import resolve_targets
+from planner.model import Layer, Linear, ModelSpec, Norm
+from planner.step import layers, linears, losses, ops
+from planner.step.context import Step
+from planner.step.engine import FP32, INT64, Record, Tensor
+from planner.step.layers import LayerWeights
+from planner.step.optimizers import OptimizerState
+from planner.training import TrainingSpec
+
+EMULATED_RUN = 4
+"""Layers emulated of a run of equal ones: first, second, third (which stands for the middle) and last."""
+
+
+class Program:
+    """What a step did: the record of allocations and kernels, and the emulated layers with their multiplicity."""
+
+    def __init__(self, record: Record, trainable_parameters: Any) -> None:
+        self.record = record
+        self.trainable_parameters = trainable_parameters
+
+
+def plan_layers(model: ModelSpec, full_depth: bool = False) -> tuple[list[Layer], dict[int, int]]:
+    """Return the layers to emulate, in order, and how many layers each stands for (where more than one)."""
+    emulated: list[Layer] = []
+    repeats: dict[int, int] = {}
+    start = 0
+    while start < model.num_layers:
+        end = start
+        while end < model.num_layers and model.layers[end] is model.layers[start]:
+            end += 1
+        length = end - start
+        if length > EMULATED_RUN and not full_depth:
+            repeats[len(emulated) + 2] = length - EMULATED_RUN + 1
+            length = EMULATED_RUN
+        emulated += [model.layers[start]] * length
+        start = end
+    return emulated, repeats
+
+
+def run(
+    model: ModelSpec,
+    train: TrainingSpec,
+    arch: cuda_rules.Architecture,
+    *,
+    full_depth: bool = False,
+    accumulates_in_place: bool = True,
+) -> Program:
+    """Run one training step of `train` on `model` symbolically and return everything that happened."""
+    step = Step(model, train, arch, accumulates_in_place)
+    emulated, step.eng.repeats = plan_layers(model, full_depth)
+    collecting = gc.isenabled()
+    gc.disable()  # lifetimes are reference counts; the collector only costs time
+    try:
+        return _Run(step, emulated).all()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class _Run:
+    """The state that outlives one phase."""
+
+    def __init__(self, step: Step, emulated: list[Layer]) -> None:
+        self.step = step
+        self.eng = step.eng
+        self.emulated = emulated
+        self.weights: list[LayerWeights] = []
+        self.owners: list[tuple[int, int]] = []
+        """Per layer (-1 outside): how many of step.parameters belong to it, in creation order."""
+        self.embedding: Tensor | None = None
+        self.head: linears.LinearWeights | None = None
+
+    def all(self) -> Program:
+        self._load()
+        state = OptimizerState(self.step, self.owners)
+        if self.step.train.gradient_accumulation_steps_exceed_one:
+            state.hold_gradients()
+        loss, kept = self._forward()
+        self.eng.layer = -2  # the backward begins its own segments
+        self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
+        del loss, kept
+        state.run_step()
+        record = self.eng.record
+        record.close()
+        total = state.parameter_count()
+        return Program(record, total)
+
+    # --- load -------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        step, model, train = self.step, self.step.model, self.step.train
+        trainable = train.method == "full"
+        adapted = {(a.layer, a.linear.name) for a in resolve_targets(model, train.lora)} if train.lora else set()
+        self._begin("load", -1)
+        table = model.token_embedding
+        tables = [table] + ([model.position_embedding] if model.position_embedding else [])
+        loaded = [self._table(t.num_parameters, trainable) for t in tables]
+        self.embedding = loaded[0]
+        self.tables = loaded
+        self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm, model.final_norm) if n is not None}
+        self.projections = [linears.load_base(step, p, False) for p in model.embedding_projections]
+        self._count(-1)
+        for index, layer in enumerate(self.emulated):
+            self._begin("load", index)
+            self.weights.append(self._load_layer(layer, {name for where, name in adapted if where is layer}))
+            self._count(index)
+        self._begin("load", -1)
+        self.head = self._load_head(trainable)
+        self._count(-1)
+        if train.lora:
+            self._load_adapters(adapted)
+        if step.arch.blas_workspaces:
+            workspace = cuda_rules.cublas_workspace_bytes(step.arch.capability)
+            self.workspaces = [self.eng.workspace(workspace, "cublas") for _ in range(cuda_rules.cublas_handles())]
+
+    def _begin(self, phase: str, layer: int) -> None:
+        self.eng.enter(phase, layer)
+        self._before = len(self.step.parameters)
+
+    def _count(self, layer: int) -> None:
+        self.owners.append((layer, len(self.step.parameters) - self._before))
+
+    def _table(self, elements: int, trainable: bool) -> Tensor:
+        dtype = self.step.embedding_dtype
+        if trainable:
+            return self.step.trainable(elements, dtype, "weight")
+        return self.eng.parameter(elements, dtype, "weight")
+
+    def _norm(self, spec: Norm) -> tuple[Tensor | None, Tensor | None]:
+        step, dtype = self.step, self.step.norm_dtype
+        trainable = step.train.method == "full"
+        elements = spec.weight_elements or spec.size
+
+        def make(wanted: bool) -> Tensor | None:
+            if not wanted:
+                return None
+            return step.trainable(elements, dtype, "weight") if trainable else step.eng.parameter(elements, dtype, "weight")
+
+        return make(spec.weight), make(spec.bias)
+
+    def _load_layer(self, layer: Layer, adapted: set[str]) -> LayerWeights:
+        held = LayerWeights(layer)
+        for spec in layer.linears:
+            held.linears[spec.name] = linears.load_base(self.step, spec, spec.name in adapted)
+        for spec_norm in (*layer.attention.norms, *layer.norms):
+            if spec_norm.name not in held.norms:
+                held.norms[spec_norm.name] = self._norm(spec_norm)
+        if layer.experts is not None:
+            self._load_experts(held)
+        return held
+
+    def _load_experts(self, held: LayerWeights) -> None:
+        spec = held.spec.experts
+        assert spec is not None
+        dtype, step = self.step.unquantized_dtype, self.step
+        make = step.trainable if step.train.method == "full" else step.eng.parameter
+        each = spec.num_experts * spec.hidden_size * spec.intermediate_size
+        held.experts = [make(2 * each, dtype, "weight"), make(each, dtype, "weight")]
+        if spec.bias:
+            make(spec.num_experts * (2 * spec.intermediate_size + spec.hidden_size), dtype, "weight")
+        if not spec.router_is_linear:
+            held.router = make(spec.router.num_parameters, dtype, "weight")
+
+    def _load_head(self, trainable: bool) -> linears.LinearWeights:
+        model, step = self.step.model, self.step
+        held = linears.LinearWeights(model.head)
+        if model.tied and not step.train.untied_head:
+            held.weight = self.embedding
+        elif trainable:
+            held.weight = step.trainable(model.head.weight_elements, step.embedding_dtype, "weight")
+        elif linears.is_quantized(model.head, step.train.quantization, False):
+            held = linears.load_base(step, model.head, False)
+        else:
+            held.weight = self.eng.parameter(model.head.weight_elements, step.embedding_dtype, "weight")
+        if model.head.bias and held.bias is None:
+            held.bias = self.eng.parameter(model.head.out_features, step.embedding_dtype, "weight")
+        return held
+
+    def _load_adapters(self, adapted: set[tuple[Layer | None, str]]) -> None:
+        lora = self.step.train.lora
+        assert lora is not None
+        for index, held in enumerate(self.weights):
+            self._begin("load", index)
+            for name, weights in held.linears.items():
+                if (held.spec, name) in adapted:
+                    linears.load_adapter(self.step, weights, lora)
+            self._count(index)
+        self._begin("load", -1)
+        if self.head is not None and (None, self.step.model.head.name) in adapted:
+            linears.load_adapter(self.step, self.head, lora)
+        for name in lora.modules_to_save:
+            self._save_module(name)
+        self._count(-1)
+
+    def _save_module(self, name: str) -> None:
+        """modules_to_save: a trainable copy takes the place of the module; the original stays loaded."""
+        model, step = self.step.model, self.step
+        assert step.train.lora is not None and self.head is not None
+        dtype = step.train.lora.dtype
+        if model.head.name.endswith(name):
+            self.head.weight = step.trainable(model.head.weight_elements, dtype, "adapter")
+        elif model.token_embedding.name.endswith(name):
+            self.embedding = step.trainable(model.token_embedding.num_parameters, dtype, "adapter")
+
+    # --- forward ----------------------------------------------------------------------------------------------
+
+    def _forward(self) -> tuple[Tensor, list[Tensor]]:
+        """Forward and loss; returns the loss and the tensors the caller keeps until after the backward."""
+        step, eng = self.step, self.eng
+        eng.enter("inputs")
+        self.inputs = [eng.empty(step.tokens, INT64, "input_ids") for _ in range(3 if step.train.padded else 2)]
+        with eng.autocasting(step.autocast):
+            hidden = self._decode()
+            eng.enter("loss")
+            assert self.head is not None
+            loss, logits = losses.head_and_loss(step, self.head, hidden)
+            del hidden
+        kept = [logits] if logits is not None and step.train.keeps_outputs else []
+        if logits is not None and step.train.outputs_to_fp32 and logits.dtype != FP32:
+            copy = ops.unary(eng, logits, "outputs_to_fp32", FP32)
+            kept = [copy] if step.train.keeps_outputs else []
+        return loss, kept
+
+    def _decode(self) -> Tensor:
+        step, eng, model = self.step, self.eng, self.step.model
+        eng.enter("embedding")
+        embeds = self._embed()
+        self._positions(embeds.dtype)
+        hidden = embeds
+        for index, held in enumerate(self.weights):
+            eng.enter("forward", index)
+            hidden = self._layer(held, hidden)
+        eng.enter("loss")
+        if model.final_norm is not None:
+            spec = model.final_norm
+            hidden = layers.norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
+        del embeds
+        return hidden
+
+    def _layer(self, held: LayerWeights, hidden: Tensor) -> Tensor:
+        step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
+
+        def forward(x: Tensor) -> Tensor:
+            return layers.decoder_layer(step, held, x)
+
+        if mode == "none":
+            return forward(hidden)
+        if step.train.use_reentrant and hidden.requires_grad:
+            return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
+        return eng.checkpoint(forward, hidden, mode == "offload")
+
+    def _embed(self) -> Tensor:
+        step, eng, model = self.step, self.eng, self.step.model
+        assert self.embedding is not None
+        width = model.token_embedding.width
+        out = eng.empty(step.tokens * width, self.embedding.dtype, "embedding")
+        eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
+        if self.embedding.requires_grad:
+            table, dtype = self.embedding.numel, self.embedding.dtype
+            eng.link(out, (self.embedding,), lambda node, grads: [eng.empty(table, dtype, "embedding_grad")])
+        elif step.train.method != "full" and step.train.gradient_checkpointing != "none":
+            eng.leaf(out)  # enable_input_require_grads
+        if model.embedding_scale:
+            out = ops.scale(eng, out, "embedding")
+        for projection in self.projections[:1]:
+            out = linears.base_forward(step, projection, out)
+        if model.position_embedding is not None:
+            places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
+            out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
+            del places
+        if model.embedding_norm is not None:
+            spec = model.embedding_norm
+            out = layers.norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
+        return out
+
+    def _positions(self, dtype: str) -> None:
+        """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
+        step, eng = self.step, self.eng
+        spec = step.model.layers[0].attention
+        if spec.position == "rope":
+            width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
+            numel = step.seq * width
+            ids = eng.empty(step.seq, INT64, "positions")
+            angles = eng.empty(numel // 2, FP32, "rotary_tables")
+            both = eng.empty(numel, FP32, "rotary_tables")
+            cos = ops.unary(eng, both, "rotary_tables")
+            cos = ops.cast(eng, ops.scale(eng, cos, "rotary_tables"), dtype, "rotary_tables")
+            sin = ops.unary(eng, both, "rotary_tables")
+            sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
+            step.cos_sin = (cos, sin)
+            self.position_ids = ids
+            del angles, both
+        eager = step.train.attention == "eager" or not spec.sdpa
+        if eager or step.train.padded and step.train.attention == "sdpa":
+            rows = step.batch if step.train.padded else 1
+            kind = dtype if eager else "int8"
+            step.mask = eng.empty(rows * step.seq * step.seq, kind, "attention_mask")
+
+
+__all__ = ["EMULATED_RUN", "Linear", "Program", "plan_layers", "run"]
