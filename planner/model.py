@@ -21,6 +21,9 @@ NormKind = Literal[
     "rms_gemma",  # as above with (1 + weight.float())                                (gemma)
     "layernorm",  # torch layer_norm, weight and bias
     "layernorm_fp32",  # mean/var written out in fp32, weight in fp32, cast back      (cohere)
+    "layernorm_upcast",  # x.float() -> torch layer_norm without weight -> cast back  (olmo)
+    "layernorm_1p",  # torch layer_norm with weight + 1, made anew in every call      (nemotron)
+    "layernorm_per_head",  # one torch LayerNorm per head, outputs concatenated       (stablelm 2 12b)
 ]
 
 
@@ -84,6 +87,8 @@ class Attention:
     k_norm: Norm | None = None
     qk_norm_scope: Literal["head", "full"] = "head"
     """"head": after the split into heads, over head_dim. "full": over the whole projection, before the split."""
+    qk_norm_after_rope: bool = False
+    """The norms follow the rotation instead of preceding it (llama4)."""
     q_a_norm: Norm | None = None
     kv_a_norm: Norm | None = None
     """MLA: norms of the compressed query and key/value."""
@@ -102,6 +107,8 @@ class Attention:
     """A learned sink logit per head (gpt_oss)."""
     sdpa: bool = True
     """False: the class has no scaled_dot_product_attention path; transformers falls back to eager."""
+    scores_fp32: bool = False
+    """The class's own eager path casts q and k to fp32 before their product (gptj, codegen, gpt_neo)."""
     dropout: bool = False
     """Attention weights pass a dropout with p > 0 unless the caller sets it to 0 (gpt2: 0.1)."""
 
@@ -179,6 +186,8 @@ class Experts:
     """e_score_correction_bias and the like, when they are parameters and not buffers."""
     shared: Mlp | None = None
     shared_gate: Linear | None = None
+    every_token: bool = False
+    """Every expert computes every token, scaled by its score or zero (llama4); top_k then saves nothing."""
     activation: Activation = "silu"
 
     @property
@@ -221,6 +230,8 @@ class Layer:
     parallel: bool = False
     residual_multiplier: bool = False
     """The branch output is multiplied by a scalar before the addition (granite)."""
+    norm_after_residual: bool = False
+    """input_norm and pre_mlp_norm normalise the sum after their branch instead of its input (opt-350m)."""
     hidden_dropout: bool = False
     """Branch outputs pass a dropout whose p in the config is above 0 (gpt2: 0.1); at p = 0 it is an identity."""
 

@@ -10,16 +10,60 @@ from planner.errors import UnknownName, one_line, unknown
 from planner.model import ModelSpec
 
 _MODULES: dict[str, str] = {
+    "apertus": "ungated",
+    "arcee": "ungated",
+    "baichuan": "remote",
+    "bloom": "classic",
+    "chatglm": "glm",
+    "codegen": "gpt",
+    "cohere": "cohere",
+    "cohere2": "cohere",
+    "deepseek_v2": "deepseek",
+    "deepseek_v3": "deepseek",
+    "ernie4_5": "llama_like",
+    "exaone4": "post_norm",
+    "falcon": "classic",
     "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "glm": "glm",
+    "glm4": "glm",
+    "glm4_moe": "glm",
     "gpt2": "gpt",
+    "gpt_bigcode": "gpt",
+    "gpt_neo": "gpt",
     "gpt_neox": "gpt",
+    "gpt_oss": "moe",
+    "gptj": "gpt",
+    "granite": "llama_like",
+    "granitemoe": "moe",
+    "helium": "llama_like",
+    "internlm2": "remote",
     "llama": "llama_like",
+    "llama4_text": "moe",
+    "mimo": "remote",
     "ministral3": "llama_like",
     "mistral": "llama_like",
     "mixtral": "moe",
+    "mpt": "classic",
+    "nemotron": "ungated",
+    "olmo": "post_norm",
+    "olmo2": "post_norm",
+    "olmo3": "post_norm",
+    "olmoe": "moe",
+    "opt": "classic",
+    "phi": "phi",
     "phi3": "phi",
+    "phimoe": "phi",
+    "qwen": "remote",
     "qwen2": "llama_like",
+    "qwen2_moe": "moe",
     "qwen3": "llama_like",
+    "qwen3_moe": "moe",
+    "seed_oss": "llama_like",
+    "smollm3": "llama_like",
+    "stablelm": "classic",
+    "starcoder2": "ungated",
 }
 """model_type -> module of this package; the family's function there has the model_type's name."""
 
@@ -39,7 +83,9 @@ def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
     if not nested:
         return config
     # the stored dtype and quantization are written once, outside
-    outer = {k: config[k] for k in ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings") if k in config}
+    outer = {
+        k: config[k] for k in ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings") if k in config
+    }
     return {**outer, **nested}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from planner.config_values import boolean, integer
+from planner.config_values import boolean, integer, integer_list
 from planner.families.parts import (
     Config,
     Sizes,
     activation,
     causal_lm,
+    drops,
     gated_mlp,
     optional_integer,
     pre_norm_layer,
@@ -19,55 +20,68 @@ from planner.families.parts import (
     standard_attention,
     windows_from_types,
 )
-from planner.model import Layer, ModelSpec, Norm
+from planner.model import Layer, ModelSpec, Norm, NormKind
+
+QK_NORMS = ("q_norm", "k_norm")
 
 
-def _spec(
+def spec(
     config: Config,
     model_id: str,
     s: Sizes,
     *,
     windows: Sequence[int] = (),
+    rotates: Sequence[bool] = (),
     tied: bool = False,
     bias: bool = False,
     out_bias: bool | None = None,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    kind: NormKind = "rms",
+    attention: dict[str, Any] | None = None,
     layer: dict[str, Any] | None = None,
     **rest: Any,
 ) -> ModelSpec:
-    """A stack of llama layers; `windows` has one entry per layer (empty: full attention everywhere)."""
+    """A stack of llama layers.
 
-    def make(window: int) -> Layer:
-        norms = {n: Norm(name=f"self_attn.{n}", size=s.head_dim) for n in ("q_norm", "k_norm")} if qk_norm else {}
-        attention = standard_attention(s, bias=bias, out_bias=out_bias, sliding_window=window, **norms)
+    `windows` and `rotates` have one entry per layer (empty: full attention, rotary positions everywhere);
+    `attention`, `layer` and `rest` are further fields of Attention, Layer and ModelSpec.
+    """
+
+    def make(key: tuple[int, bool]) -> Layer:
+        window, rotated = key
+        norms = {n: Norm(name=f"self_attn.{n}", size=s.head_dim, kind=kind) for n in QK_NORMS} if qk_norm else {}
+        position = "rope" if rotated else "none"
+        more: dict[str, Any] = {"sliding_window": window, "position": position, **norms, **(attention or {})}
+        attends = standard_attention(s, bias=bias, out_bias=out_bias, **more)
         mlp = gated_mlp(s.hidden, s.intermediate, bias=mlp_bias, act=activation(config))
-        return pre_norm_layer(attention, mlp, s, **(layer or {}))
+        return pre_norm_layer(attends, mlp, s, kind=kind, **(layer or {}))
 
-    return causal_lm(
-        config,
-        model_id,
-        s,
-        stack(windows or (0,) * s.layers, make),
-        final_norm=Norm(name="model.norm", size=s.hidden),
-        tied=tied,
-        **rest,
-    )
+    keys = zip(windows or (0,) * s.layers, rotates or (True,) * s.layers, strict=True)
+    final = Norm(name="model.norm", size=s.hidden, kind=kind)
+    return causal_lm(config, model_id, s, stack(keys, make), final_norm=final, tied=tied, **rest)
+
+
+def attention_bias(config: Config, default: bool = False) -> bool:
+    return boolean(config, "attention_bias", default=default)
+
+
+def mlp_bias(config: Config) -> bool:
+    return boolean(config, "mlp_bias", default=False)
 
 
 def llama(config: Config, model_id: str) -> ModelSpec:
-    bias = boolean(config, "attention_bias", default=False)
-    return _spec(config, model_id, sizes(config), bias=bias, mlp_bias=boolean(config, "mlp_bias", default=False))
+    return spec(config, model_id, sizes(config), bias=attention_bias(config), mlp_bias=mlp_bias(config))
 
 
 def mistral(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=8)
-    return _spec(config, model_id, s, windows=(optional_integer(config, "sliding_window", 4096),) * s.layers)
+    return spec(config, model_id, s, windows=(optional_integer(config, "sliding_window", 4096),) * s.layers)
 
 
 def ministral3(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=8, head_dim=128)
-    return _spec(config, model_id, s, windows=(optional_integer(config, "sliding_window"),) * s.layers)
+    return spec(config, model_id, s, windows=(optional_integer(config, "sliding_window"),) * s.layers)
 
 
 def qwen_windows(config: Config, layers: int) -> tuple[int, ...]:
@@ -80,11 +94,74 @@ def qwen_windows(config: Config, layers: int) -> tuple[int, ...]:
 
 def qwen2(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=32)
-    return _spec(config, model_id, s, windows=qwen_windows(config, s.layers), bias=True, out_bias=False)
+    return spec(config, model_id, s, windows=qwen_windows(config, s.layers), bias=True, out_bias=False)
 
 
 def qwen3(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=32, head_dim=128)
     windows = qwen_windows(config, s.layers)
-    bias = boolean(config, "attention_bias", default=False)
-    return _spec(config, model_id, s, windows=windows, bias=bias, qk_norm=True)
+    return spec(config, model_id, s, windows=windows, bias=attention_bias(config), qk_norm=True)
+
+
+def granite(config: Config, model_id: str) -> ModelSpec:
+    return spec(
+        config,
+        model_id,
+        sizes(config),
+        bias=attention_bias(config),
+        mlp_bias=mlp_bias(config),
+        layer={"residual_multiplier": True},
+        embedding_scale=True,
+        logit_scale=True,
+    )
+
+
+def smollm3(config: Config, model_id: str) -> ModelSpec:
+    s = sizes(config, num_key_value_heads=4)
+    interval = integer(config, "no_rope_layer_interval", default=4)
+    every = [int((i + 1) % interval != 0) for i in range(s.layers)]
+    rotates = integer_list(config, "no_rope_layers", default=every, low=0, high=1, length=s.layers)
+    used = boolean(config, "use_sliding_window", default=False)
+    window = optional_integer(config, "sliding_window") if used else 0
+    return spec(
+        config,
+        model_id,
+        s,
+        windows=windows_from_types(config, s.layers, window, lambda i: bool(window) and not rotates[i]),
+        rotates=[bool(r) for r in rotates],
+        tied=True,
+        bias=attention_bias(config),
+        mlp_bias=mlp_bias(config),
+    )
+
+
+def seed_oss(config: Config, model_id: str) -> ModelSpec:
+    return spec(
+        config,
+        model_id,
+        sizes(config, num_key_value_heads=8, head_dim=128, attention_dropout=0.1),
+        bias=attention_bias(config, True),
+        out_bias=boolean(config, "attention_out_bias", default=False),
+        mlp_bias=mlp_bias(config),
+        layer={"hidden_dropout": drops(config, "residual_dropout", default=0.1)},
+    )
+
+
+def ernie4_5(config: Config, model_id: str) -> ModelSpec:
+    bias = boolean(config, "use_bias", default=False)
+    s = sizes(config, num_key_value_heads=2, head_dim=128)
+    interleaved = {"rope_style": "interleaved"}
+    return spec(config, model_id, s, tied=True, bias=bias, mlp_bias=bias, attention=interleaved)
+
+
+def helium(config: Config, model_id: str) -> ModelSpec:
+    return spec(
+        config,
+        model_id,
+        sizes(config, num_key_value_heads=20, head_dim=128),
+        bias=attention_bias(config),
+        out_bias=False,
+        mlp_bias=mlp_bias(config),
+        kind="rms_fp32_weight",
+        attention={"rope_style": "interleaved"},
+    )

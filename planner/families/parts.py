@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from planner.config_values import boolean, integer, mapping, number, text, text_list
+from planner.config_values import MISSING, boolean, integer, mapping, number, text, text_list
 from planner.errors import InvalidInput, unknown
-from planner.model import Activation, Attention, Experts, Layer, Linear, LinearClass, Mlp, ModelSpec, Norm, NormKind, Table
+from planner.model import (
+    Activation,
+    Attention,
+    Experts,
+    Layer,
+    Linear,
+    LinearClass,
+    Mlp,
+    ModelSpec,
+    Norm,
+    NormKind,
+    Table,
+)
 
 Config = Mapping[str, Any]
 
@@ -30,9 +42,13 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_WIDE_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The widths and counts that nearly every family has, under one set of names."""
+    """What nearly every family has, under one set of names: the widths and counts, and whether attention drops."""
 
     hidden: int
     layers: int
@@ -42,6 +58,7 @@ class Sizes:
     intermediate: int
     vocab: int
     positions: int
+    attention_dropout: bool = False
 
     @property
     def q_size(self) -> int:
@@ -52,29 +69,29 @@ class Sizes:
         return self.kv_heads * self.head_dim
 
 
-def sizes(config: Config, **defaults: int) -> Sizes:
-    """Read the sizes; `defaults` are the class defaults of keys that published files of the family leave out.
+def sizes(config: Config, *, four_times: bool = False, attention_dropout: float = 0.0, **defaults: int) -> Sizes:
+    """Read the sizes; `defaults` are the class defaults of keys that files of the family may leave out.
 
-    `head_dim=0` means hidden_size // num_attention_heads; `num_key_value_heads=0` means num_attention_heads.
+    `four_times`: an absent or null feed-forward width is four times the hidden size. `head_dim=0` means
+    hidden_size // num_attention_heads; `num_key_value_heads=0` means num_attention_heads.
     """
 
     def size(name: str, *spellings: str, high: int = MAX_WIDTH) -> int:
-        keys = (name, *spellings)
-        return integer(config, *keys, default=defaults[name], high=high) if name in defaults else integer(
-            config, *keys, high=high
-        )
+        return integer(config, name, *spellings, default=defaults.get(name, MISSING), high=high)
 
     hidden = size("hidden_size", "n_embd", "d_model")
     heads = size("num_attention_heads", "n_head", "n_heads", "num_heads")
+    widest = defaults.get("intermediate_size", 4 * hidden if four_times else MISSING)
     return Sizes(
         hidden=hidden,
         layers=size("num_hidden_layers", "n_layer", "n_layers", "num_layers", high=MAX_LAYERS),
         heads=heads,
         kv_heads=key_value_heads(config, heads, defaults.get("num_key_value_heads", 0)),
         head_dim=head_width(config, hidden, heads, defaults.get("head_dim", 0)),
-        intermediate=size("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+        intermediate=integer(config, *_WIDE_KEYS, default=widest, high=MAX_WIDTH),
         vocab=size("vocab_size", "padded_vocab_size"),
-        positions=integer(config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", default=0),
+        positions=integer(config, *_POSITION_KEYS, default=defaults.get("max_position_embeddings", 0)),
+        attention_dropout=drops(config, "attention_dropout", "attn_pdrop", default=attention_dropout),
     )
 
 
@@ -109,11 +126,9 @@ def optional_integer(config: Config, key: str, default: int = 0) -> int:
     return integer(config, key, default=default, low=0)
 
 
-def optional_number(config: Config, key: str, default: float = 0.0) -> float:
-    """Return the number of `key`; 0 when the file says null, `default` when it says nothing."""
-    if key in config and config[key] is None:
-        return 0.0
-    return number(config, key, default=default)
+def drops(config: Config, *keys: str, default: float = 0.0) -> bool:
+    """Return whether a dropout probability, the first present of `keys`, is above 0."""
+    return number(config, *keys, default=default, low=0.0, high=1.0) > 0
 
 
 def activation(config: Config, *keys: str, default: str = "silu") -> Activation:
@@ -125,12 +140,12 @@ def activation(config: Config, *keys: str, default: str = "silu") -> Activation:
 
 
 def rotary_width(config: Config, head_dim: int, default: float = 1.0) -> int:
-    """Return how many elements of a head are rotated (partial_rotary_factor under its three spellings)."""
-    nested = mapping(config, "rope_parameters", default={}).get("partial_rotary_factor")
-    if nested is not None:
-        config = {"partial_rotary_factor": nested}
-    factor = number(config, "partial_rotary_factor", "rotary_pct", default=default, low=0.0, high=1.0)
-    return int(head_dim * factor)
+    """Return how many elements of a head are rotated (partial_rotary_factor under its spellings); 0: all of them."""
+    nested = mapping(config, "rope_parameters", "rope_scaling", default={})
+    source = nested if nested.get("partial_rotary_factor") is not None else config
+    factor = number(source, "partial_rotary_factor", "rotary_pct", default=default, low=0.0, high=1.0)
+    width = int(head_dim * factor)
+    return 0 if width == head_dim else width
 
 
 def windows_from_types(config: Config, layers: int, window: int, default: Callable[[int], bool]) -> tuple[int, ...]:
@@ -149,6 +164,11 @@ def windows_from_types(config: Config, layers: int, window: int, default: Callab
 
 
 Kind = TypeVar("Kind", bound=Hashable)
+
+
+def uniform(s: Sizes, layer: Layer) -> tuple[Layer, ...]:
+    """Return a stack of one kind of layer."""
+    return (layer,) * s.layers
 
 
 def stack(kinds: Iterable[Kind], make: Callable[[Kind], Layer]) -> tuple[Layer, ...]:
@@ -172,6 +192,7 @@ def standard_attention(
         num_heads=s.heads,
         num_kv_heads=s.kv_heads,
         head_dim=s.head_dim,
+        dropout=s.attention_dropout,
         projections=tuple(
             Linear(name=f"{prefix}.{name}", in_features=s.hidden, out_features=n, bias=bias) for name, n in wide
         ),
@@ -200,6 +221,7 @@ def fused_attention(
         num_heads=s.heads,
         num_kv_heads=s.kv_heads,
         head_dim=s.head_dim,
+        dropout=s.attention_dropout,
         projections=(
             Linear(
                 name=qkv,
@@ -226,7 +248,7 @@ def gated_mlp(
     width: int,
     *,
     prefix: str = "mlp",
-    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     bias: bool = False,
     act: Activation = "silu",
 ) -> Mlp:
@@ -309,7 +331,7 @@ def causal_lm(
     s: Sizes,
     layers: tuple[Layer, ...],
     *,
-    final_norm: Norm,
+    final_norm: Norm | None,
     tied: bool,
     embedding: str = "model.embed_tokens",
     embedding_width: int = 0,

@@ -2,44 +2,91 @@
 
 from __future__ import annotations
 
+from planner.config_values import boolean
+from planner.families.llama_like import attention_bias
+from planner.families.moe import experts
 from planner.families.parts import (
     Config,
     activation,
     causal_lm,
+    drops,
     fused_attention,
     fused_gated_mlp,
+    layer_norm,
     optional_integer,
-    optional_number,
+    plain_mlp,
     pre_norm_layer,
     rotary_width,
     sizes,
-    stack,
+    standard_attention,
+    uniform,
 )
 from planner.model import Layer, ModelSpec, Norm
 
 
-def phi3(config: Config, model_id: str) -> ModelSpec:
+def phi(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config)
-    rotary = rotary_width(config, s.head_dim)
-
-    def make(window: int) -> Layer:
-        attention = fused_attention(
+    norms: dict[str, Norm] = {}
+    if boolean(config, "qk_layernorm", default=False):
+        norms = {f"{x}_norm": layer_norm(f"self_attn.{x}_layernorm", s.head_dim) for x in ("q", "k")}
+    layer = Layer(
+        attention=standard_attention(
             s,
-            qkv="self_attn.qkv_proj",
-            out="self_attn.o_proj",
-            sliding_window=window,
-            rotary_dim=rotary if rotary < s.head_dim else 0,
-        )
-        mlp = fused_gated_mlp(s.hidden, s.intermediate, act=activation(config))
-        dropout = optional_number(config, "resid_pdrop") > 0
-        return pre_norm_layer(attention, mlp, s, hidden_dropout=dropout)
-
+            out="dense",
+            bias=True,
+            rotary_dim=rotary_width(config, s.head_dim, 0.5),
+            rope_style="neox",
+            **norms,
+        ),
+        mlp=plain_mlp(
+            s.hidden, s.intermediate, up="mlp.fc1", down="mlp.fc2", act=activation(config, default="gelu_new")
+        ),
+        input_norm=layer_norm("input_layernorm", s.hidden),
+        parallel=True,
+        hidden_dropout=drops(config, "resid_pdrop"),
+    )
     return causal_lm(
         config,
         model_id,
         s,
-        stack((optional_integer(config, "sliding_window"),) * s.layers, make),
-        final_norm=Norm(name="model.norm", size=s.hidden),
+        uniform(s, layer),
+        final_norm=layer_norm("model.final_layernorm", s.hidden),
         tied=False,
-        embedding_dropout=optional_number(config, "embd_pdrop") > 0,
+        head_bias=True,
+        embedding_dropout=drops(config, "embd_pdrop"),
+    )
+
+
+def phi3(config: Config, model_id: str) -> ModelSpec:
+    s = sizes(config)
+    attention = fused_attention(
+        s,
+        qkv="self_attn.qkv_proj",
+        out="self_attn.o_proj",
+        sliding_window=optional_integer(config, "sliding_window"),
+        rotary_dim=rotary_width(config, s.head_dim),
+    )
+    mlp = fused_gated_mlp(s.hidden, s.intermediate, act=activation(config))
+    layer = pre_norm_layer(attention, mlp, s, hidden_dropout=drops(config, "resid_pdrop"))
+    return causal_lm(
+        config, model_id, s, uniform(s, layer), final_norm=Norm(name="model.norm", size=s.hidden), tied=False
+    )
+
+
+def phimoe(config: Config, model_id: str) -> ModelSpec:
+    s = sizes(config, num_key_value_heads=8)
+    attention = standard_attention(
+        s, bias=attention_bias(config), sliding_window=optional_integer(config, "sliding_window")
+    )
+    block = experts(
+        config, s, counts=("num_local_experts",), count=16, top_k=2, width=s.intermediate, router="router", linear=True
+    )
+    return causal_lm(
+        config,
+        model_id,
+        s,
+        uniform(s, pre_norm_layer(attention, block, s, kind="layernorm")),
+        final_norm=layer_norm("model.norm", s.hidden),
+        tied=False,
+        head_bias=boolean(config, "lm_head_bias", default=False),
     )

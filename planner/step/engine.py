@@ -148,9 +148,11 @@ class Node:
 class Frame:
     """A non-reentrant checkpoint: the nodes of a forward whose saved tensors are recomputed on first use."""
 
-    __slots__ = ("nodes", "recompute", "saving", "stop_after")
+    __slots__ = ("kept", "nodes", "recompute", "saving", "stop_after")
 
     def __init__(self, recompute: Callable[[], Any] | None) -> None:
+        self.kept: Tensor | None = None
+        """The checkpoint's input: alive until the last node of the frame has run."""
         self.nodes: list[Node] = []
         self.recompute = recompute
         self.saving = 0
@@ -226,12 +228,22 @@ class Engine:
         saved: tuple[Tensor, ...] = (),
         hooked: bool = True,
     ) -> None:
-        """Record a node: `backward(node, grads)` returns one gradient (or None) per input.
+        """Record a node after its outputs exist: `backward(node, grads)` returns one gradient (or None) per input.
 
         hooked=False: the function keeps its tensors as attributes, so checkpoint hooks do not see them.
         """
+        self.finish(self.begin(inputs, backward, saved, hooked), outputs)
+
+    def begin(
+        self,
+        inputs: Sequence[Tensor | None],
+        backward: Backward,
+        saved: tuple[Tensor, ...] = (),
+        hooked: bool = True,
+    ) -> Node | None:
+        """Record a node before its outputs exist, as operations that save only inputs do (None: no graph)."""
         if not self.needs_grad(*inputs):
-            return
+            return None
         self._seq += 1
         node = Node(self._seq, backward, saved)
         node.layer = self.layer
@@ -244,26 +256,34 @@ class Engine:
                 node.edges.append((t.node, t.slot))
                 node.dtypes.append(t.dtype)
                 node.numels.append(t.numel)
+        if self.frame is not None:
+            self._file(node, saved if hooked else ())
+        return node
+
+    @staticmethod
+    def finish(node: Node | None, outputs: Tensor | Sequence[Tensor]) -> None:
+        """Make `outputs` the results of `node`."""
+        if node is None:
+            return
         produced = (outputs,) if isinstance(outputs, Tensor) else outputs
         node.outputs = len(produced)
         for slot, out in enumerate(produced):
             out.requires_grad = True
             out.node = node
             out.slot = slot
-        if self.frame is not None:
-            self._file(node, saved if hooked else ())
 
     def _file(self, node: Node, saved: tuple[Tensor, ...]) -> None:
         frame = self.frame
         assert frame is not None
         frame.nodes.append(node)
-        node.frame = frame
-        if saved:
-            frame.saving += 1
-            if frame.recompute is not None:
-                node.saved = ()  # refilled when the backward first asks for anything of this frame
-            elif frame.saving == frame.stop_after:
-                raise _StopRecompute
+        if not saved:
+            return
+        node.frame = frame  # only a node that unpacks saved tensors starts the recomputation
+        frame.saving += 1
+        if frame.recompute is not None:
+            node.saved = ()  # refilled when the backward first asks for anything of this frame
+        elif frame.saving == frame.stop_after:
+            raise _StopRecompute
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
@@ -314,6 +334,7 @@ class Engine:
             outer, self.frame = self.frame, inner
             grad, self.grad_enabled = self.grad_enabled, True
             frame.recompute = None
+            frame.kept = None if offload else again.view()
             try:
                 with self.autocasting(autocast):
                     forward(again)
@@ -323,7 +344,8 @@ class Engine:
                 self.frame = outer
                 self.grad_enabled = grad
             for original, repeated in zip(frame.nodes, inner.nodes, strict=False):
-                original.saved = repeated.saved
+                if original.frame is not None:
+                    original.saved = repeated.saved
                 repeated.saved = ()
             frame.nodes.clear()
 
@@ -424,7 +446,7 @@ class Engine:
             self._accumulate_leaf(node.leaf, grads)
             return []
         frame = node.frame
-        if frame is not None and frame.recompute is not None and frame.saving:
+        if frame is not None and frame.recompute is not None:
             frame.recompute()
         assert node.backward is not None
         results = list(node.backward(node, grads))
@@ -434,7 +456,7 @@ class Engine:
                 result = None
         grads.clear()
         node.saved = ()
-        node.backward = None
+        node.backward = node.frame = frame = None
         return results
 
     def _validate(self, grad: Tensor, numel: Size, dtype: str) -> Tensor:

@@ -74,10 +74,12 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
         held.kind = quant.kind
         held.packed = [eng.empty(n, "int8", f"weight_{name}") for name, n in quantized_bytes(spec, quant)]
     else:
-        held.weight = eng.parameter(spec.weight_elements, step.unquantized_dtype, "weight", trainable)
+        make = step.trainable if trainable else eng.parameter
+        held.weight = make(spec.weight_elements, step.unquantized_dtype, "weight")
     held.dtype = train.base_dtype
     if spec.bias:
-        held.bias = eng.parameter(spec.out_features, step.unquantized_dtype, "weight", trainable)
+        make = step.trainable if trainable else eng.parameter
+        held.bias = make(spec.out_features, step.unquantized_dtype, "weight")
     return held
 
 

@@ -137,8 +137,6 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
     """a * b with broadcasting of the smaller: each side saves the other when it needs a gradient."""
     dtype = promote(a.dtype, b.dtype)
     big = a if _larger(a, b) else b
-    out = eng.empty(big.numel, dtype, op)
-    eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
     saved = []
     if a.requires_grad:
         saved.append(b)
@@ -156,7 +154,10 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
                 results[side] = unary(eng, grad, "mul_grad", promote(grad.dtype, other))
         return results
 
-    eng.link(out, (a, b), backward, tuple(saved))
+    made = eng.begin((a, b), backward, tuple(saved))
+    out = eng.empty(big.numel, dtype, op)
+    eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
+    eng.finish(made, out)
     return out
 
 
@@ -218,9 +219,17 @@ def _last(out: Tensor, *temporaries: Tensor) -> Tensor:
 
 def pointwise(eng: Engine, x: Tensor, op: str, saves_input: bool = True) -> Tensor:
     """A fused activation kernel (silu, gelu, relu, tanh, sigmoid): saves input or result, one tensor in backward."""
-    out = unary(eng, x, op)
-    saved = x if saves_input else out.view()
-    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), f"{op}_grad")], (saved,))
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [unary(eng, _grad(grads), f"{op}_grad")]
+
+    if saves_input:
+        made = eng.begin((x,), backward, (x,))
+        out = unary(eng, x, op)
+        eng.finish(made, out)
+    else:
+        out = unary(eng, x, op)
+        eng.link(out, (x,), backward, (out.view(),))
     return out
 
 
@@ -302,11 +311,10 @@ def linear(
     eng: Engine, x: Tensor, weight: Tensor, m: Size, n: Size, k: Size, bias: Tensor | None = None, op: str = "linear"
 ) -> Tensor:
     """F.linear: x [m, k], weight [n, k] -> [m, n]; saves x for the weight's gradient, the weight for the input's."""
-    x = autocast_half(eng, x)
-    w = autocast_half(eng, weight, cache=True)
+    arg = x  # held by the caller until the product exists
     b = autocast_half(eng, bias, cache=True) if bias is not None else None
-    out = eng.empty(m * n, x.dtype, op)
-    eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, matmul_flops(m, n, k))
+    w = autocast_half(eng, weight, cache=True)
+    x = autocast_half(eng, x)
     need_x, need_w, need_b = x.requires_grad, w.requires_grad, b is not None and b.requires_grad
     saved: list[Tensor] = []
     if need_w:
@@ -328,15 +336,17 @@ def linear(
             eng.kernel("matmul", dtype, (m * n + w_numel + x_numel) * ITEMSIZE[dtype], matmul_flops(n, k, m))
         return results
 
-    eng.link(out, (x, w, b), backward, tuple(saved))
+    made = eng.begin((x, w, b), backward, tuple(saved))
+    out = eng.empty(m * n, x.dtype, op)
+    eng.finish(made, out)
+    eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, matmul_flops(m, n, k))
+    del arg
     return out
 
 
 def bmm(eng: Engine, a: Tensor, b: Tensor, out_numel: Size, flops: Size, op: str = "bmm") -> Tensor:
     """Batched matrix product of two activations: both are saved."""
     a, b = autocast_half(eng, a), autocast_half(eng, b)
-    out = eng.empty(out_numel, a.dtype, op)
-    eng.kernel("bmm", a.dtype, a.nbytes + b.nbytes + out.nbytes, flops)
     saved = []
     if b.requires_grad:
         saved.append(a)
@@ -353,7 +363,10 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, out_numel: Size, flops: Size, op: str
                 eng.kernel("bmm", dtype, (out_numel + numels[0] + numels[1]) * ITEMSIZE[dtype], flops)
         return results
 
-    eng.link(out, (a, b), backward, tuple(saved))
+    made = eng.begin((a, b), backward, tuple(saved))
+    out = eng.empty(out_numel, a.dtype, op)
+    eng.kernel("bmm", a.dtype, a.nbytes + b.nbytes + out.nbytes, flops)
+    eng.finish(made, out)
     return out
 
 

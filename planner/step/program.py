@@ -82,6 +82,7 @@ class _Run:
         """Per layer (-1 outside): how many of step.parameters belong to it, in creation order."""
         self.embedding: Tensor | None = None
         self.head: linears.LinearWeights | None = None
+        self.position_ids: Tensor | None = None
 
     def all(self) -> Program:
         self._load()
@@ -89,9 +90,12 @@ class _Run:
         if self.step.train.gradient_accumulation_steps_exceed_one:
             state.hold_gradients()
         loss, kept = self._forward()
+        if self.step.train.gradient_checkpointing == "none":
+            self._drop_positions()
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
         del loss, kept
+        self._drop_positions()
         state.run_step()
         record = self.eng.record
         record.close()
@@ -286,6 +290,10 @@ class _Run:
             out = layers.norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
         return out
 
+    def _drop_positions(self) -> None:
+        """Rotary tables and mask live in the model's forward frame, or in the closures of the checkpoints."""
+        self.step.cos_sin = self.step.mask = self.position_ids = None
+
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
         step, eng = self.step, self.eng
@@ -293,7 +301,7 @@ class _Run:
         if spec.position == "rope":
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
             numel = step.seq * width
-            ids = eng.empty(step.seq, INT64, "positions")
+            self.position_ids = eng.empty(step.seq, INT64, "positions")
             angles = eng.empty(numel // 2, FP32, "rotary_tables")
             both = eng.empty(numel, FP32, "rotary_tables")
             cos = ops.unary(eng, both, "rotary_tables")
@@ -301,7 +309,6 @@ class _Run:
             sin = ops.unary(eng, both, "rotary_tables")
             sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
             step.cos_sin = (cos, sin)
-            self.position_ids = ids
             del angles, both
         eager = step.train.attention == "eager" or not spec.sdpa
         if eager or step.train.padded and step.train.attention == "sdpa":
