@@ -165,18 +165,56 @@ def softmax_casts_inside(input_dtype: str, output_dtype: str) -> bool:
 
 
 def sdpa_kernel(
-    dtype: str, *, has_mask: bool, head_dim: int, v_head_dim: int, arch: Architecture, force_flash: bool = False
+    dtype: str,
+    *,
+    has_mask: bool,
+    head_dim: int,
+    v_head_dim: int,
+    arch: Architecture,
+    grouped: bool = False,
+    force_flash: bool = False,
 ) -> SdpaKernel:
-    """The kernel that torch's scaled_dot_product_attention picks on CUDA.
+    """The kernel that torch's scaled_dot_product_attention picks on CUDA; `grouped`: fewer key than query heads.
 
     Source: ATen/native/transformers/cuda/sdp_utils.cpp: flash needs sm80, 16-bit, no mask, equal head sizes up to 256;
-    the memory-efficient kernel takes the rest.
+    the memory-efficient kernel takes the rest (bf16 from sm80 on), grouped heads only since torch 2.14
+    (pytorch/pytorch#191085); math is what is left. transformers repeats the heads itself when there is a mask.
     """
     half = dtype in ("bf16", "fp16")
     if force_flash and half and not has_mask:
         return "flash"
-    if arch.cudnn_attention and half and head_dim <= 128 and head_dim == v_head_dim:
+    same = head_dim == v_head_dim
+    if arch.cudnn_attention and half and same and head_dim <= 128:
         return "cudnn"
-    if half and not has_mask and head_dim == v_head_dim and head_dim <= 256 and arch.capability >= (8, 0):
+    if half and not has_mask and same and head_dim <= 256 and arch.capability >= (8, 0):
         return "flash"
+    if (grouped and arch.torch < (2, 14)) or (dtype == "bf16" and arch.capability < (8, 0)):
+        return "math"
     return "efficient"
+
+
+def prefers_cudnn_attention(capability: tuple[int, int], cudnn_version: int) -> bool:
+    """Whether torch 2.13 and later tries cuDNN's attention first (set `Architecture.cudnn_attention` from it).
+
+    Source: sdp_utils.cpp check_prefer_cudnn_attention: cuDNN above 9.15.0 on sm90, sm100 and sm103.
+    """
+    return cudnn_version > 91500 and capability in ((9, 0), (9, 3), (10, 0), (10, 3))
+
+
+def efficient_backward_workspace(
+    b: int, s_q: int, s_k: int, h: int, h_kv: int, d: int, itemsize: int
+) -> tuple[tuple[str, int], ...]:
+    """Buffers inside the memory-efficient kernel's backward, alive with dq, dk, dv.
+
+    Source: ATen/native/transformers/cuda/attention_backward.cu: delta fp32 [b, h, s]; 16-bit inputs accumulate dq in
+    fp32 (mem_eff_attention/kernel_backward.h workspace_elements_gq, blocks of 64); grouped heads (torch 2.14) write
+    dk and dv for every query head and reduce them afterwards (pytorch/pytorch#191085). Not verified: the split of keys
+    for few heads, which adds fp32 dk and dv.
+    """
+    buffers = [("delta", 4 * b * h * s_q)]
+    if itemsize == 2:
+        buffers.append(("dq_accum", 4 * b * h * round_up(s_q, 64) * round_up(d, 32)))
+    if h_kv != h:
+        expanded = b * s_k * h * d * itemsize
+        buffers += [("dk_expanded", expanded), ("dv_expanded", expanded)]
+    return tuple(buffers)

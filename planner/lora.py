@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
-from planner.model import Experts, Layer, Linear, ModelSpec, Table
+from planner.model import Experts, Layer, Linear, ModelSpec, Norm, Table
 from planner.training import LoraSpec
 
 PEFT_DEFAULT_TARGETS: Final[dict[str, tuple[str, ...]]] = {
@@ -279,15 +279,16 @@ def _weighted_modules(model: ModelSpec) -> Iterator[tuple[str, int, int]]:
     """Yield (path, parameters, occurrences) of every module that owns parameters."""
     for layer, count in model.distinct_layers():
         prefix = f"{model.layer_prefix}.0"
-        for part in (*layer.linears, *layer.norms, *layer.attention.norms):
+        inner: tuple[Linear | Norm, ...] = (*layer.linears, *layer.norms, *layer.attention.norms)
+        for part in inner:
             yield f"{prefix}.{part.name}", part.num_parameters, count
         if layer.experts is not None:
             yield f"{prefix}.{layer.experts.name}", layer.experts.expert_elements, count
             if not layer.experts.router_is_linear:
                 yield f"{prefix}.{layer.experts.router.name}", layer.experts.router.num_parameters, count
-    outer = (*model.embedding_projections, model.head, *_tables(model))
-    for module in (*outer, *(n for n in (model.embedding_norm, model.final_norm) if n is not None)):
-        yield module.name, module.num_parameters, 1
+    norms = tuple(norm for norm in (model.embedding_norm, model.final_norm) if norm is not None)
+    outer: tuple[Linear | Table | Norm, ...] = (*model.embedding_projections, model.head, *_tables(model), *norms)
+    yield from ((module.name, module.num_parameters, 1) for module in outer)
 
 
 def _check_names(model: ModelSpec, names: list[str], adapted: list[Adapted]) -> None:
@@ -305,7 +306,7 @@ def _check_names(model: ModelSpec, names: list[str], adapted: list[Adapted]) -> 
 def _names_saved(model: ModelSpec, name: str) -> bool:
     """Return whether `name` exists at all (it may be left out because modules_to_save covers it)."""
     linears = [linear.name for layer, _ in model.distinct_layers() for linear in layer.linears]
-    outer = [m.name for m in (*model.embedding_projections, model.head, *_tables(model))]
+    outer = [x.name for x in (*model.embedding_projections, model.head)] + [x.name for x in _tables(model)]
     return any(_matches(path, (name,)) for path in (*linears, *outer))
 
 

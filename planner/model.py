@@ -130,11 +130,12 @@ class Attention:
 
     @property
     def num_parameters(self) -> int:
-        own = sum(x.num_parameters for x in (*self.linears, *self.norms))
-        return own + (self.num_heads if self.sinks else 0)
+        parts: tuple[Linear | Norm, ...] = (*self.linears, *self.norms)
+        return sum(x.num_parameters for x in parts) + (self.num_heads if self.sinks else 0)
 
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "xielu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "xielu", "clamped_swiglu"]
+"""clamped_swiglu: (clamp(up) + 1) * g * sigmoid(1.702 * g) with g = clamp(gate), written out (gpt_oss)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

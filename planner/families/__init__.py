@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 
 from planner.config_values import mapping, text
@@ -28,7 +29,7 @@ _MODULES: dict[str, str] = {
     "gemma3_text": "gemma",
     "glm": "glm",
     "glm4": "glm",
-    "glm4_moe": "glm",
+    "glm4_moe": "moe",
     "gpt2": "gpt",
     "gpt_bigcode": "gpt",
     "gpt_neo": "gpt",
@@ -54,7 +55,7 @@ _MODULES: dict[str, str] = {
     "opt": "classic",
     "phi": "phi",
     "phi3": "phi",
-    "phimoe": "phi",
+    "phimoe": "moe",
     "qwen": "remote",
     "qwen2": "llama_like",
     "qwen2_moe": "moe",
@@ -69,6 +70,10 @@ _MODULES: dict[str, str] = {
 
 _ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "m2m_100", "longt5", "led", "marian")
 
+_SHARED_KEYS = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
+
+_TEXT_ONLY = "only the language model is planned: the vision or audio tower's weights and activations come on top"
+
 _TRACE = "if transformers knows it, install loraplan[trace] and use --via trace"
 
 
@@ -82,11 +87,9 @@ def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
     nested = mapping(config, "text_config", default={})
     if not nested:
         return config
-    # the stored dtype and quantization are written once, outside
-    outer = {
-        k: config[k] for k in ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings") if k in config
-    }
-    return {**outer, **nested}
+    # the stored dtype and quantization are written once, outside; the text part may leave its own type out
+    outer = {key: config[key] for key in _SHARED_KEYS if key in config}
+    return {**outer, "model_type": f"{text(config, 'model_type')}_text", **nested}
 
 
 def build_spec(config: Mapping[str, object], *, model_id: str) -> ModelSpec:
@@ -96,9 +99,9 @@ def build_spec(config: Mapping[str, object], *, model_id: str) -> ModelSpec:
         UnknownName: a model_type that no family here covers.
         InvalidInput: a key that is missing or holds an impossible value.
     """
-    config = text_part(config)
-    model_type = text(config, "model_type")
-    if model_type in _ENCODER_DECODERS or config.get("is_encoder_decoder") is True:
+    part = text_part(config)
+    model_type = text(part, "model_type")
+    if model_type in _ENCODER_DECODERS or part.get("is_encoder_decoder") is True:
         raise UnknownName(
             f"model_type {one_line(model_type)!r} is an encoder-decoder model, which is not planned yet; "
             "only decoder-only language models are; choose one of them"
@@ -106,5 +109,5 @@ def build_spec(config: Mapping[str, object], *, model_id: str) -> ModelSpec:
     if model_type not in _MODULES:
         raise unknown("model_type", model_type, known_families(), _TRACE)
     family = getattr(import_module(f"{__name__}.{_MODULES[model_type]}"), model_type)
-    spec: ModelSpec = family(config, model_id)
-    return spec
+    spec: ModelSpec = family(part, model_id)
+    return spec if part is config else replace(spec, notes=(*spec.notes, _TEXT_ONLY))

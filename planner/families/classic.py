@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from planner.config_values import boolean, integer, mapping
@@ -101,9 +102,8 @@ def bloom(config: Config, model_id: str) -> ModelSpec:
 
 def mpt(config: Config, model_id: str) -> ModelSpec:
     # transformers' class always uses ALiBi, no biases and four times the width, whatever the file says
-    s = sizes(config, four_times=True)
-    inner = mapping(config, "attn_config", default={})
-    dropped = drops(inner, "attn_pdrop")
+    dropped = drops(mapping(config, "attn_config", default={}), "attn_pdrop")
+    s = replace(sizes(config, four_times=True), attention_dropout=dropped)
     layer = Layer(
         attention=fused_attention(s, qkv="attn.Wqkv", out="attn.out_proj", position="alibi", sdpa=False),
         mlp=plain_mlp(s.hidden, 4 * s.hidden, up="ffn.up_proj", down="ffn.down_proj", bias=False),
@@ -183,7 +183,7 @@ def falcon(config: Config, model_id: str) -> ModelSpec:
 def stablelm(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=32)
     parallel = boolean(config, "use_parallel_residual", default=False)
-    norms: dict[str, Norm] = {}
+    norms: dict[str, Any] = {}
     if boolean(config, "qk_layernorm", default=False):
         for letter, heads in (("q", s.heads), ("k", s.kv_heads)):
             norms[f"{letter}_norm"] = Norm(

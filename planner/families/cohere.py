@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from planner.config_values import boolean, integer
-from planner.families.llama_like import attention_bias
 from planner.families.parts import (
     Config,
     Sizes,
     activation,
+    attention_bias,
     causal_lm,
     gated_mlp,
     optional_integer,
@@ -26,7 +28,7 @@ def _norm(name: str, size: int, elements: int = 0) -> Norm:
 def _spec(config: Config, model_id: str, s: Sizes, kinds: tuple[tuple[int, bool], ...], qk_norm: bool) -> ModelSpec:
     """A stack with one (window, rotated) per layer."""
     widths = {"q_norm": s.q_size, "k_norm": s.kv_size} if qk_norm else {}
-    norms = {name: _norm(f"self_attn.{name}", s.head_dim, width) for name, width in widths.items()}
+    norms: dict[str, Any] = {name: _norm(f"self_attn.{name}", s.head_dim, width) for name, width in widths.items()}
 
     def make(key: tuple[int, bool]) -> Layer:
         return Layer(

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.config_values import boolean, integer
-from planner.families.llama_like import QK_NORMS, attention_bias
 from planner.families.parts import (
     Config,
     Sizes,
     activation,
+    attention_bias,
     causal_lm,
     gated_mlp,
+    head_norms,
     optional_integer,
     pre_norm_layer,
     sizes,
@@ -31,7 +32,9 @@ def _norm(name: str, size: int) -> Norm:
 def gemma(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=16, head_dim=256)
     attention = standard_attention(s, bias=attention_bias(config))
-    mlp = gated_mlp(s.hidden, s.intermediate, act=activation(config, default="gelu_pytorch_tanh"))
+    act = activation(config, default="gelu_pytorch_tanh")
+    # the first release wrote "gelu"; transformers takes it for the tanh form
+    mlp = gated_mlp(s.hidden, s.intermediate, act="gelu_tanh" if act == "gelu" else act)
     layers = uniform(s, pre_norm_layer(attention, mlp, s, kind="rms_gemma"))
     final = _norm("model.norm", s.hidden)
     return causal_lm(config, model_id, s, layers, final_norm=final, tied=True, embedding_scale=True)
@@ -94,5 +97,4 @@ def gemma3_text(config: Config, model_id: str) -> ModelSpec:
     if boolean(config, "use_bidirectional_attention", default=False):
         window = window // 2 + 1
     windows = windows_from_types(config, s.layers, window, lambda i: (i + 1) % pattern != 0)
-    norms = {n: _norm(f"self_attn.{n}", s.head_dim) for n in QK_NORMS}
-    return _sandwich(config, model_id, s, windows, cap=None, **norms)
+    return _sandwich(config, model_id, s, windows, cap=None, **head_norms(s, "rms_gemma"))

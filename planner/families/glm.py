@@ -1,16 +1,15 @@
-"""Zhipu's GLM families: fused gate and up projections, half-rotated heads; the dense and the expert kind."""
+"""Zhipu's GLM families: fused gate and up projections, half-rotated heads."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from planner.config_values import boolean, integer
-from planner.families.llama_like import QK_NORMS, attention_bias
-from planner.families.moe import dense_then_experts
 from planner.families.parts import (
     MAX_WIDTH,
     Config,
     activation,
+    attention_bias,
     causal_lm,
     fused_attention,
     fused_gated_mlp,
@@ -46,21 +45,6 @@ def glm(config: Config, model_id: str) -> ModelSpec:
 
 def glm4(config: Config, model_id: str) -> ModelSpec:
     return _dense(config, model_id, post_attention_norm="post_self_attn_layernorm", post_mlp_norm="post_mlp_layernorm")
-
-
-def glm4_moe(config: Config, model_id: str) -> ModelSpec:
-    s = sizes(config, num_key_value_heads=8)
-    normed = boolean(config, "use_qk_norm", default=False)
-    norms = {n: Norm(name=f"self_attn.{n}", size=s.head_dim) for n in QK_NORMS} if normed else {}
-    attention = standard_attention(
-        s,
-        bias=attention_bias(config),
-        out_bias=False,
-        rotary_dim=rotary_width(config, s.head_dim, 0.5),
-        rope_style="neox",
-        **norms,
-    )
-    return dense_then_experts(config, model_id, s, attention, first_dense=1, count=128, top_k=8, width=1408, shared=1)
 
 
 def chatglm(config: Config, model_id: str) -> ModelSpec:

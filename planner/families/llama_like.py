@@ -10,9 +10,12 @@ from planner.families.parts import (
     Config,
     Sizes,
     activation,
+    attention_bias,
     causal_lm,
     drops,
     gated_mlp,
+    head_norms,
+    mlp_bias,
     optional_integer,
     pre_norm_layer,
     sizes,
@@ -21,8 +24,6 @@ from planner.families.parts import (
     windows_from_types,
 )
 from planner.model import Layer, ModelSpec, Norm, NormKind
-
-QK_NORMS = ("q_norm", "k_norm")
 
 
 def spec(
@@ -50,7 +51,7 @@ def spec(
 
     def make(key: tuple[int, bool]) -> Layer:
         window, rotated = key
-        norms = {n: Norm(name=f"self_attn.{n}", size=s.head_dim, kind=kind) for n in QK_NORMS} if qk_norm else {}
+        norms = head_norms(s, kind) if qk_norm else {}
         position = "rope" if rotated else "none"
         more: dict[str, Any] = {"sliding_window": window, "position": position, **norms, **(attention or {})}
         attends = standard_attention(s, bias=bias, out_bias=out_bias, **more)
@@ -60,14 +61,6 @@ def spec(
     keys = zip(windows or (0,) * s.layers, rotates or (True,) * s.layers, strict=True)
     final = Norm(name="model.norm", size=s.hidden, kind=kind)
     return causal_lm(config, model_id, s, stack(keys, make), final_norm=final, tied=tied, **rest)
-
-
-def attention_bias(config: Config, default: bool = False) -> bool:
-    return boolean(config, "attention_bias", default=default)
-
-
-def mlp_bias(config: Config) -> bool:
-    return boolean(config, "mlp_bias", default=False)
 
 
 def llama(config: Config, model_id: str) -> ModelSpec:

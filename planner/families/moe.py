@@ -6,24 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 from planner.config_values import boolean, integer, integer_list
-from planner.families.llama_like import QK_NORMS, attention_bias
 from planner.families.parts import (
     MAX_LAYERS,
     MAX_WIDTH,
     Config,
     Sizes,
     activation,
+    attention_bias,
     causal_lm,
     gated_mlp,
+    head_norms,
+    layer_norm,
     optional_integer,
     pre_norm_layer,
+    rotary_width,
     sizes,
     stack,
     standard_attention,
     uniform,
     windows_from_types,
 )
-from planner.model import Attention, Experts, Layer, Linear, Mlp, ModelSpec, Norm
+from planner.model import Activation, Attention, Experts, Layer, Linear, Mlp, ModelSpec, Norm
 
 MAX_EXPERTS = 65_536
 
@@ -40,6 +43,7 @@ def experts(
     router: str = "gate",
     router_bias: bool = False,
     linear: bool = False,
+    act: Activation | None = None,
     **rest: Any,
 ) -> Experts:
     """A block of fused experts; `count` and `top_k` are class defaults, `linear`: the router is an nn.Linear."""
@@ -58,7 +62,7 @@ def experts(
             cls="subclass" if linear else "Linear",
         ),
         router_is_linear=linear,
-        activation=activation(config),
+        activation=act or activation(config),
         **rest,
     )
 
@@ -99,7 +103,17 @@ def granitemoe(config: Config, model_id: str) -> ModelSpec:
 def gpt_oss(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=8, head_dim=64)
     window = optional_integer(config, "sliding_window", 128)
-    block = experts(config, s, count=128, top_k=4, width=s.intermediate, router="router", router_bias=True, bias=True)
+    block = experts(
+        config,
+        s,
+        count=128,
+        top_k=4,
+        width=s.intermediate,
+        router="router",
+        router_bias=True,
+        bias=True,
+        act="clamped_swiglu",
+    )
 
     def make(sliding: int) -> Layer:
         attention = standard_attention(
@@ -178,8 +192,7 @@ def qwen3_moe(config: Config, model_id: str) -> ModelSpec:
     window = optional_integer(config, "sliding_window", 4096) if used else 0
 
     def attend(sliding: int) -> Attention:
-        norms = {n: Norm(name=f"self_attn.{n}", size=s.head_dim) for n in QK_NORMS}
-        return standard_attention(s, bias=attention_bias(config), sliding_window=sliding, **norms)
+        return standard_attention(s, bias=attention_bias(config), sliding_window=sliding, **head_norms(s))
 
     kinds = tuple((window, sparse) for sparse in _every_nth(config, s.layers))
     dense = gated_mlp(s.hidden, s.intermediate, act=activation(config))
@@ -277,3 +290,36 @@ def llama4_text(config: Config, model_id: str) -> ModelSpec:
     kinds = ((rotates[i], i in sparse) for i in range(s.layers))
     final = Norm(name="model.norm", size=s.hidden)
     return causal_lm(config, model_id, s, stack(kinds, make), final_norm=final, tied=False)
+
+
+def phimoe(config: Config, model_id: str) -> ModelSpec:
+    s = sizes(config, num_key_value_heads=8)
+    attention = standard_attention(
+        s, bias=attention_bias(config), sliding_window=optional_integer(config, "sliding_window")
+    )
+    block = experts(
+        config, s, counts=("num_local_experts",), count=16, top_k=2, width=s.intermediate, router="router", linear=True
+    )
+    return causal_lm(
+        config,
+        model_id,
+        s,
+        uniform(s, pre_norm_layer(attention, block, s, kind="layernorm")),
+        final_norm=layer_norm("model.norm", s.hidden),
+        tied=False,
+        head_bias=boolean(config, "lm_head_bias", default=False),
+    )
+
+
+def glm4_moe(config: Config, model_id: str) -> ModelSpec:
+    s = sizes(config, num_key_value_heads=8)
+    norms = head_norms(s) if boolean(config, "use_qk_norm", default=False) else {}
+    attention = standard_attention(
+        s,
+        bias=attention_bias(config),
+        out_bias=False,
+        rotary_dim=rotary_width(config, s.head_dim, 0.5),
+        rope_style="neox",
+        **norms,
+    )
+    return dense_then_experts(config, model_id, s, attention, first_dense=1, count=128, top_k=8, width=1408, shared=1)

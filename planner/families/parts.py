@@ -126,6 +126,14 @@ def optional_integer(config: Config, key: str, default: int = 0) -> int:
     return integer(config, key, default=default, low=0)
 
 
+def attention_bias(config: Config, default: bool = False) -> bool:
+    return boolean(config, "attention_bias", default=default)
+
+
+def mlp_bias(config: Config) -> bool:
+    return boolean(config, "mlp_bias", default=False)
+
+
 def drops(config: Config, *keys: str, default: float = 0.0) -> bool:
     """Return whether a dropout probability, the first present of `keys`, is above 0."""
     return number(config, *keys, default=default, low=0.0, high=1.0) > 0
@@ -308,6 +316,11 @@ def plain_mlp(
 def layer_norm(name: str, size: int, bias: bool = True) -> Norm:
     """A torch LayerNorm."""
     return Norm(name=name, size=size, kind="layernorm", bias=bias)
+
+
+def head_norms(s: Sizes, kind: NormKind = "rms") -> dict[str, Any]:
+    """The q_norm and k_norm fields of an attention that normalises every head."""
+    return {name: Norm(name=f"self_attn.{name}", size=s.head_dim, kind=kind) for name in ("q_norm", "k_norm")}
 
 
 def pre_norm_layer(

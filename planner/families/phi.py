@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from planner.config_values import boolean
-from planner.families.llama_like import attention_bias
-from planner.families.moe import experts
 from planner.families.parts import (
     Config,
     activation,
@@ -26,7 +26,7 @@ from planner.model import Layer, ModelSpec, Norm
 
 def phi(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config)
-    norms: dict[str, Norm] = {}
+    norms: dict[str, Any] = {}
     if boolean(config, "qk_layernorm", default=False):
         norms = {f"{x}_norm": layer_norm(f"self_attn.{x}_layernorm", s.head_dim) for x in ("q", "k")}
     layer = Layer(
@@ -70,23 +70,4 @@ def phi3(config: Config, model_id: str) -> ModelSpec:
     layer = pre_norm_layer(attention, mlp, s, hidden_dropout=drops(config, "resid_pdrop"))
     return causal_lm(
         config, model_id, s, uniform(s, layer), final_norm=Norm(name="model.norm", size=s.hidden), tied=False
-    )
-
-
-def phimoe(config: Config, model_id: str) -> ModelSpec:
-    s = sizes(config, num_key_value_heads=8)
-    attention = standard_attention(
-        s, bias=attention_bias(config), sliding_window=optional_integer(config, "sliding_window")
-    )
-    block = experts(
-        config, s, counts=("num_local_experts",), count=16, top_k=2, width=s.intermediate, router="router", linear=True
-    )
-    return causal_lm(
-        config,
-        model_id,
-        s,
-        uniform(s, pre_norm_layer(attention, block, s, kind="layernorm")),
-        final_norm=layer_norm("model.norm", s.hidden),
-        tied=False,
-        head_bias=boolean(config, "lm_head_bias", default=False),
     )

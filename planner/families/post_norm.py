@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.config_values import integer
-from planner.families.llama_like import attention_bias
 from planner.families.parts import (
     Config,
     Sizes,
     activation,
+    attention_bias,
     causal_lm,
     gated_mlp,
     optional_integer,
@@ -88,7 +88,9 @@ def olmo3(config: Config, model_id: str) -> ModelSpec:
 def exaone4(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=32)
     window = optional_integer(config, "sliding_window", 4096)
-    pattern = integer(config, "sliding_window_pattern", default=4, low=0) if window else 0
+    # published files also write the pattern as letters ("LLLG") beside the layer_types that decide
+    listed = config.get("layer_types") is not None
+    pattern = integer(config, "sliding_window_pattern", default=4, low=0) if window and not listed else 0
     windows = windows_from_types(config, s.layers, window, lambda i: bool(pattern) and (i + 1) % pattern != 0)
     # only sliding layers rotate, unless no layer slides
     kinds = [(w, bool(w) or not window) for w in windows]

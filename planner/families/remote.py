@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from planner.config_values import boolean, integer
 from planner.errors import InvalidInput
-from planner.families.llama_like import attention_bias, qwen_windows, spec
+from planner.families.llama_like import qwen_windows, spec
 from planner.families.parts import (
     MAX_WIDTH,
     Config,
     activation,
+    attention_bias,
     causal_lm,
     fused_attention,
     gated_mlp,

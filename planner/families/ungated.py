@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from planner.config_values import boolean
-from planner.families.llama_like import attention_bias, mlp_bias
 from planner.families.parts import (
     Config,
     activation,
+    attention_bias,
     causal_lm,
     drops,
     layer_norm,
+    mlp_bias,
     optional_integer,
     plain_mlp,
     pre_norm_layer,

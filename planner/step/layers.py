@@ -15,6 +15,10 @@ from planner.step.engine import BF16, FP16, FP32, INT64, Grads, Node, Size, Tens
 from planner.step.linears import LinearWeights
 
 
+REPEATS_BEFORE_FLASH = (4, 48)
+"""Before: flash attention got key/value heads repeated to all query heads (modeling_mistral.py v4.45.2)."""
+
+
 class LayerWeights:
     """The tensors of one decoder layer, by module name."""
 
@@ -37,7 +41,7 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
     weight, bias = weights
     if spec.kind == "layernorm":
         out = ops.layer_norm(step.eng, x, weight, bias, rows)
-    elif step.train.kernels in ("liger", "unsloth", "fms-fused"):
+    elif _fuses_norms(step):
         out = _fused_rms_norm(step, weight, x, rows)
     elif spec.kind == "rms":
         out = _rms_norm(step, weight, x, rows)
@@ -47,6 +51,18 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
         out = _rms_norm_fp32(step, spec, weight, x, rows)
     del arg
     return out
+
+
+def _fuses_norms(step: Step) -> bool:
+    """Whether a Triton RMSNorm replaces the class's own.
+
+    fms' sample configurations for quantized bases with the Liger loss misspell the norm's key, so it stays off there
+    (fms-acceleration sample-configurations, fast_rsm_layernorm).
+    """
+    train = step.train
+    if train.kernels == "fms-fused":
+        return not (train.loss == "fused" and train.quantization.kind != "none")
+    return train.kernels in ("liger", "unsloth")
 
 
 def _rms_core(step: Step, x: Tensor, rows: Size) -> Tensor:
@@ -165,7 +181,8 @@ def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
         q, k, v = _project(step, held, x)
     out = _attend(step, spec, q, k, v)
     del q, k, v
-    result = linears.forward(step, held.linears[spec.output.name], out)
+    last = held.linears[spec.output.name]
+    result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
     del arg, out
     return result
 
@@ -174,7 +191,10 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
     """q, k, v from separate or fused projections, with their norms and rotary."""
     eng, spec, t = step.eng, held.spec.attention, step.tokens
     sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
-    if len(spec.projections) == 1:
+    group = [held.linears[p.name] for p in spec.projections]
+    if len(group) > 1 and _fuses_lora(step, group):
+        q, k, v = linears.fused_lora(step, group, x)
+    elif len(spec.projections) == 1:
         fused = linears.forward(step, held.linears[spec.projections[0].name], x)
         q, k, v = ops.split(eng, fused, sizes)
         del fused
@@ -192,6 +212,12 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest)
         q, k = q_turned, k_turned
     return q, k, v
+
+
+def _fuses_lora(step: Step, group: list[LinearWeights]) -> bool:
+    """fms replaces a group of quantized projections by one function when every one of them is adapted."""
+    fused = step.train.kernels == "fms-fused" and step.model.model_type != "gpt_bigcode"
+    return fused and all(held.lora and held.kind != "none" and held.dora is None for held in group)
 
 
 def _projected_norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor) -> Tensor:
@@ -294,6 +320,9 @@ def _attention_flops(step: Step, spec: Attention) -> Size:
 def _flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention-2: keeps q, k, v, output and logsumexp."""
     b, s, heads = step.batch, step.seq, spec.num_heads
+    if step.train.versions.transformers < REPEATS_BEFORE_FLASH:
+        groups = heads // spec.num_kv_heads
+        k, v = ops.expand_copy(step.eng, k, groups), ops.expand_copy(step.eng, v, groups)
     buffers = cuda_rules.flash_backward_workspace(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
     return ops.fused_attention(
         step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
@@ -357,6 +386,8 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
     arg = x
     if not spec.gated:
         hidden = _activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
+    elif spec.gate is not None and step.train.kernels in ("liger", "unsloth"):
+        hidden = _fused_swiglu(step, held, spec, x)
     elif spec.gate is not None:
         gate = _activate(step, spec, linears.forward(step, held.linears[spec.gate.name], x))
         up = linears.forward(step, held.linears[spec.up.name], x)
@@ -369,6 +400,17 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
         del fused, gate, up
     out = linears.forward(step, held.linears[spec.down.name], hidden)
     del arg, hidden
+    return out
+
+
+def _fused_swiglu(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
+    """LigerSiLUMulFunction: keeps gate and up outputs only; the backward writes their gradients over them."""
+    eng = step.eng
+    assert spec.gate is not None
+    gate = linears.forward(step, held.linears[spec.gate.name], x)
+    up = linears.forward(step, held.linears[spec.up.name], x)
+    out = ops.unary(eng, up, "mlp")
+    eng.link(out, (gate, up), lambda node, grads: [node.saved[0].view(), node.saved[1].view()], (gate, up))
     return out
 
 

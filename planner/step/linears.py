@@ -125,6 +125,14 @@ def base_forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     )
 
 
+def head_chunk(step: Step, held: LinearWeights, hidden: Tensor, rows: Size, chunks: int) -> Tensor:
+    """The head on one of `chunks` slices of the positions; its input gradient lands in a full-size tensor once."""
+    assert held.weight is not None
+    part = ops.narrow(step.eng, hidden, hidden.numel // chunks, "lm_head_grad")
+    spec = held.spec
+    return ops.linear(step.eng, part, held.weight, rows, spec.out_features, spec.in_features, None, "lm_head")
+
+
 def _matmul_name(spec: Linear) -> str:
     return "lm_head" if spec.name == "lm_head" else "linear"
 
@@ -310,3 +318,70 @@ def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
     eng.link(out, (x,), backward, hooked=False)
     return ops.cast(eng, out, source, "input_dtype_cast") if not eng.autocast else out
+
+
+# --- fms-acceleration's fused LoRA ---------------------------------------------------------------------------------
+
+
+def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor]:
+    """Projections that share an input, with their adapters, as one autograd function.
+
+    Saves x and, with dropout, one dropped copy of x per projection; no adapter outputs, no masks. The base weights
+    are dequantized one at a time (GPTQ: all of the group before the first product). The 4-bit backward writes the
+    input's gradient over x. Source: fms-acceleration plugins/fused-ops-and-kernels fused_ops/unsloth_lora
+    {bnb,gptq}/fast_lora.py at 24bdadb2.
+    """
+    eng, m = step.eng, step.tokens
+    k = group[0].spec.in_features
+    all_first = group[0].kind.startswith("gptq")
+    weights = [_fused_weight(step, held, x.dtype) for held in group] if all_first else []
+    outs, kept = [], [x]
+    for held in group:
+        weight = None if all_first else _fused_weight(step, held, x.dtype)
+        n = held.spec.out_features
+        out = eng.empty(m * n, x.dtype, "linear_4bit")
+        eng.kernel("matmul", x.dtype, x.nbytes + out.nbytes, ops.matmul_flops(m, n, k))
+        del weight
+        if step.lora_dropout:
+            noise = eng.empty(m * k, x.dtype, "lora_dropout")
+            kept.append(eng.empty(m * k, x.dtype, "lora_dropout"))
+            del noise
+        low = eng.empty(m * held.rank, x.dtype, "lora_a")
+        product = eng.empty(m * n, x.dtype, "lora_b")
+        eng.kernel("matmul", x.dtype, x.nbytes + 2 * out.nbytes, ops.matmul_flops(m, held.rank, n + k))
+        del low, product
+        outs.append(out)
+    del weights, out
+    adapters = [t for held in group for pair in held.lora for t in pair[:2]]
+    in_place = not all_first
+    numel, dtype = x.numel, x.dtype
+    numels = [t.numel for t in adapters]
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        gradients: list[Tensor | None] = [eng.empty(n, dtype, "weight_grad") for n in numels]
+        result = node.saved[0].view() if in_place else eng.empty(numel, dtype, "linear_4bit_grad")
+        for held in group:
+            weight = _fused_weight(step, held, dtype)
+            eng.kernel("matmul", dtype, 2 * result.nbytes, ops.matmul_flops(m, k, held.spec.out_features))
+            del weight
+            if step.lora_dropout:
+                mask = eng.empty(numel, "int8", "lora_dropout_grad")
+                product = eng.empty(numel, dtype, "lora_dropout_grad")
+                masked = eng.empty(numel, dtype, "lora_dropout_grad")
+                del mask, product, masked
+            eng.kernel("matmul", dtype, 4 * result.nbytes, 3 * ops.matmul_flops(m, held.rank, held.spec.out_features + k))
+        return [result, *gradients]
+
+    eng.link(outs, (x, *adapters), backward, tuple(kept))
+    return outs
+
+
+def _fused_weight(step: Step, held: LinearWeights, dtype: str) -> Tensor:
+    """The dequantized weight; 4-bit: with its fp32 absmax, freed when the weight exists. GPTQ: always fp16."""
+    eng, n = step.eng, held.spec.weight_elements
+    gptq = held.kind.startswith("gptq")
+    absmax = None if gptq else eng.workspace(4 * cuda_rules.absmax_blocks(n), "dequantize")
+    weight = eng.empty(n, FP16 if gptq else dtype, "dequantize")
+    eng.kernel("dequantize", dtype, n // 2 + weight.nbytes, count=2)
+    del absmax
+    return weight

@@ -1,63 +1,82 @@
-"""The head and the loss: whole logits (with or without the fp32 upcast), chunks, or a fused kernel."""
+"""The head and the loss: whole logits (with or without the fp32 upcast), chunks, or a fused kernel.
+
+What is kept differs between releases of transformers; the comments name the release. Sizes per token: V vocabulary.
+"""
 
 from __future__ import annotations
 
 from planner.step import linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, ITEMSIZE, Grads, Node, Size, Tensor
 from planner.step.linears import LinearWeights
 
+UPCASTS_IN_FORWARD = (4, 46)
+"""Before: the model's forward replaces the logits by their fp32 copy (models/llama/modeling_llama.py v4.45.2)."""
+SHIFTS_BY_COPY = (4, 50)
+"""Before: the loss copies logits[..., :-1, :].contiguous(); since then the labels are padded (loss/loss_utils.py)."""
+WITHOUT_UPCAST: dict[str, tuple[int, int]] = {"gpt_bigcode": (4, 50)}
+"""model_type -> release before which its own loss never upcast (models/gpt_bigcode/modeling_gpt_bigcode.py v4.48.1)."""
 
-def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the loss and the logits the caller can still reach (None when they never exist whole)."""
-    if step.train.loss == "fused":
-        return _fused_linear_cross_entropy(step, head, hidden), None
-    if step.train.loss == "chunked":
-        return _chunked(step, head, hidden), None
+
+def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss and the logits the caller can still reach (none when they never exist whole)."""
+    kind = step.train.loss
+    if kind == "fused":
+        return _fused_linear_cross_entropy(step, head, hidden), []
+    if kind == "chunked":
+        return _chunked(step, head, hidden)
     return _full_logits(step, head, hidden)
 
 
-def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """ForCausalLMLoss of transformers: logits of every position, one cross entropy."""
+def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The causal-LM loss of transformers: logits of every position, one cross entropy."""
     eng, model, train = step.eng, step.model, step.train
+    release = train.versions.transformers
     logits = linears.forward(step, head, hidden)
     if model.logit_scale:
         logits = ops.scale(eng, logits, "logits_scale")
     if model.logit_softcap:
         logits = ops.scale(eng, logits, "logits_softcap")
         logits = ops.scale(eng, ops.pointwise(eng, logits, "logits_softcap", False), "logits_softcap")
-    if train.kernels in ("unsloth", "fms-fused") and train.loss == "full-logits":
-        return _triton_cross_entropy(step, logits), logits
-    if train.loss == "full-logits":
-        return ops.cross_entropy(eng, logits, step.tokens), logits
-    upcast = ops.cast(eng, logits, FP32, "logits_fp32")
-    if train.versions.transformers < (4, 45):  # the upcast took the place of the 16-bit logits in the outputs
-        logits = upcast
-    if train.versions.transformers < (4, 49):  # shift_logits = logits[..., :-1, :].contiguous()
-        upcast = ops.contiguous(eng, upcast, "logits_shifted")
-    return ops.cross_entropy(eng, upcast, step.tokens), logits
+    upcasts = release >= WITHOUT_UPCAST.get(model.model_type, (0, 0)) and (
+        train.loss == "full-logits-fp32" or train.kernels == "fms-fused"
+    )
+    wide = ops.cast(eng, logits, FP32, "logits_fp32") if upcasts else logits
+    if upcasts and release < UPCASTS_IN_FORWARD:
+        logits = wide
+    source = wide
+    if release < SHIFTS_BY_COPY:
+        rows = step.batch * (step.seq - 1)
+        source = ops.contiguous(eng, ops.narrow(eng, wide, rows * model.vocab_size, "logits_grad"), "logits_shifted")
+    if train.kernels in ("unsloth", "fms-fused"):
+        loss = _triton_cross_entropy(step, source)
+    else:
+        loss = ops.cross_entropy(eng, source, step.tokens)
+    del wide, source
+    return loss, [logits]
 
 
 def _triton_cross_entropy(step: Step, logits: Tensor) -> Tensor:
-    """unsloth's kernel (also in fms): reads 16-bit logits, keeps them, writes the gradient over them."""
+    """unsloth's kernel (also in fms): keeps the logits it was given and writes the gradient over them."""
     eng = step.eng
-    loss_rows = eng.empty(step.tokens, FP32, "loss")
+    rows = eng.empty(step.tokens, FP32, "loss")
     lse = eng.empty(step.tokens, FP32, "loss")
     eng.kernel("softmax", logits.dtype, logits.nbytes)
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        eng.kernel("softmax", node.saved[0].dtype, 2 * node.saved[0].nbytes)
         return [node.saved[0].view()]
 
     loss = eng.empty(1, FP32, "loss")
     eng.link(loss, (logits,), backward, (logits, lse))
-    del loss_rows
+    del rows
     return loss
 
 
 def fused_chunk_rows(tokens: Size, vocab: int, hidden: int) -> Size:
-    """Rows of a chunk of Liger's fused linear cross entropy (liger_kernel/ops/fused_linear_cross_entropy.py).
+    """Rows of a chunk of Liger's fused linear cross entropy: next_power_of_2(ceil(tokens / ceil(vocab / hidden))).
 
-    chunk = next_power_of_2(ceil(tokens / ceil(vocab / hidden)))
+    Source: liger_kernel/ops/fused_linear_cross_entropy.py.
     """
     wanted = -(-tokens // -(-vocab // hidden))
     if hasattr(wanted, "shape"):
@@ -67,18 +86,24 @@ def fused_chunk_rows(tokens: Size, vocab: int, hidden: int) -> Size:
     return 1 << (int(wanted) - 1).bit_length()
 
 
+FUSED_CHUNK_BYTES = 8
+"""Bytes per logit of a chunk at the worst moment: old gradient 2, new 16-bit logits 2, their fp32 copy 4."""
+
+
 def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor) -> Tensor:
-    """Liger: per chunk 16-bit logits, whose storage becomes the gradient; the input's gradient exists whole."""
+    """Liger: logits exist a chunk at a time and become their gradient in place; the input's gradient exists whole."""
     eng, model = step.eng, step.model
     assert head.weight is not None
     hidden = ops.autocast_half(eng, hidden)
     weight = ops.autocast_half(eng, head.weight)
-    t, h, v = step.tokens, model.hidden_size, model.vocab_size
+    h, v = model.hidden_size, model.vocab_size
+    t = step.batch * (step.seq - 1)
+    shifted = ops.contiguous(eng, ops.narrow(eng, hidden, t * h), "loss_input")
     grad_input = eng.empty(t * h, hidden.dtype, "loss_input_grad")
-    grad_weight = eng.empty(v * h, FP32 if step.autocast else weight.dtype, "weight_grad") if weight.requires_grad else None
+    grad_weight = eng.empty(v * h, weight.dtype, "weight_grad") if weight.requires_grad else None
     losses = eng.empty(t, FP32, "loss")
     rows = fused_chunk_rows(t, v, h)
-    chunk = eng.empty(rows * v, hidden.dtype, "logits_chunk")
+    chunk = eng.workspace(rows * v * FUSED_CHUNK_BYTES, "logits_chunk")
     eng.kernel("matmul", hidden.dtype, 3 * t * h * ITEMSIZE[hidden.dtype], 2 * ops.matmul_flops(t, v, h))
     product = eng.empty(rows * h, hidden.dtype, "logits_chunk")
     del chunk, product
@@ -90,31 +115,46 @@ def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor)
         return [saved[0].view(), saved[1].view() if len(saved) > 1 else None]
 
     saved = (grad_input,) if grad_weight is None else (grad_input, grad_weight)
-    eng.link(loss, (hidden, weight), backward, saved)
+    eng.link(loss, (shifted, weight), backward, saved)
     return loss
 
 
 CHUNKS = 8
-"""Chunks of torchtune's CEWithChunkedOutputLoss and of the generic chunked loss."""
+"""torchtune's CEWithChunkedOutputLoss num_output_chunks (loss/ce_chunked_output_loss.py)."""
 
 
-def _chunked(step: Step, head: LinearWeights, hidden: Tensor) -> Tensor:
-    """Logits in chunks along the tokens: 16-bit logits exist whole, the fp32 softmax only per chunk.
+def _chunked(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits in chunks along the tokens: 16-bit logits exist whole, the fp32 copy only per chunk.
 
-    Every chunk's log_softmax stays for its backward (torchtune loss/ce_chunked_output_loss.py, litgpt
-    chunked_cross_entropy): the saving is the missing whole fp32 upcast.
+    Every chunk's log_softmax stays for its backward. With outputs_to_fp32 (litgpt under Fabric) every chunk is
+    converted to fp32 before the loss and the caller keeps the list.
     """
-    eng, v = step.eng, step.model.vocab_size
-    logits = linears.forward(step, head, hidden)
+    eng, v, train = step.eng, step.model.vocab_size, step.train
     rows = -(-step.tokens // CHUNKS)
-    parts = _chunk_views(eng, logits, rows * v)
+    parts = [linears.head_chunk(step, head, hidden, rows, CHUNKS) for _ in range(CHUNKS)]
+    if train.outputs_to_fp32:
+        parts = [ops.cast(eng, part, FP32, "outputs_to_fp32") for part in parts]
     total: Tensor | None = None
     for part in parts:
-        loss = ops.cross_entropy(eng, ops.cast(eng, part, FP32, "logits_fp32"), rows)
+        loss = _chunk_loss(step, part, rows)
         total = loss if total is None else ops.add(eng, total, loss, "loss")
     assert total is not None
-    return total
+    del part, v
+    return total, parts if train.keeps_outputs else []
 
 
-def _chunk_views(eng: Engine, logits: Tensor, numel: Size) -> list[Tensor]:
-    return ops.split(eng, logits, [numel] * CHUNKS, "logits_grad")
+def _chunk_loss(step: Step, part: Tensor, rows: Size) -> Tensor:
+    """One chunk's cross entropy; a compiled loss keeps the 16-bit logits and two numbers a row instead."""
+    eng = step.eng
+    if step.train.compile:
+        return _triton_cross_entropy_rows(step, part, rows)
+    return ops.cross_entropy(eng, ops.cast(eng, part, FP32, "logits_fp32"), rows)
+
+
+def _triton_cross_entropy_rows(step: Step, part: Tensor, rows: Size) -> Tensor:
+    eng = step.eng
+    stats = eng.empty(2 * rows, FP32, "loss")
+    loss = eng.empty(1, FP32, "loss")
+    eng.kernel("softmax", part.dtype, part.nbytes)
+    eng.link(loss, (part,), lambda node, grads: [ops.unary(eng, node.saved[0], "logits_grad")], (part, stats))
+    return loss

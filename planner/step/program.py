@@ -11,7 +11,7 @@ import gc
 from typing import Any
 
 from planner import cuda_rules
-from planner.lora import resolve_targets
+from planner.lora import Adapted, resolve_targets
 from planner.model import Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
 from planner.step.context import Step
@@ -107,7 +107,7 @@ class _Run:
     def _load(self) -> None:
         step, model, train = self.step, self.step.model, self.step.train
         trainable = train.method == "full"
-        adapted = {(a.layer, a.linear.name) for a in resolve_targets(model, train.lora)} if train.lora else set()
+        adapted = {(id(a.layer), a.name): a for a in resolve_targets(model, train.lora)} if train.lora else {}
         self._begin("load", -1)
         table = model.token_embedding
         tables = [table] + ([model.position_embedding] if model.position_embedding else [])
@@ -119,7 +119,7 @@ class _Run:
         self._count(-1)
         for index, layer in enumerate(self.emulated):
             self._begin("load", index)
-            self.weights.append(self._load_layer(layer, {name for where, name in adapted if where is layer}))
+            self.weights.append(self._load_layer(layer, {name for where, name in adapted if where == id(layer)}))
             self._count(index)
         self._begin("load", -1)
         self.head = self._load_head(trainable)
@@ -193,17 +193,17 @@ class _Run:
             held.bias = self.eng.parameter(model.head.out_features, step.embedding_dtype, "weight")
         return held
 
-    def _load_adapters(self, adapted: set[tuple[Layer | None, str]]) -> None:
+    def _load_adapters(self, adapted: dict[tuple[int, str], Adapted]) -> None:
         lora = self.step.train.lora
         assert lora is not None
         for index, held in enumerate(self.weights):
             self._begin("load", index)
             for name, weights in held.linears.items():
-                if (held.spec, name) in adapted:
+                if (id(held.spec), name) in adapted:
                     linears.load_adapter(self.step, weights, lora)
             self._count(index)
         self._begin("load", -1)
-        if self.head is not None and (None, self.step.model.head.name) in adapted:
+        if self.head is not None and (id(None), self.step.model.head.name) in adapted:
             linears.load_adapter(self.step, self.head, lora)
         for name in lora.modules_to_save:
             self._save_module(name)
@@ -232,11 +232,9 @@ class _Run:
             assert self.head is not None
             loss, logits = losses.head_and_loss(step, self.head, hidden)
             del hidden
-        kept = [logits] if logits is not None and step.train.keeps_outputs else []
-        if logits is not None and step.train.outputs_to_fp32 and logits.dtype != FP32:
-            copy = ops.unary(eng, logits, "outputs_to_fp32", FP32)
-            kept = [copy] if step.train.keeps_outputs else []
-        return loss, kept
+        if step.train.outputs_to_fp32:  # accelerate converts the outputs when the forward returns
+            logits = [ops.cast(eng, part.view(), FP32, "outputs_to_fp32") for part in logits]
+        return loss, logits if step.train.keeps_outputs else []
 
     def _decode(self) -> Tensor:
         step, eng, model = self.step, self.eng, self.step.model

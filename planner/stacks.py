@@ -1,0 +1,637 @@
+"""What each training framework does unasked, as data: defaults and dtype habits with their source, merged per run.
+
+A value the user gives wins over the framework's default, which wins over loraplan's neutral default. Every value
+keeps where it came from, so that `--explain` can print each default that was used. Sources are written
+"repository@commit:path" or "wheel version:path".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from planner.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec, Versions, choice
+
+KEYS: tuple[str, ...] = (
+    "method", "versions", "quantization", "double_quant", "base_dtype", "autocast", "compute_dtype", "adapter_dtype",
+    "kbit_preparation", "fp32_norms_only", "quantized_modules", "skip_modules", "group_size", "r", "lora_alpha",
+    "lora_dropout", "target_modules", "target_slices", "modules_to_save", "use_dora", "use_rslora",
+    "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "use_reentrant",
+    "attention", "padded", "kernels", "loss", "optimizer", "optimizer_in_backward", "max_grad_norm", "keeps_outputs",
+    "outputs_to_fp32", "compile", "untied_head",
+)  # fmt: skip
+"""Option keys in the order they are resolved: a default may depend on keys to its left only."""
+
+ADAPTER_KEYS = frozenset(
+    {"r", "lora_alpha", "lora_dropout", "target_modules", "target_slices", "modules_to_save", "use_dora", "use_rslora"}
+    | {"adapter_dtype"}
+)
+QUANTIZATION_KEYS = frozenset(
+    {"double_quant", "compute_dtype", "kbit_preparation", "fp32_norms_only", "quantized_modules", "skip_modules"}
+    | {"group_size"}
+)
+_BOOLEANS = frozenset(
+    {"double_quant", "kbit_preparation", "fp32_norms_only", "use_dora", "use_rslora", "use_reentrant", "padded"}
+    | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "untied_head"}
+)
+_CHOSEN = {
+    "method": "method", "quantization": "quantization", "base_dtype": "dtype", "compute_dtype": "dtype",
+    "adapter_dtype": "dtype", "gradient_checkpointing": "checkpointing", "attention": "attention",
+    "kernels": "kernels", "loss": "loss", "optimizer": "optimizer",
+}  # fmt: skip
+_FIXED = {"autocast": ("none", "bf16", "fp16"), "quantized_modules": ("linears", "adapted-only", "none")}
+_NUMBERS = frozenset({"lora_alpha", "lora_dropout", "max_grad_norm"})
+_NAME_LISTS = frozenset({"target_modules", "modules_to_save", "skip_modules"})
+_RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})")
+
+BNB_4BIT = ("nf4", "fp4")
+BNB = ("nf4", "fp4", "int8")
+GPTQ = ("gptq4", "gptq8")
+TORCH_ADAMW = ("adamw", "adamw-fused", "adamw-bf16-states")
+
+
+# Default and Setting are named tuples: a dataclass costs a millisecond of start-up each, and `fits` starts often.
+class Default(NamedTuple):
+    """One default of a framework: the value of `key` where all conditions hold. The first that holds wins."""
+
+    key: str
+    value: object
+    source: str
+    when: tuple[tuple[str, tuple[object, ...]], ...] = ()
+    """Pairs of an earlier key and the values it must have."""
+    before: tuple[str, tuple[int, int]] | None = None
+    """A library and a release: holds for releases before it."""
+
+    def holds(self, known: Mapping[str, Setting]) -> bool:
+        """Whether this default applies, given the settings resolved so far."""
+        if self.before is not None and getattr(known["versions"].value, self.before[0]) >= self.before[1]:
+            return False
+        return all(_is_one_of(known[key].value, allowed) for key, allowed in self.when)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A training framework: its defaults, what this table cannot express, and what it was read from."""
+
+    name: str
+    defaults: tuple[Default, ...]
+    notes: tuple[str, ...] = ()
+    read: str = ""
+    """Releases or commits the defaults were read from."""
+    torch_adamw: str = "adamw"
+    """Which torch AdamW the framework runs when it says only "AdamW": foreach ("adamw") or "adamw-fused"."""
+
+
+class Setting(NamedTuple):
+    """A resolved value and where it came from: "given", "stack NAME: SOURCE" or "loraplan default"."""
+
+    value: object
+    origin: str
+
+
+@dataclass(frozen=True, eq=False)
+class Resolved:
+    """Every option of one run with its origin."""
+
+    stack: str
+    settings: Mapping[str, Setting]
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        return self.settings[key].value
+
+    def applies(self, key: str) -> bool:
+        """Whether the run uses `key` at all (a full fine-tuning has no rank, an unquantized base no group size)."""
+        if key in ADAPTER_KEYS:
+            return bool(self["method"] != "full")
+        if key in QUANTIZATION_KEYS:
+            return bool(self["quantization"] != "none") and (
+                key != "group_size" or str(self["quantization"]).startswith(("gptq", "awq"))
+            )
+        return key != "use_reentrant" or self["gradient_checkpointing"] != "none"
+
+    def defaults_used(self) -> dict[str, Setting]:
+        """The settings that apply and that the user did not give, in a fixed order."""
+        return {k: s for k, s in self.settings.items() if s.origin != "given" and self.applies(k)}
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Return value and origin of every setting as plain JSON values."""
+        return {key: {"value": _plain(s.value), "origin": s.origin} for key, s in self.settings.items()}
+
+
+def resolve(stack: str, *, method: str, given: Mapping[str, object]) -> Resolved:
+    """Merge given values, the framework's defaults and the neutral defaults; None in `given` means not given.
+
+    Raises:
+        UnknownName: for an unknown framework, option or option value.
+        Contradiction: if `given` names another method.
+    """
+    if stack not in STACKS:
+        raise unknown("stack", stack, STACKS, "(use custom for your own loop)")
+    chosen = {"method": method, **_checked(given)}
+    if chosen["method"] != method:
+        raise Contradiction(f"method is {method} and {one_line(chosen['method'])!r} at once; give it once")
+    choice("method", method)
+    if method == "dora" and chosen.get("use_dora") is False:
+        raise Contradiction("method dora with use_dora false; drop use_dora, or choose method lora")
+    known: dict[str, Setting] = {}
+    for key in KEYS:
+        known[key] = Setting(chosen[key], "given") if key in chosen else _default(STACKS[stack], key, known)
+    return Resolved(stack, known, STACKS[stack].notes)
+
+
+def torch_adamw(stack: str, versions: Versions) -> str:
+    """Return the torch AdamW implementation ("adamw" is foreach) behind a plain "AdamW" of this framework."""
+    if stack in TRANSFORMERS_STACKS and versions.transformers < (5, 0):
+        return "adamw"
+    return STACKS[stack].torch_adamw if stack in STACKS else "adamw"
+
+
+def to_training_spec(resolved: Resolved) -> TrainingSpec:
+    """Build the TrainingSpec of a resolved run; its own checks raise on settings that exclude each other."""
+    value = resolved.__getitem__
+    lora = None
+    if value("method") != "full":
+        lora = LoraSpec(
+            dtype=value("adapter_dtype"),
+            **{key: value(key) for key in sorted(ADAPTER_KEYS - {"adapter_dtype"})},
+        )
+    quantized = value("quantization") != "none"
+    quantization = QuantizationSpec(
+        kind=value("quantization"),
+        double_quant=value("double_quant"),
+        quantized_modules=value("quantized_modules") if quantized else "none",
+        skip_modules=value("skip_modules"),
+        group_size=value("group_size"),
+        compute_dtype=value("compute_dtype"),
+    )
+    rest = {f.name for f in fields(TrainingSpec)} & set(KEYS) - {"quantization"}
+    return TrainingSpec(lora=lora, quantization=quantization, **{key: value(key) for key in sorted(rest)})
+
+
+def parse_versions(texts: Mapping[str, str]) -> Versions:
+    """Parse release texts ("2.4.1+cu121"); a library that is not named is taken to be of torch's time.
+
+    Raises:
+        InvalidInput: for a text that does not start with MAJOR.MINOR.
+    """
+    names = [f.name for f in fields(Versions)]
+    releases = {name: _release(name, text) for name, text in texts.items() if name in names and text}
+    if "torch" in releases:
+        for torch, contemporary in _CONTEMPORARY:
+            if releases["torch"] <= torch:
+                releases = {**contemporary, **releases}
+                break
+    return Versions(**releases)
+
+
+def _release(name: str, text: str) -> tuple[int, int]:
+    match = _RELEASE.match(text)
+    if match is None:
+        raise InvalidInput(f"{name} version is {one_line(text, 40)!r}; must start with MAJOR.MINOR, for example 2.4.1")
+    return int(match.group(1)), int(match.group(2))
+
+
+def _default(stack: Stack, key: str, known: Mapping[str, Setting]) -> Setting:
+    """Return the first default of the framework that holds, else the first neutral one."""
+    for entry in stack.defaults:
+        if entry.key == key and entry.holds(known):
+            return Setting(entry.value, f"stack {stack.name}: {entry.source}")
+    return next(Setting(e.value, "loraplan default") for e in _NEUTRAL if e.key == key and e.holds(known))
+
+
+def _checked(given: Mapping[str, object]) -> dict[str, object]:
+    """Drop what is not given and bring each value into its one form."""
+    chosen: dict[str, object] = {}
+    for key, value in given.items():
+        if key not in KEYS:
+            raise unknown("option", key, KEYS)
+        if value is not None:
+            chosen[key] = _normal(key, value)
+    return chosen
+
+
+def _normal(key: str, value: Any) -> object:
+    if key in _CHOSEN and value not in CHOICES[_CHOSEN[key]]:
+        raise unknown(key, value, CHOICES[_CHOSEN[key]])
+    if key in _FIXED and value not in _FIXED[key]:
+        raise unknown(key, value, _FIXED[key])
+    if key in _BOOLEANS and not isinstance(value, bool):
+        raise InvalidInput(f"{key} is {one_line(value)!r}; must be true or false")
+    if key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9):
+        raise InvalidInput(f"{key} is {one_line(value)!r}; must be a number from 0 to 1e9")
+    if key in _NAME_LISTS:
+        return names(key, value)
+    if key == "target_slices":
+        return _slices(value)
+    if key == "versions":
+        return value if isinstance(value, Versions) else parse_versions(value)
+    return value
+
+
+def names(key: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    """Return module names given as a list or as text separated by commas, semicolons or blanks."""
+    parts = re.split(r"[,;\s]+", value) if isinstance(value, str) else list(value)
+    if not all(isinstance(part, str) for part in parts):
+        raise InvalidInput(f"{key} is {one_line(value)!r}; must be module names")
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def _slices(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not all(type(part) is int and 0 <= part < 8 for part in value):
+        raise InvalidInput(f"target_slices is {one_line(value)!r}; must be a list of part numbers, for example [0, 2]")
+    return tuple(value)
+
+
+def _is_one_of(value: object, allowed: Sequence[object]) -> bool:
+    # An array (a sweep) never decides a default: one run of the table serves all its cells.
+    return not hasattr(value, "shape") and value in allowed
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Versions):
+        return {f.name: ".".join(map(str, getattr(value, f.name))) for f in fields(Versions)}
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _d(key: str, value: object, source: str, before: tuple[str, tuple[int, int]] | None = None, **when: Any) -> Default:
+    """Write one table row: `_d(key, value, source, earlier_key=value_or_tuple)`."""
+    pairs = tuple((k, v if isinstance(v, tuple) else (v,)) for k, v in when.items())
+    return Default(key, value, source, pairs, before)
+
+
+_BEFORE_V5 = ("transformers", (5, 0))
+
+# Releases that were current together; a table that names torch only means the others of that time.
+_CONTEMPORARY: tuple[tuple[tuple[int, int], dict[str, tuple[int, int]]], ...] = (
+    ((2, 0), {"transformers": (4, 31), "peft": (0, 4), "bitsandbytes": (0, 41)}),
+    ((2, 1), {"transformers": (4, 36), "peft": (0, 7), "bitsandbytes": (0, 41)}),
+    ((2, 2), {"transformers": (4, 38), "peft": (0, 9), "bitsandbytes": (0, 42)}),
+    ((2, 3), {"transformers": (4, 41), "peft": (0, 11), "bitsandbytes": (0, 43)}),
+    ((2, 4), {"transformers": (4, 45), "peft": (0, 13), "bitsandbytes": (0, 43)}),
+    ((2, 5), {"transformers": (4, 47), "peft": (0, 14), "bitsandbytes": (0, 45)}),
+    ((2, 6), {"transformers": (4, 50), "peft": (0, 14), "bitsandbytes": (0, 45)}),
+    ((2, 7), {"transformers": (4, 52), "peft": (0, 15), "bitsandbytes": (0, 45)}),
+    ((2, 8), {"transformers": (4, 56), "peft": (0, 17), "bitsandbytes": (0, 47)}),
+    ((2, 9), {"transformers": (4, 57), "peft": (0, 18), "bitsandbytes": (0, 48)}),
+)
+
+_NEUTRAL: tuple[Default, ...] = (
+    _d("versions", Versions(), ""),
+    _d("quantization", "nf4", "", method="qlora"),
+    _d("quantization", "none", ""),
+    _d("double_quant", False, ""),
+    _d("base_dtype", "bf16", ""),
+    _d("autocast", "bf16", ""),
+    _d("compute_dtype", "fp16", "", autocast="fp16"),
+    _d("compute_dtype", "bf16", "", autocast="bf16"),
+    _d("compute_dtype", "fp16", "", base_dtype="fp16"),
+    _d("compute_dtype", "fp32", "", base_dtype="fp32"),
+    _d("compute_dtype", "bf16", ""),
+    _d("adapter_dtype", "fp32", ""),
+    _d("kbit_preparation", False, ""),
+    _d("fp32_norms_only", False, ""),
+    _d("quantized_modules", "linears", ""),
+    _d("skip_modules", ("lm_head",), ""),
+    _d("group_size", 128, ""),
+    _d("r", 8, ""),
+    _d("lora_alpha", 16.0, ""),
+    _d("lora_dropout", 0.0, ""),
+    _d("target_modules", ("all-linear",), ""),
+    _d("target_slices", (), ""),
+    _d("modules_to_save", (), ""),
+    _d("use_dora", True, "", method="dora"),
+    _d("use_dora", False, ""),
+    _d("use_rslora", False, ""),
+    _d("micro_batch_size", 1, ""),
+    _d("seq_len", 2048, ""),
+    _d("gradient_accumulation_steps", 1, ""),
+    _d("gradient_checkpointing", "full", ""),
+    _d("use_reentrant", False, ""),
+    _d("attention", "sdpa", ""),
+    _d("padded", False, ""),
+    _d("kernels", "none", ""),
+    _d("loss", "fused", "", kernels=("liger", "unsloth")),
+    _d("loss", "full-logits", "", kernels="fms-fused"),
+    _d("loss", "full-logits-fp32", ""),
+    _d("optimizer", "adamw", ""),
+    _d("optimizer_in_backward", False, ""),
+    _d("max_grad_norm", 1.0, ""),
+    _d("keeps_outputs", False, ""),
+    _d("outputs_to_fp32", False, ""),
+    _d("compile", False, ""),
+    _d("untied_head", False, ""),
+)
+
+_TF = "transformers 5.23 training_args.py"
+_TF4 = "transformers 4.45 to 4.57 training_args.py"
+_GC4 = "transformers 4.48.1 modeling_utils.py gradient_checkpointing_enable"
+_ACC = "accelerate 1.0.1 utils/operations.py convert_outputs_to_fp32 (mixed precision only)"
+_PEFT = "huggingface/peft@5d602fd:src/peft/tuners/lora/config.py"
+_PEFT_TARGETS = "huggingface/peft@5d602fd:src/peft/utils/constants.py (q and v for llama-like families)"
+_PEFT_FP32 = "huggingface/peft@5d602fd autocast_adapter_dtype (16-bit adapters become fp32)"
+_QV = ("q_proj", "v_proj")
+_SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_HF_TRAINER_HABITS = (
+    _d("use_reentrant", True, _GC4, before=_BEFORE_V5),
+    _d("optimizer", "adamw", _TF4, before=_BEFORE_V5),
+    _d("optimizer", "adamw-fused", f"{_TF} (torch 2.8 and later)"),
+    _d("outputs_to_fp32", True, _ACC, autocast=("bf16", "fp16")),
+)
+
+_HF_TRAINER = Stack(
+    "hf-trainer",
+    (
+        _d("base_dtype", "fp32", "transformers 4 from_pretrained loads fp32 unless told", before=_BEFORE_V5),
+        _d("base_dtype", "bf16", "transformers 5.23 from_pretrained dtype auto (a bf16 checkpoint assumed)"),
+        _d("autocast", "none", f"{_TF} bf16, fp16 false"),
+        _d("adapter_dtype", "fp32", _PEFT_FP32),
+        _d("lora_alpha", 8.0, _PEFT),
+        _d("target_modules", _QV, _PEFT_TARGETS),
+        _d("micro_batch_size", 8, f"{_TF} per_device_train_batch_size"),
+        _d("gradient_checkpointing", "none", f"{_TF} activation_checkpointing"),
+        *_HF_TRAINER_HABITS,
+    ),
+    notes=("double quantization is off in transformers' BitsAndBytesConfig, whose default type is fp4, not nf4",),
+    read="transformers 5.23.0, huggingface/peft@5d602fd",
+    torch_adamw="adamw-fused",
+)
+
+_TRL_CONFIG = "huggingface/trl@f2cd577:trl/trainer/sft_config.py"
+_TRL_MODEL = "huggingface/trl@f2cd577:trl/trainer/model_config.py"
+_TRL_SFT = "huggingface/trl@f2cd577:trl/trainer/sft_trainer.py"
+_TRL = Stack(
+    "trl",
+    (
+        _d("base_dtype", "fp32", f"{_TRL_MODEL} dtype float32"),
+        _d("autocast", "bf16", "huggingface/trl@f2cd577:trl/trainer/base_config.py bf16 unless fp16"),
+        _d("compute_dtype", "fp32", "huggingface/trl@f2cd577:trl/trainer/utils.py (the load dtype)", base_dtype="fp32"),
+        _d("adapter_dtype", "bf16", f"{_TRL_SFT} (adapters of a quantized base)", quantization=BNB),
+        _d("adapter_dtype", "fp32", _PEFT_FP32),
+        _d("r", 16, _TRL_MODEL),
+        _d("lora_alpha", 32.0, _TRL_MODEL),
+        _d("lora_dropout", 0.05, _TRL_MODEL),
+        _d("target_modules", _QV, _PEFT_TARGETS),
+        _d("micro_batch_size", 8, f"{_TF} per_device_train_batch_size"),
+        _d("seq_len", 1024, f"{_TRL_CONFIG} max_length"),
+        _d("gradient_checkpointing", "full", "huggingface/trl@f2cd577:trl/trainer/base_config.py"),
+        # chunked_nll recomputes 256 tokens at a time, so logits never exist whole: nearer to "fused" than to the
+        # "chunked" of torchtune, whose 16-bit logits do.
+        _d("loss", "fused", f"{_TRL_CONFIG} loss_type chunked_nll", kernels="none"),
+        *_HF_TRAINER_HABITS,
+    ),
+    notes=(
+        "no k-bit preparation in the SFT trainer of 2026; TRL 0.11 to 0.13 prepared and then left only norms in fp32",
+        "double quantization off unless use_bnb_nested_quant",
+    ),
+    read="huggingface/trl@f2cd577 (2026-07-24)",
+    torch_adamw="adamw-fused",
+)
+
+_LOOP = "huggingface/peft@5d602fd:method_comparison/MetaMathQA/default_training_params.json"
+_LOOP_CODE = "huggingface/peft@5d602fd:method_comparison/MetaMathQA/run.py"
+_PREPARE = "huggingface/peft@5d602fd:src/peft/utils/other.py prepare_model_for_kbit_training (the PEFT recipe)"
+_PEFT_LOOP = Stack(
+    "peft-loop",
+    (
+        _d("autocast", "none", f"{_LOOP} use_amp"),
+        _d("adapter_dtype", "fp32", _PEFT_FP32),
+        _d("kbit_preparation", True, _PREPARE, quantization=BNB),
+        _d("lora_alpha", 8.0, _PEFT),
+        _d("target_modules", _QV, _PEFT_TARGETS),
+        _d("micro_batch_size", 4, _LOOP),
+        _d("seq_len", 768, _LOOP),
+        _d("gradient_checkpointing", "none", f"{_LOOP} use_gc"),
+        _d("use_reentrant", True, _GC4, before=_BEFORE_V5),
+        _d("optimizer", "adamw", f"{_LOOP} torch AdamW (foreach)"),
+        _d("keeps_outputs", True, f"{_LOOP_CODE} (outputs stay bound during backward)"),
+    ),
+    notes=("your own loop around PEFT: accelerate's fp32 copy of the logits is not made",),
+    read="huggingface/peft@5d602fd (2026-08-21)",
+)
+
+_AX = "axolotl-ai-cloud/axolotl@067b021"
+_AXOLOTL = Stack(
+    "axolotl",
+    (
+        _d("double_quant", True, f"{_AX}:src/axolotl/loaders/model.py", quantization=BNB_4BIT),
+        _d("autocast", "bf16", f"{_AX}:src/axolotl/utils/schemas/config.py bf16 auto"),
+        _d("adapter_dtype", "fp32", f"{_PEFT_FP32}; peft_autocast_adapter_dtype unset"),
+        _d("kbit_preparation", False, f"{_AX}:src/axolotl/loaders/model.py (cast back to 16 bit after preparation)"),
+        _d("r", 32, f"{_AX}:examples/llama-3/qlora-1b.yml (no default in the schema)"),
+        _d("lora_alpha", 16.0, f"{_AX}:examples/llama-3/qlora-1b.yml (no default in the schema)"),
+        _d("target_modules", _SEVEN, f"{_AX}:examples/llama-3/qlora-1b.yml (no default in the schema)"),
+        _d("seq_len", 512, f"{_AX}:src/axolotl/utils/schemas/config.py sequence_len"),
+        _d("gradient_checkpointing", "none", f"{_AX}:src/axolotl/utils/schemas/config.py"),
+        _d("use_reentrant", False, f"{_AX}:src/axolotl/core/builders/base.py"),
+        _d("optimizer", "adamw-fused", f"{_AX}:src/axolotl/utils/schemas/training.py"),
+        *_HF_TRAINER_HABITS,
+    ),
+    notes=(
+        "embeddings and norms are fp32 for a moment while loading; the steady state counted here is 16 bit",
+        "the fused LoRA kernels axolotl switches on for lora and qlora are not modelled; it pads rows to 64 tokens",
+    ),
+    read=f"{_AX} (2026-07-24)",
+    torch_adamw="adamw-fused",
+)
+
+_LF = "hiyouga/LLaMA-Factory@ff6d4d1"
+_LF_EXAMPLE = f"{_LF}:examples/train_lora/qwen3_lora_sft.yaml"
+_LLAMA_FACTORY = Stack(
+    "llama-factory",
+    (
+        _d("double_quant", True, f"{_LF}:src/llamafactory/hparams/model_args.py", quantization=BNB_4BIT),
+        _d("base_dtype", "fp32", f"{_LF}:src/llamafactory/model/adapter.py (trainable weights)", method="full"),
+        _d("autocast", "bf16", f"{_LF_EXAMPLE} bf16: true (no default in its own arguments)"),
+        _d("adapter_dtype", "fp32", f"{_LF}:src/llamafactory/model/adapter.py (unless pure_bf16)"),
+        _d("r", 8, f"{_LF}:src/llamafactory/hparams/finetuning_args.py"),
+        _d("lora_alpha", 16.0, f"{_LF}:src/llamafactory/hparams/finetuning_args.py (twice the rank)"),
+        _d("target_modules", ("all-linear",), f"{_LF}:src/llamafactory/hparams/finetuning_args.py lora_target all"),
+        _d("micro_batch_size", 8, f"{_TF} per_device_train_batch_size"),
+        _d("seq_len", 2048, f"{_LF}:src/llamafactory/hparams/data_args.py cutoff_len"),
+        _d("gradient_checkpointing", "full", f"{_LF}:src/llamafactory/hparams/model_args.py"),
+        _d("use_reentrant", True, f"{_LF}:src/llamafactory/hparams/model_args.py use_reentrant_gc"),
+        *_HF_TRAINER_HABITS,
+    ),
+    notes=("no k-bit preparation; upcast_layernorm and upcast_lmhead_output are off unless asked",),
+    read=f"{_LF} (2026-08-18)",
+    torch_adamw="adamw-fused",
+)
+
+_US = "unslothai/unsloth@015bdef"
+_UNSLOTH = Stack(
+    "unsloth",
+    (
+        _d("double_quant", True, f"{_US}:unsloth/models/llama.py", quantization=BNB_4BIT),
+        _d("autocast", "bf16", f"{_US}:unsloth/models/_utils.py"),
+        _d("adapter_dtype", "fp32", f"{_US}:unsloth/models/_utils.py float32_mixed_precision"),
+        _d("r", 16, f"{_US}:unsloth/models/llama.py get_peft_model"),
+        _d("lora_alpha", 16.0, f"{_US}:unsloth/models/llama.py get_peft_model"),
+        _d("target_modules", _SEVEN, f"{_US}:unsloth/models/llama.py get_peft_model"),
+        _d("micro_batch_size", 2, "unsloth 2026.10.9 unsloth_cli/config.py"),
+        _d("seq_len", 2048, f"{_US}:unsloth/models/llama.py"),
+        _d("gradient_accumulation_steps", 4, "unsloth 2026.10.9 unsloth_cli/config.py"),
+        _d("gradient_checkpointing", "offload", f'{_US}:unsloth/models/llama.py ("unsloth": inputs go to the host)'),
+        _d("use_reentrant", True, f"{_US}:unsloth/models/_utils.py"),
+        _d("kernels", "unsloth", f"{_US}:unsloth/kernels"),
+        _d("loss", "fused", f"{_US}:unsloth/models/llama.py unsloth_fused_ce_loss", kernels="unsloth"),
+        _d("optimizer", "adamw-8bit", f"{_US}:unsloth/models/rl.py (its replacement for the trainer's default)"),
+        *_HF_TRAINER_HABITS,
+    ),
+    read=f"{_US} (2026-08-22)",
+    torch_adamw="adamw-fused",
+)
+
+_TT = "torchtune 0.4.0 recipes/configs/llama3_2/3B"
+_TORCHTUNE = Stack(
+    "torchtune",
+    (
+        _d("double_quant", True, "torchtune 0.4.0 modules/low_precision (NF4 scalers are int8)", quantization="nf4"),
+        _d("base_dtype", "bf16", f"{_TT}_lora_single_device.yaml dtype"),
+        _d("autocast", "none", "torchtune 0.4.0 recipes (pure bf16)"),
+        _d("adapter_dtype", "bf16", "torchtune 0.4.0 recipes (pure bf16)"),
+        _d("r", 8, "pytorch/torchtune@bd2a0fc:recipes/configs/llama3_1/8B_qlora_single_device.yaml"),
+        _d("lora_alpha", 16.0, "pytorch/torchtune@bd2a0fc:recipes/configs/llama3_1/8B_qlora_single_device.yaml"),
+        _d("target_modules", ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), f"{_TT}_lora"),
+        _d("micro_batch_size", 4, f"{_TT}_lora_single_device.yaml batch_size"),
+        _d("gradient_accumulation_steps", 1, f"{_TT}_full_single_device.yaml", method="full"),
+        _d("gradient_accumulation_steps", 8, f"{_TT}_lora_single_device.yaml"),
+        _d("gradient_checkpointing", "full", f"{_TT}_lora_single_device.yaml enable_activation_checkpointing"),
+        _d("use_reentrant", False, "torch CheckpointWrapper (set_activation_checkpointing)"),
+        _d("loss", "chunked", f"{_TT}_lora_single_device.yaml CEWithChunkedOutputLoss"),
+        _d("optimizer", "paged-adamw-8bit", f"{_TT}_full_single_device.yaml", method="full"),
+        _d("optimizer", "adamw-fused", f"{_TT}_lora_single_device.yaml fused: True"),
+        _d(
+            "optimizer_in_backward",
+            True,
+            f"{_TT}_full_single_device.yaml optimizer_in_bwd",
+            method="full",
+            gradient_accumulation_steps=1,
+        ),
+        _d("max_grad_norm", 0.0, "torchtune 0.4.0 recipes clip_grad_norm null"),
+    ),
+    notes=("until July 2024 only linears with an adapter were quantized (quantized_modules adapted-only)",),
+    read="torchtune 0.4.0 (2024-11), pytorch/torchtune@bd2a0fc",
+    torch_adamw="adamw-fused",
+)
+
+_LIT = "Lightning-AI/litgpt@2685705"
+_LIT_LORA = f"{_LIT}:litgpt/finetune/lora.py"
+_FABRIC = "lightning 2.1.2 fabric/plugins/precision"
+_FUSED_QKV = (("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("W_pack",))
+_LITGPT = Stack(
+    "litgpt",
+    (
+        _d("base_dtype", "bf16", f"{_LIT_LORA} (quantization needs a true precision)", quantization=BNB_4BIT),
+        _d("base_dtype", "fp32", f"{_LIT}:litgpt/utils.py (bf16-mixed)"),
+        _d("autocast", "bf16", f"{_LIT}:litgpt/utils.py (bf16-mixed)", base_dtype="fp32"),
+        _d("autocast", "none", f"{_FABRIC}/half.py (true precision)"),
+        _d("adapter_dtype", "bf16", f"{_FABRIC}/half.py (casts every parameter)", base_dtype="bf16"),
+        _d("adapter_dtype", "fp16", f"{_FABRIC}/half.py (casts every parameter)", base_dtype="fp16"),
+        _d("adapter_dtype", "fp32", f"{_LIT}:litgpt/utils.py (bf16-mixed)"),
+        _d("skip_modules", (), f"{_FABRIC}/bitsandbytes.py (the head is quantized too)"),
+        _d("r", 8, _LIT_LORA),
+        _d("lora_alpha", 16.0, _LIT_LORA),
+        _d("lora_dropout", 0.05, _LIT_LORA),
+        _d("target_modules", _QV, f"{_LIT_LORA} lora_query, lora_value"),
+        _d("target_slices", (0, 2), f"{_LIT_LORA} (q and v of a fused projection)", target_modules=_FUSED_QKV),
+        _d("micro_batch_size", 1, _LIT_LORA),
+        _d("gradient_accumulation_steps", 16, f"{_LIT_LORA} global_batch_size"),
+        _d("gradient_checkpointing", "none", f"{_LIT_LORA} (one device)"),
+        _d("loss", "chunked", f"{_LIT_LORA} lm_head_chunk_size 128"),
+        _d("optimizer", "paged-adamw", f"{_LIT}:litgpt/utils.py instantiate_bnb_optimizer", quantization=BNB),
+        _d("optimizer", "adamw", f"{_LIT_LORA} torch AdamW (foreach)"),
+        _d("max_grad_norm", 0.0, f"{_LIT}:litgpt/args.py max_norm"),
+        _d("keeps_outputs", True, f"{_LIT_LORA} fit (the logits list stays bound during backward)"),
+        _d("untied_head", True, f"{_LIT}:litgpt/model.py"),
+    ),
+    notes=(
+        "logits chunks become fp32 on leaving the model (Fabric convert_output) and all of them stay alive",
+        "the vocabulary is padded to a multiple of 512 unless the model's config says otherwise",
+        "since 2024-10 a quantized run also keeps a 16-bit gradient of the whole embedding (StableEmbedding)",
+    ),
+    read=f"{_LIT} (2026-06-29), Lightning-AI/litgpt@f684138 (2023-10-30)",
+)
+
+_FMS = "foundation-model-stack/fms-acceleration@24bdadb"
+_FMS_BENCH = f"{_FMS}:scripts/benchmarks/scenarios.yaml"
+_FT = "foundation-model-stack/fms-hf-tuning@v2.5.0"
+_FMS_STACK = Stack(
+    "fms",
+    (
+        _d("double_quant", True, f"{_FMS}:plugins/accelerated-peft (framework_plugin_bnb.py)", quantization=BNB_4BIT),
+        _d("base_dtype", "fp16", f"{_FMS_BENCH} torch_dtype float16", quantization=GPTQ),
+        _d("base_dtype", "bf16", f"{_FT}:tuning/config/configs.py torch_dtype"),
+        _d("autocast", "fp16", f"{_FMS_BENCH} fp16", quantization=GPTQ),
+        _d("autocast", "bf16", f"{_FMS}:plugins/accelerated-peft (mixed precision required)", quantization=BNB),
+        _d("autocast", "none", f"{_TF4} bf16 false"),
+        _d("adapter_dtype", "fp32", "peft 0.13.2 tuners/tuners_utils.py autocast_adapter_dtype"),
+        _d("lora_alpha", 32.0, f"{_FT}:tuning/config/peft_config.py"),
+        _d("lora_dropout", 0.05, f"{_FT}:tuning/config/peft_config.py"),
+        _d("target_modules", _QV, _PEFT_TARGETS),
+        _d("micro_batch_size", 8, f"{_TF4} per_device_train_batch_size"),
+        _d("seq_len", 4096, f"{_FMS}:scripts/benchmarks/benchmark.py max_seq_len_matrix"),
+        _d("gradient_checkpointing", "full", f"{_FMS}:scripts/benchmarks/defaults.yaml"),
+        _d("use_reentrant", True, _GC4),
+        _d("attention", "flash2", f"{_FT}:tuning/config/configs.py use_flash_attn"),
+        _d("optimizer", "adamw", _TF4),
+        _d("outputs_to_fp32", True, _ACC, autocast=("bf16", "fp16")),
+    ),
+    notes=(
+        "the accelerated plugins keep norms, embeddings and head in 16 bit; plain TRL preparation keeps norms in fp32",
+        "a quantized run with the Liger loss keeps the stock RMSNorm (the shipped configuration misspells the key)",
+    ),
+    read=f"{_FMS} (2025-02-07), {_FT}, transformers 4.48.1, peft 0.13.2, trl 0.13.0",
+)
+
+_SWIFT = "modelscope/ms-swift@8a27ae2"
+_MS_SWIFT = Stack(
+    "ms-swift",
+    (
+        _d("double_quant", True, f"{_SWIFT}:swift/llm/utils/argument.py", quantization=BNB_4BIT),
+        _d("base_dtype", "bf16", f"{_SWIFT}:swift/llm/utils/argument.py dtype AUTO"),
+        _d("autocast", "bf16", f"{_SWIFT}:swift/llm/sft.py"),
+        _d(
+            "adapter_dtype",
+            "bf16",
+            "huggingface/peft@v0.7.1:src/peft/tuners/lora/layer.py (dtype of the base)",
+            before=("peft", (0, 12)),
+            quantization="none",
+            base_dtype="bf16",
+        ),
+        _d("adapter_dtype", "fp32", "ms-swift 1.5.2 swift/llm/utils/argument.py lora_dtype"),
+        _d("lora_alpha", 32.0, f"{_SWIFT}:swift/llm/utils/argument.py"),
+        _d("lora_dropout", 0.05, f"{_SWIFT}:swift/llm/utils/argument.py"),
+        _d("gradient_accumulation_steps", 16, f"{_SWIFT}:swift/llm/utils/argument.py"),
+        _d("gradient_checkpointing", "full", f"{_SWIFT}:swift/llm/utils/argument.py"),
+        *_HF_TRAINER_HABITS,
+    ),
+    notes=("no k-bit preparation: norms, embeddings and head keep the load dtype",),
+    read=f"{_SWIFT} (2023-12-30), ms-swift 1.5.2",
+    torch_adamw="adamw-fused",
+)
+
+_CUSTOM = Stack(
+    "custom",
+    (),
+    notes=("framework not listed: the habits of a transformers training loop under the settings given",),
+)
+
+STACKS: dict[str, Stack] = {
+    stack.name: stack
+    for stack in (
+        _HF_TRAINER, _TRL, _PEFT_LOOP, _AXOLOTL, _LLAMA_FACTORY, _UNSLOTH, _TORCHTUNE, _LITGPT, _FMS_STACK,
+        _MS_SWIFT, _CUSTOM,
+    )
+}  # fmt: skip
+
+# Stacks that run the modelling code of transformers (padding masks, fp32 loss) and not their own.
+TRANSFORMERS_STACKS = frozenset(
+    {"hf-trainer", "trl", "peft-loop", "axolotl", "llama-factory", "unsloth", "fms", "ms-swift", "custom"}
+)

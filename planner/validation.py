@@ -1,0 +1,627 @@
+"""Score predictions against a table of published measurements: one row in, option keys out; errors by source.
+
+Errors are signed percents: 100 * (prediction - end) / end, where end is the nearer end of the published interval; zero
+inside it, negative when the prediction is too low. Memory in bytes per GPU, time in seconds per optimizer step. Each
+counter (allocated, reserved, device) is compared with the same predicted counter. A figure whose counter the source
+does not name is compared with the expected reserved memory, the middle of the three, and counts as covered when it
+overlaps [allocated low, device high]. `docs` of the columns: measurements.md beside the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import statistics
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from planner import stacks
+from planner.errors import InvalidInput, PlannerError, one_line, unknown
+from planner.units import MiB
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 64 * MiB
+MAX_CELL = 2000
+
+QUANTITIES = ("allocated", "reserved", "device", "unspecified", "time")
+COUNTERS = ("allocated", "reserved", "device", "unspecified")
+
+COLUMNS: tuple[str, ...] = (
+    "id", "source", "model", "framework", "method", "quantization", "double_quant", "quantized_modules", "base_dtype",
+    "compute_dtype", "autocast", "adapter_dtype", "rank", "alpha", "dropout", "target_modules", "micro_batch",
+    "grad_accum", "seq_len", "seq_len_max", "mean_tokens_per_row", "packing", "checkpointing", "attention", "loss",
+    "optimizer", "kernels", "compile", "gpu", "num_gpus", "parallel", "cpu_offload", "torch", "transformers", "peft",
+    "bitsandbytes", "outcome",
+    *(f"{counter}_bytes_{end}" for counter in COUNTERS for end in ("low", "high")),
+    "micro_step_s", "optimizer_step_s", "tokens_per_s_per_gpu", "token_convention", "time_scope",
+    "confidence_memory", "confidence_time", "notes",
+)  # fmt: skip
+
+_DTYPES = ("fp32", "bf16", "fp16")
+_FLAGS = ("true", "false")
+ENUMERATIONS: dict[str, tuple[str, ...]] = {
+    "method": ("lora", "qlora", "dora", "full"),
+    "quantization": ("none", "nf4", "fp4", "int8", "gptq4", "gptq8", "awq4", "other"),
+    "double_quant": _FLAGS,
+    "quantized_modules": ("linears", "adapted-only", "none"),
+    "base_dtype": _DTYPES,
+    "compute_dtype": _DTYPES,
+    "autocast": ("none", "bf16", "fp16"),
+    "adapter_dtype": _DTYPES,
+    "packing": _FLAGS,
+    "checkpointing": ("none", "full", "offload", "selective"),
+    "attention": ("eager", "sdpa", "flash2", "flex", "xformers", "other"),
+    "loss": ("full-logits", "full-logits-fp32", "chunked", "fused"),
+    "optimizer": (
+        "adamw", "adamw-fused", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "adamw-bf16-states", "lion",
+        "lion-8bit", "sgd", "adafactor", "other",
+    ),
+    "kernels": ("none", "liger", "unsloth", "fms-fused", "other"),
+    "compile": _FLAGS,
+    "parallel": ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "tp", "mixed"),
+    "cpu_offload": _FLAGS,
+    "outcome": ("ok", "oom"),
+    "token_convention": ("computed", "useful", "unknown"),
+    "time_scope": ("step", "fwd-bwd", "micro-avg", "train-loop", "with-warmup"),
+    "confidence_memory": ("A", "B", "C"),
+    "confidence_time": ("A", "B", "C"),
+}  # fmt: skip
+"""Allowed values of each enumerated column; an empty cell is always allowed."""
+
+_NOT_MODELLED = {
+    "quantization": ("other",), "checkpointing": ("selective",), "attention": ("other",), "optimizer": ("other",),
+    "kernels": ("other",),
+}  # fmt: skip
+_ATTENTION = {"flex": "sdpa", "xformers": "sdpa"}  # memory as SDPA's flash kernel: no score matrix, one logsumexp
+
+_WHOLE = (
+    "rank", "micro_batch", "grad_accum", "seq_len", "seq_len_max", "num_gpus",
+    *(f"{counter}_bytes_{end}" for counter in COUNTERS for end in ("low", "high")),
+)  # fmt: skip
+_DECIMAL = ("alpha", "dropout", "mean_tokens_per_row", "micro_step_s", "optimizer_step_s", "tokens_per_s_per_gpu")
+_WHOLE_NUMBER = re.compile(r"\d{1,15}")
+_DECIMAL_NUMBER = re.compile(r"\d{1,12}(\.\d{1,12})?")
+_LISTED = frozenset(stacks.STACKS) - {"custom"}
+
+# Settings that have no column: the table's fixed wording for them in `notes`, and the option they set.
+_NOTED: tuple[tuple[str, str], ...] = (
+    ("optimizer step fused into backward", "optimizer_in_backward"),
+    ("rsLoRA scaling", "use_rslora"),
+)
+# Name of the fms configuration in which TRL prepares the model: on one GPU its norms stay fp32 and nothing else does
+# (trl 0.13.0 trainer/utils.py peft_module_casting_to_bf16; sharded weights are left alone).
+_FMS_PLAIN_PREPARATION = "baseline-peft-bnb"
+
+Row = Mapping[str, str]
+
+
+class Range(Protocol):
+    """A predicted quantity with its bounds."""
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def expected(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+class Predicted(Protocol):
+    """What a prediction must offer: bytes per counter. `step_s` (seconds, same shape) is read where it exists."""
+
+    @property
+    def allocated(self) -> Range: ...
+    @property
+    def reserved(self) -> Range: ...
+    @property
+    def device(self) -> Range: ...
+
+
+Predict = Callable[[dict[str, Any], str, "str | None"], Predicted]
+"""predict(options, model_id, gpu_id): `options` as from `row_options`; gpu_id None where the row names no card."""
+
+
+class NotScored(Exception):
+    """A row that cannot be compared; the message is the reason."""
+
+
+class Skipped(NamedTuple):
+    """A row, or one quantity of it, that was left out."""
+
+    id: str
+    reason: str
+
+
+class Comparison(NamedTuple):
+    """One published figure beside its prediction."""
+
+    id: str
+    source: str
+    quantity: str
+    predicted: float
+    low: float
+    high: float
+    error_pct: float
+    covered: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Everything one validation run found."""
+
+    comparisons: tuple[Comparison, ...]
+    verdicts: Mapping[str, int]
+    skipped: tuple[Skipped, ...]
+    flagged: tuple[Skipped, ...]
+    """Rows that were scored under an assumption, with the assumption."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return error statistics per source and quantity, then per quantity over sources (source "*")."""
+        by_key: dict[tuple[str, str], list[Comparison]] = {}
+        for item in self.comparisons:
+            by_key.setdefault((item.source, item.quantity), []).append(item)
+        own = [_statistics(source, quantity, items) for (source, quantity), items in sorted(by_key.items())]
+        return own + [_over_sources(q, [g for g in own if g["quantity"] == q]) for q in _present(own)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "groups": self.groups(),
+            "verdicts": dict(self.verdicts),
+            "skipped": [item._asdict() for item in self.skipped],
+            "flagged": [item._asdict() for item in self.flagged],
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def read_measurements(path: Path) -> list[dict[str, str]]:
+    """Read a measurement table (CSV, UTF-8, at most 64 MiB).
+
+    Raises:
+        InvalidInput: naming the line, if the file, its header or a number in it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InvalidInput(f"cannot read {one_line(str(path))!r}: {error.strerror or error}; check the path") from None
+    return parse_measurements(data, one_line(path.name, 60))
+
+
+def parse_measurements(data: bytes, name: str = "table") -> list[dict[str, str]]:
+    """Parse the bytes of a measurement table; see `read_measurements`."""
+    if len(data) > MAX_BYTES:
+        raise InvalidInput(f"{name} is larger than 64 MiB; split it by source")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InvalidInput(f"{name} line {line}: not UTF-8; save the table as UTF-8") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
+    header: list[str] | None = None
+    for where, cells in _lines(reader, name):
+        if header is None:
+            header = _header(cells, where)
+        elif cells:
+            rows.append(_row(header, cells, where, seen))
+    if header is None:
+        raise InvalidInput(f"{name} is empty; the first line must name the columns of measurements.md")
+    return rows
+
+
+def _lines(reader: Any, name: str) -> Iterator[tuple[str, list[str]]]:
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InvalidInput(f"{name} line {reader.line_num}: not CSV ({one_line(str(error))}); repair it") from None
+        yield f"{name} line {reader.line_num}", cells
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    for cell in cells:
+        if cell not in COLUMNS:
+            raise InvalidInput(f"{where}: unknown column {one_line(cell, 40)!r}; allowed are those of measurements.md")
+    missing = [column for column in COLUMNS if column not in cells]
+    if missing:
+        raise InvalidInput(f"{where}: column {missing[0]} is missing ({len(missing)} in all); add it, empty if unknown")
+    if len(cells) != len(COLUMNS):
+        twice = next(cell for cell in cells if cells.count(cell) > 1)
+        raise InvalidInput(f"{where}: column {twice} occurs twice; keep one")
+    return cells
+
+
+def _row(header: list[str], cells: list[str], where: str, seen: set[str]) -> dict[str, str]:
+    if len(cells) != len(header):
+        raise InvalidInput(f"{where}: {len(cells)} cells, the header has {len(header)}; quote cells that hold commas")
+    row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+    for column in ("id", "source", "model"):
+        if not row[column]:
+            raise InvalidInput(f"{where}: {column} is empty; every row needs one")
+    if row["id"] in seen:
+        raise InvalidInput(f"{where}: id {one_line(row['id'])!r} occurs twice; ids must be unique")
+    seen.add(row["id"])
+    for column, cell in row.items():
+        if len(cell) > MAX_CELL or not cell.isprintable():
+            raise InvalidInput(f"{where}: {column} is too long or not printable; at most {MAX_CELL} characters")
+    _check_numbers(row, where)
+    return row
+
+
+def _check_numbers(row: Row, where: str) -> None:
+    for columns, pattern, what in ((_WHOLE, _WHOLE_NUMBER, "whole"), (_DECIMAL, _DECIMAL_NUMBER, "decimal")):
+        for column in columns:
+            if row[column] and not (row[column].isascii() and pattern.fullmatch(row[column])):
+                value = one_line(row[column], 40)
+                raise InvalidInput(f"{where}: {column} is {value!r}; must be a {what} number or empty")
+    for counter in COUNTERS:
+        low, high = row[f"{counter}_bytes_low"], row[f"{counter}_bytes_high"]
+        if bool(low) != bool(high) or (low and not 0 < int(low) <= int(high)):
+            value = f"[{low}, {high}]"
+            raise InvalidInput(f"{where}: {counter}_bytes is {value}; must be two numbers, 0 < low <= high, or empty")
+
+
+# --------------------------------------------------------------------------------------------------------- selecting
+
+
+def select(rows: Sequence[Row], sources: Collection[str] = (), where: Iterable[str] = ()) -> list[Row]:
+    """Return the rows of the named sources that match every COLUMN=VALUE.
+
+    Raises:
+        UnknownName: for a source that no row has, or an unknown column.
+        InvalidInput: for a filter that is not COLUMN=VALUE.
+    """
+    known = sorted({row["source"] for row in rows})
+    for source in sources:
+        if source not in known:
+            raise unknown("source", source, known)
+    filters = [_filter(text) for text in where]
+    chosen = [row for row in rows if not sources or row["source"] in sources]
+    return [row for row in chosen if all(row[column] == value for column, value in filters)]
+
+
+def _filter(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidInput(f"filter {one_line(text)!r} is not COLUMN=VALUE; write for example method=qlora")
+    if column not in COLUMNS:
+        raise unknown("column", column, COLUMNS)
+    return column, value
+
+
+# ----------------------------------------------------------------------------------------------------------- mapping
+
+
+def row_options(row: Row) -> dict[str, Any]:
+    """Map a table row to the option keys of `planner.stacks`, plus "stack".
+
+    A filled cell is a given value and wins; an empty one is left to the framework's defaults.
+
+    Raises:
+        NotScored: for an unknown value, or a run that is not modelled; the message names it.
+    """
+    _check_modelled(row)
+    stack = row["framework"] if row["framework"] in _LISTED else "custom"
+    versions = stacks.parse_versions({k: row[k] for k in ("torch", "transformers", "peft", "bitsandbytes")})
+    options: dict[str, Any] = {
+        "stack": stack,
+        "method": row["method"],
+        "versions": versions,
+        "seq_len": _length(row),
+        "micro_batch_size": _whole(row, "micro_batch"),
+        "gradient_accumulation_steps": _whole(row, "grad_accum"),
+        "gradient_checkpointing": row["checkpointing"],
+        "attention": _ATTENTION.get(row["attention"], row["attention"]),
+        "autocast": row["autocast"],
+        "base_dtype": row["base_dtype"],
+        "kernels": row["kernels"],
+        "loss": _loss(row),
+        "optimizer": _optimizer(row, stack, versions),
+        "compile": _flag(row, "compile"),
+        "padded": _padded(row, stack),
+        **_quantization_options(row, stack),
+        **_adapter_options(row),
+    }
+    if row["optimizer"]:  # the row says how the optimizer ran: a framework's default of stepping in backward is off
+        options["optimizer_in_backward"] = False
+    options.update({key: True for wording, key in _NOTED if wording in row["notes"]})
+    return {key: value for key, value in options.items() if value not in ("", None)}
+
+
+def row_flags(row: Row) -> tuple[str, ...]:
+    """Return the assumptions under which the row is scored."""
+    flags = []
+    if row["framework"] not in _LISTED:
+        named = one_line(row["framework"], 40) or "not named"
+        flags.append(f"framework {named}: scored with the habits of a transformers training loop")
+    if not row["seq_len"] and row["seq_len_max"]:
+        flags.append(f"padded length unknown: scored at its upper bound {row['seq_len_max']}")
+    return tuple(flags)
+
+
+def _check_modelled(row: Row) -> None:
+    for column, allowed in ENUMERATIONS.items():
+        value = row[column]
+        if value and value not in allowed:
+            raise NotScored(f"unknown {column} {one_line(value, 60)!r}")
+        if value in _NOT_MODELLED.get(column, ()):
+            raise NotScored(f"{column} {value} is not modelled")
+    for column in ("method", "outcome"):
+        if not row[column]:
+            raise NotScored(f"no {column} given")
+    if row["num_gpus"] not in ("", "1"):
+        raise NotScored(f"{row['num_gpus']} GPUs: only runs on one GPU are modelled")
+    if row["parallel"] not in ("", "single"):
+        raise NotScored(f"parallel {row['parallel']}: only runs on one GPU are modelled")
+    if row["cpu_offload"] == "true":
+        raise NotScored("parameters on the CPU are not modelled")
+
+
+def _quantization_options(row: Row, stack: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "quantization": row["quantization"],
+        "double_quant": _flag(row, "double_quant"),
+        "compute_dtype": row["compute_dtype"],
+    }
+    if row["quantization"] not in ("", "none"):
+        options["quantized_modules"] = row["quantized_modules"]
+        if row["base_dtype"]:  # the column says how the unquantized weights lie: nothing is left to a preparation
+            options["kbit_preparation"] = False
+        if stack == "fms" and _FMS_PLAIN_PREPARATION in row["notes"]:
+            options["fp32_norms_only"] = True
+    return options
+
+
+def _adapter_options(row: Row) -> dict[str, Any]:
+    if row["method"] == "full":
+        return {}
+    return {
+        "r": _whole(row, "rank"),
+        "lora_alpha": _decimal(row, "alpha"),
+        "lora_dropout": _decimal(row, "dropout"),
+        "target_modules": stacks.names("target_modules", row["target_modules"]) or None,
+        "adapter_dtype": row["adapter_dtype"],
+    }
+
+
+def _length(row: Row) -> int:
+    length = _whole(row, "seq_len") or _whole(row, "seq_len_max")
+    if length is None:
+        raise NotScored("no sequence length given")
+    return length
+
+
+def _loss(row: Row) -> str:
+    """Where no fused kernel reads 16-bit logits, "full-logits" says "upcast not stated", and every stack here upcasts.
+
+    transformers, torchtune and litgpt all compute the whole-logits loss in fp32 (loss_utils.py, transformer.py
+    `output(h).float()`, Fabric's convert_output).
+    """
+    if row["loss"] == "full-logits" and row["kernels"] in ("", "none"):
+        return "full-logits-fp32"
+    return row["loss"]
+
+
+def _optimizer(row: Row, stack: str, versions: stacks.Versions) -> str:
+    """Keep the framework's implementation of torch AdamW: the column tells its state dtype, not foreach from fused."""
+    if row["optimizer"] in stacks.TORCH_ADAMW:
+        return stacks.torch_adamw(stack, versions)
+    return row["optimizer"]
+
+
+def _padded(row: Row, stack: str) -> bool | None:
+    """Rows padded to a common length carry a mask in transformers; litgpt and torchtune pass none in training."""
+    if row["packing"] != "false" or stack not in stacks.TRANSFORMERS_STACKS:
+        return None
+    useful = _decimal(row, "mean_tokens_per_row")
+    return True if useful is not None and useful < _length(row) and row["micro_batch"] != "1" else None
+
+
+def _whole(row: Row, column: str) -> int | None:
+    return int(row[column]) if row[column] else None
+
+
+def _decimal(row: Row, column: str) -> float | None:
+    return float(row[column]) if row[column] else None
+
+
+def _flag(row: Row, column: str) -> bool | None:
+    return row[column] == "true" if row[column] else None
+
+
+# ----------------------------------------------------------------------------------------------------------- scoring
+
+
+def score(
+    rows: Iterable[Row],
+    predict: Predict,
+    *,
+    capacity: Callable[[str], int | None],
+    include_loose: bool = False,
+) -> Report:
+    """Predict every row and compare; `capacity(gpu_id)` is the card's memory in bytes, None if it is not known.
+
+    Args:
+        include_loose: also score figures of confidence C (they stay in the list of flagged rows).
+    """
+    run = _Run(predict, capacity, include_loose)
+    for row in rows:
+        run.add(row)
+    return Report(
+        comparisons=tuple(run.comparisons),
+        verdicts=run.verdicts,
+        skipped=tuple(run.skipped),
+        flagged=tuple(run.flagged),
+    )
+
+
+class _Run:
+    """Collects the results of one validation; equal configurations are predicted once."""
+
+    def __init__(self, predict: Predict, capacity: Callable[[str], int | None], include_loose: bool) -> None:
+        self.predict, self.capacity, self.include_loose = predict, capacity, include_loose
+        self.known: dict[str, Predicted | str] = {}
+        self.comparisons: list[Comparison] = []
+        self.verdicts = {"oom_right": 0, "oom_wrong": 0, "ok_right": 0, "ok_wrong": 0}
+        self.skipped: list[Skipped] = []
+        self.flagged: list[Skipped] = []
+
+    def add(self, row: Row) -> None:
+        """Score one row, or note why not."""
+        try:
+            predicted = self._predicted(row)
+        except (NotScored, PlannerError) as reason:
+            self.skipped.append(Skipped(row["id"], str(reason)))
+            return
+        self.flagged += [Skipped(row["id"], flag) for flag in row_flags(row)]
+        if self._confident(row, "memory"):
+            self._verdict(row, predicted)
+            if row["outcome"] == "ok":
+                self.comparisons += _memory_comparisons(row, predicted)
+        if row["outcome"] == "ok" and self._confident(row, "time"):
+            self._time(row, predicted)
+
+    def _predicted(self, row: Row) -> Predicted:
+        options = row_options(row)
+        key = repr((sorted(options.items(), key=lambda item: item[0]), row["model"], row["gpu"]))
+        if key not in self.known:
+            try:
+                self.known[key] = self.predict(options, row["model"], row["gpu"] or None)
+            except PlannerError as error:
+                self.known[key] = str(error)
+        found = self.known[key]
+        if isinstance(found, str):
+            raise NotScored(found)
+        return found
+
+    def _confident(self, row: Row, what: str) -> bool:
+        if row[f"confidence_{what}"] != "C":
+            return True
+        note = Skipped(row["id"], "confidence C" if what == "memory" else "confidence C (time)")
+        (self.flagged if self.include_loose else self.skipped).append(note)
+        return self.include_loose
+
+    def _verdict(self, row: Row, predicted: Predicted) -> None:
+        size = self.capacity(row["gpu"]) if row["gpu"] else None
+        if size is None:
+            if row["outcome"] == "oom":
+                card = one_line(row["gpu"], 40) or "not named"
+                self.skipped.append(Skipped(row["id"], f"out of memory on a card of unknown size ({card})"))
+            return
+        says_oom = predicted.device.expected > size
+        right = says_oom == (row["outcome"] == "oom")
+        self.verdicts[f"{row['outcome']}_{'right' if right else 'wrong'}"] += 1
+
+    def _time(self, row: Row, predicted: Predicted) -> None:
+        step: Range | None = getattr(predicted, "step_s", None)
+        try:
+            seconds = published_step_s(row)
+        except NotScored as reason:
+            self.skipped.append(Skipped(row["id"], str(reason)))
+            return
+        if seconds is None:
+            return
+        if not row["gpu"]:
+            self.skipped.append(Skipped(row["id"], "time without a named card"))
+        elif step is not None:
+            self.comparisons.append(_comparison(row, "time", step, step.low, step.high, seconds, seconds))
+
+
+def published_step_s(row: Row) -> float | None:
+    """Return seconds per optimizer step from a row; None where it has no time.
+
+    tokens_per_s_per_gpu is preferred: step = micro_batch * grad_accum * tokens per row / rate, with the tokens that
+    the rate counts (`token_convention`).
+
+    Raises:
+        NotScored: if the clock did not cover an optimizer step.
+    """
+    rate, step, micro = (_decimal(row, c) for c in ("tokens_per_s_per_gpu", "optimizer_step_s", "micro_step_s"))
+    if not rate and not step and not micro:
+        return None
+    if row["time_scope"] == "fwd-bwd":
+        raise NotScored("time without the optimizer step (fwd-bwd)")
+    rows = (_whole(row, "micro_batch") or 0) * (_whole(row, "grad_accum") or 1)
+    useful = row["token_convention"] == "useful"
+    tokens = _decimal(row, "mean_tokens_per_row") if useful else _decimal(row, "seq_len")
+    if rate and rows and tokens and row["token_convention"] != "unknown":
+        return rows * tokens / rate
+    if step:
+        return step
+    if micro:
+        return micro * (_whole(row, "grad_accum") or 1)
+    raise NotScored("speed in tokens of unknown number per step")
+
+
+def _memory_comparisons(row: Row, predicted: Predicted) -> Iterator[Comparison]:
+    for counter in COUNTERS:
+        low, high = _whole(row, f"{counter}_bytes_low"), _whole(row, f"{counter}_bytes_high")
+        if low is None or high is None:
+            continue
+        if counter == "unspecified":
+            lowest, highest = predicted.allocated.low, predicted.device.high
+            yield _comparison(row, counter, predicted.reserved, lowest, highest, low, high)
+        else:
+            own: Range = getattr(predicted, counter)
+            yield _comparison(row, counter, own, own.low, own.high, low, high)
+
+
+def _comparison(
+    row: Row, quantity: str, predicted: Range, lowest: float, highest: float, low: float, high: float
+) -> Comparison:
+    error = signed_error_pct(predicted.expected, low, high)
+    covered = lowest <= high and low <= highest
+    return Comparison(row["id"], row["source"], quantity, predicted.expected, low, high, error, covered)
+
+
+def signed_error_pct(predicted: float, low: float, high: float) -> float:
+    """Return 100 * (predicted - end) / end with the nearer end of [low, high]; 0 inside, negative when too low."""
+    if low <= predicted <= high:
+        return 0.0
+    end = low if predicted < low else high
+    return 100.0 * (predicted - end) / end
+
+
+def _statistics(source: str, quantity: str, items: Sequence[Comparison]) -> dict[str, Any]:
+    errors = [item.error_pct for item in items]
+    sizes = [abs(error) for error in errors]
+    return {
+        "source": source,
+        "quantity": quantity,
+        "n": len(items),
+        "mean_abs_pct": statistics.fmean(sizes),
+        "median_abs_pct": statistics.median(sizes),
+        "worst_under_pct": min(0.0, *errors),
+        "worst_over_pct": max(0.0, *errors),
+        "coverage": sum(item.covered for item in items) / len(items),
+    }
+
+
+def _over_sources(quantity: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over sources, because their row counts are uneven; the worst figures are the worst of any source."""
+    means = {key: statistics.fmean(g[key] for g in groups) for key in ("mean_abs_pct", "median_abs_pct", "coverage")}
+    return {
+        "source": "*",
+        "quantity": quantity,
+        "n": sum(g["n"] for g in groups),
+        "mean_abs_pct": means["mean_abs_pct"],
+        "median_abs_pct": means["median_abs_pct"],
+        "worst_under_pct": min(g["worst_under_pct"] for g in groups),
+        "worst_over_pct": max(g["worst_over_pct"] for g in groups),
+        "coverage": means["coverage"],
+    }
+
+
+def _present(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    found = {group["quantity"] for group in groups}
+    return [quantity for quantity in QUANTITIES if quantity in found]
