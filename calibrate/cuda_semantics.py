@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 
@@ -35,6 +36,8 @@ def cuda_functions(arch: Architecture, *, force_flash: bool = False) -> Iterator
         patches += [(nn.functional, "dropout", dropout), (torch, "dropout", dropout)]
     if arch.fused_softmax_cast:
         patches += [(nn.functional, "softmax", softmax), (torch, "softmax", softmax)]
+    if arch.int8_kernels:
+        patches.append((bnb, "matmul", int8_matmul))
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -63,19 +66,23 @@ def sdpa(
         query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
         if attn_mask is not None and attn_mask.dtype == torch.float32:
             attn_mask = attn_mask.to(dtype)
+    grouped = key.shape[1] != query.shape[1]
     kernel = cuda_rules.sdpa_kernel(
         SHORT_DTYPE[query.dtype], has_mask=attn_mask is not None, head_dim=query.shape[-1],
-        v_head_dim=value.shape[-1], arch=arch, force_flash=force_flash,
+        v_head_dim=value.shape[-1], arch=arch, grouped=grouped, force_flash=force_flash,
     )  # fmt: skip
     if kernel == "flash":
         return flash_attention(query, key, value, dropout_p, is_causal, scale)
-    if enable_gqa or key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if kernel == "cudnn":
         return aten._scaled_dot_product_cudnn_attention(
             query, key, value, attn_mask, True, dropout_p, is_causal, False, scale=scale
         )[0]
+    if kernel == "math":
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=grouped
+        )[0]
+    if grouped:
+        return GroupedEfficientAttention.apply(query, key, value, is_causal, scale)
     return efficient_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
@@ -104,12 +111,45 @@ def efficient_attention(
     """
     if mask is not None:
         if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
+            minus_infinity = torch.full((), float("-inf"), dtype=query.dtype)
+            mask = torch.where(mask, torch.zeros((), dtype=query.dtype), minus_infinity)
+        length = mask.shape[-1]
+        if length % 16:
+            mask = nn.functional.pad(mask, (0, 16 - length % 16))[..., :length]
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     needs_grad = any(x.requires_grad for x in (query, key, value))
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, mask, needs_grad, dropout_p, is_causal, scale=scale
     )[0]
+
+
+class GroupedEfficientAttention(torch.autograd.Function):
+    """The memory-efficient kernel with fewer key than query heads (torch 2.14, see cuda_rules.sdpa_kernel).
+
+    Its backward writes dk and dv for every query head and adds them up; aten's shape function knows equal heads only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None
+    ) -> torch.Tensor:
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, is_causal, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, out, lse, seed, offset)
+        ctx.settings = is_causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value, out, lse, seed, offset = ctx.saved_tensors
+        is_causal, scale = ctx.settings
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grads[0], query, key, value, None, out, lse, seed, offset, 0.0, [True, True, True, False], is_causal,
+            scale=scale,
+        )  # fmt: skip
+        heads = (key.shape[1], query.shape[1] // key.shape[1])
+        return dq, dk.unflatten(1, heads).sum(2), dv.unflatten(1, heads).sum(2), None, None
 
 
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -130,6 +170,13 @@ def softmax(input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, d
     if cuda_rules.softmax_casts_inside(SHORT_DTYPE.get(input.dtype, ""), wanted):
         return torch._softmax(input, dim, True)
     return input.softmax(-1 if dim is None else dim, dtype=dtype)
+
+
+def int8_matmul(
+    A: torch.Tensor, B: torch.Tensor, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None
+) -> torch.Tensor:
+    """bitsandbytes takes another autograd function on a CPU than on CUDA (autograd/_functions.py matmul)."""
+    return bnb.autograd._functions.MatMul8bitLt.apply(A, B, out, bias, state)
 
 
 # --- autocast ------------------------------------------------------------------------------------------------------
@@ -207,10 +254,13 @@ def kernel_temporaries(arch: Architecture) -> Callable[[Any, Sequence[Any], dict
     table: dict[str, Callable[[Sequence[Any], dict[str, Any]], Sequence[tuple[str, int]]]] = {}
     if arch.gemm_4bit_dequantizes:
         table["bitsandbytes.gemm_4bit"] = lambda args, kwargs: _gemm_4bit(args, kwargs, arch)
+    if arch.int8_kernels:
+        table["bitsandbytes.int8_scaled_mm"] = _int8_scaled_mm
     if arch.softmax_backward_product:
         table["aten._softmax_backward_data"] = _softmax_backward
     if arch.attention_workspaces:
         table["aten._scaled_dot_product_flash_attention_backward"] = _flash_backward
+        table["aten._scaled_dot_product_efficient_attention_backward"] = _efficient_backward
     if not table:
         return lambda func, args, kwargs: ()
 
@@ -230,6 +280,12 @@ def _gemm_4bit(args: Sequence[Any], kwargs: dict[str, Any], arch: Architecture) 
     return cuda_rules.gemm_4bit_temporaries(n, k, double_quant=nested, compute_bytes=a.element_size())
 
 
+def _int8_scaled_mm(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:
+    a, b = args[0], args[1]
+    dtype = kwargs.get("dtype") or (args[5] if len(args) > 5 else None) or torch.float16
+    return cuda_rules.int8_matmul_temporaries(a.numel() // a.shape[-1] * b.shape[0], SHORT_DTYPE[dtype])
+
+
 def _softmax_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:
     grad = args[0]
     return (("grad*output", cuda_rules.softmax_backward_temporary(grad.numel(), grad.element_size())),)
@@ -239,6 +295,13 @@ def _flash_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tup
     query, key = args[1], args[2]
     b, h, s_q, d = query.shape
     return cuda_rules.flash_backward_workspace(b, s_q, key.shape[2], h, key.shape[1], d)
+
+
+def _efficient_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:
+    query, key = args[1], args[2]
+    b, h, s_q, d = query.shape
+    # dk and dv of grouped heads are tensors of GroupedEfficientAttention, not hidden buffers: h key heads here.
+    return cuda_rules.efficient_backward_workspace(b, s_q, key.shape[2], h, h, d, query.element_size())
 
 
 # --- transformers --------------------------------------------------------------------------------------------------

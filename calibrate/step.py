@@ -161,6 +161,8 @@ class Step:
         for module in base.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 checkpoint = module._gradient_checkpointing_func
+                if self.training.gradient_checkpointing == "offload":
+                    checkpoint = self._offloading(checkpoint)
                 module._gradient_checkpointing_func = self._labelled_checkpoint(checkpoint)
 
     def _labelled_checkpoint(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,5 +186,22 @@ class Step:
                     torch.set_autocast_enabled("cuda", before)
 
             return checkpoint(labelled, *args, **kwargs)
+
+        return run
+
+    def _offloading(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Checkpoints in pinned host memory, as transformers' activation_checkpointing_enable(offload=True)."""
+        tracker = self.tracker
+
+        def to_host(tensor: torch.Tensor) -> torch.Tensor:
+            with tracker.ignore():
+                return tensor.detach().clone()
+
+        def to_device(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone()
+
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
+                return checkpoint(function, *args, **kwargs)
 
         return run

@@ -102,7 +102,8 @@ def trace(
     """
     arch = arch or Architecture()
     model, notes = fake_model.build(config, training, layers)
-    tracker = Tracker(cuda_semantics.kernel_temporaries(arch))
+    host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
+    tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops)
     with ExitStack() as stack:
         if not real:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -116,7 +117,6 @@ def trace(
             tracker.labels.step = number
             step.run()
         result = _result(tracker, step.num_layers, notes)
-        tracker.closed = True
     return result
 
 

@@ -21,6 +21,10 @@ Temporaries = Sequence[tuple[str, int]]
 SyntheticRule = Callable[[Any, Sequence[Any], dict[str, Any]], Temporaries]
 
 
+HOST = -1
+"""Stands for a storage in host memory among the live ones."""
+
+
 @dataclass(slots=True)
 class Block:
     """One storage: how many bytes, made by which operation, where."""
@@ -74,8 +78,10 @@ class Labels:
 class Tracker(TorchDispatchMode):
     """Record allocations and releases of every storage the dispatcher returns."""
 
-    def __init__(self, synthetic: SyntheticRule | None = None) -> None:
+    def __init__(self, synthetic: SyntheticRule | None = None, host_ops: frozenset[str] = frozenset()) -> None:
+        """`host_ops`: operations whose results live in host memory on a CUDA run and are not counted."""
         super().__init__()
+        self._host_ops = host_ops
         self.labels = Labels()
         self.blocks: list[Block] = []
         self.events: list[Event] = []
@@ -92,7 +98,7 @@ class Tracker(TorchDispatchMode):
         if self._synthetic is not None and not self._ignoring:
             for label, nbytes in self._synthetic(func, args, kwargs):
                 held.append(self.allocate(nbytes, f"{name}:{label}"))
-        if not name.startswith("prim."):
+        if not name.startswith(("prim.", "profiler.")):
             self._last_op = name
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
@@ -108,7 +114,11 @@ class Tracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._live:
             return
-        if self._ignoring or storage.nbytes() == 0:
+        if storage.nbytes() == 0:
+            return
+        if self._ignoring or op in self._host_ops:
+            self._live[key] = HOST
+            weakref.finalize(storage, self._live.pop, key, None)
             return
         block = self.allocate(storage.nbytes(), op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         self._live[key] = block

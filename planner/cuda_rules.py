@@ -130,6 +130,16 @@ def gemm_4bit_dequantizes(m: int, n: int, k: int, *, compute_bytes: int, arch: A
     return m > 512
 
 
+def int8_matmul_temporaries(outputs: int, dtype: str) -> tuple[tuple[str, int], ...]:
+    """Buffers of an 8-bit product with `outputs` results of `dtype`, alive when the result is allocated.
+
+    Source: bitsandbytes 0.50 backends/default/ops.py int8_scaled_mm (int32 product) and backends/cuda/ops.py
+    int8_mm_dequant (always fp16, then cast).
+    """
+    product = ("out_i32", 4 * outputs)
+    return (product,) if dtype == "fp16" else (product, ("out_fp16", 2 * outputs))
+
+
 # --- attention -------------------------------------------------------------------------------------------------
 
 

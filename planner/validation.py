@@ -4,7 +4,7 @@ Errors are signed percents: 100 * (prediction - end) / end, where end is the nea
 inside it, negative when the prediction is too low. Memory in bytes per GPU, time in seconds per optimizer step. Each
 counter (allocated, reserved, device) is compared with the same predicted counter. A figure whose counter the source
 does not name is compared with the expected reserved memory, the middle of the three, and counts as covered when it
-overlaps [allocated low, device high]. `docs` of the columns: measurements.md beside the table.
+overlaps [allocated low, device high].
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from planner import stacks
 from planner.errors import InvalidInput, PlannerError, one_line, unknown
+from planner.training import Versions
 from planner.units import MiB
 
 SCHEMA_VERSION = 1
@@ -177,9 +178,6 @@ class Report:
         }
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
-
-
 def read_measurements(path: Path) -> list[dict[str, str]]:
     """Read a measurement table (CSV, UTF-8, at most 64 MiB).
 
@@ -271,9 +269,6 @@ def _check_numbers(row: Row, where: str) -> None:
             raise InvalidInput(f"{where}: {counter}_bytes is {value}; must be two numbers, 0 < low <= high, or empty")
 
 
-# --------------------------------------------------------------------------------------------------------- selecting
-
-
 def select(rows: Sequence[Row], sources: Collection[str] = (), where: Iterable[str] = ()) -> list[Row]:
     """Return the rows of the named sources that match every COLUMN=VALUE.
 
@@ -297,9 +292,6 @@ def _filter(text: str) -> tuple[str, str]:
     if column not in COLUMNS:
         raise unknown("column", column, COLUMNS)
     return column, value
-
-
-# ----------------------------------------------------------------------------------------------------------- mapping
 
 
 def row_options(row: Row) -> dict[str, Any]:
@@ -412,7 +404,7 @@ def _loss(row: Row) -> str:
     return row["loss"]
 
 
-def _optimizer(row: Row, stack: str, versions: stacks.Versions) -> str:
+def _optimizer(row: Row, stack: str, versions: Versions) -> str:
     """Keep the framework's implementation of torch AdamW: the column tells its state dtype, not foreach from fused."""
     if row["optimizer"] in stacks.TORCH_ADAMW:
         return stacks.torch_adamw(stack, versions)
@@ -437,9 +429,6 @@ def _decimal(row: Row, column: str) -> float | None:
 
 def _flag(row: Row, column: str) -> bool | None:
     return row[column] == "true" if row[column] else None
-
-
-# ----------------------------------------------------------------------------------------------------------- scoring
 
 
 def score(
@@ -552,15 +541,23 @@ def published_step_s(row: Row) -> float | None:
     if row["time_scope"] == "fwd-bwd":
         raise NotScored("time without the optimizer step (fwd-bwd)")
     rows = (_whole(row, "micro_batch") or 0) * (_whole(row, "grad_accum") or 1)
-    useful = row["token_convention"] == "useful"
-    tokens = _decimal(row, "mean_tokens_per_row") if useful else _decimal(row, "seq_len")
-    if rate and rows and tokens and row["token_convention"] != "unknown":
+    tokens = _tokens_per_row(row)
+    if rate and rows and tokens:
         return rows * tokens / rate
     if step:
         return step
     if micro:
         return micro * (_whole(row, "grad_accum") or 1)
     raise NotScored("speed in tokens of unknown number per step")
+
+
+def _tokens_per_row(row: Row) -> float | None:
+    """Return the tokens of a row that its published rate counts; None where that is not known."""
+    if row["token_convention"] == "useful":
+        return _decimal(row, "mean_tokens_per_row")
+    # Packed rows hold no padding, so both conventions count the same.
+    known = row["token_convention"] == "computed" or row["packing"] == "true"
+    return _decimal(row, "seq_len") if known else None
 
 
 def _memory_comparisons(row: Row, predicted: Predicted) -> Iterator[Comparison]:

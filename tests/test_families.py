@@ -17,8 +17,7 @@ from planner.training import LoraSpec
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-
-from transformers.pytorch_utils import Conv1D
+Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 MODELS = Path(__file__).resolve().parent.parent / "data" / "models"
 

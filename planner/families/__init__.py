@@ -70,6 +70,16 @@ _MODULES: dict[str, str] = {
 
 _ENCODER_DECODERS = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "m2m_100", "longt5", "led", "marian")
 
+_SAME_AS = {
+    "gemma3": "gemma3_text",
+    "qwen2_vl": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+"""model_type -> the family its language model is built like."""
+
 _SHARED_KEYS = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
 
 _TEXT_ONLY = "only the language model is planned: the vision or audio tower's weights and activations come on top"
@@ -79,7 +89,7 @@ _TRACE = "if transformers knows it, install loraplan[trace] and use --via trace"
 
 def known_families() -> list[str]:
     """Return every model_type that `build_spec` understands, sorted."""
-    return sorted(_MODULES)
+    return sorted({*_MODULES, *_SAME_AS})
 
 
 def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -106,8 +116,10 @@ def build_spec(config: Mapping[str, object], *, model_id: str) -> ModelSpec:
             f"model_type {one_line(model_type)!r} is an encoder-decoder model, which is not planned yet; "
             "only decoder-only language models are; choose one of them"
         )
-    if model_type not in _MODULES:
+    name = _SAME_AS.get(model_type, model_type)
+    if name not in _MODULES:
         raise unknown("model_type", model_type, known_families(), _TRACE)
-    family = getattr(import_module(f"{__name__}.{_MODULES[model_type]}"), model_type)
+    family = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     spec: ModelSpec = family(part, model_id)
-    return spec if part is config else replace(spec, notes=(*spec.notes, _TEXT_ONLY))
+    multimodal = part is not config or "vision_config" in config
+    return replace(spec, notes=(*spec.notes, _TEXT_ONLY)) if multimodal else spec

@@ -338,6 +338,12 @@ def pre_norm_layer(
     )
 
 
+def _stored_dtype(config: Config) -> str:
+    """Return the checkpoint's dtype; files may also hold one per submodule, which states none for all."""
+    dtypes = (config.get("torch_dtype"), config.get("dtype"))
+    return next((dtype.removeprefix("torch.") for dtype in dtypes if isinstance(dtype, str)), "")
+
+
 def causal_lm(
     config: Config,
     model_id: str,
@@ -364,7 +370,7 @@ def causal_lm(
         final_norm=final_norm,
         head=Linear(name=head, in_features=width, out_features=s.vocab, bias=head_bias),
         tied=boolean(config, "tie_word_embeddings", default=tied),
-        stored_dtype=text(config, "torch_dtype", "dtype", default="").removeprefix("torch."),
+        stored_dtype=_stored_dtype(config),
         stored_quantization=text(mapping(config, "quantization_config", default={}), "quant_method", default=""),
         max_position_embeddings=s.positions,
         **rest,

@@ -61,7 +61,7 @@ def _fuses_norms(step: Step) -> bool:
     """
     train = step.train
     if train.kernels == "fms-fused":
-        return not (train.loss == "fused" and train.quantization.kind != "none")
+        return True
     return train.kernels in ("liger", "unsloth")
 
 
