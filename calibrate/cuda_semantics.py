@@ -310,7 +310,8 @@ def _efficient_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence
 def _no_packed_sequences(position_ids: torch.Tensor) -> None:
     """find_packed_sequence_indices for rows that hold one sequence: its temporaries, then None."""
     first = position_ids[:, :1] - 1
-    mask = (torch.diff(position_ids, prepend=first, dim=-1) != 1).cumsum(-1)
+    difference = torch.diff(position_ids, prepend=first, dim=-1)
+    mask = (difference != 1).cumsum(-1)
     (mask[:, -1] == 0).all()
 
 
@@ -319,17 +320,14 @@ def transformers_as_on_device(*, padded: bool) -> Iterator[None]:
     """Undo what transformers does because it takes fake tensors for tracing: decisions read data there, here not."""
     from transformers import masking_utils
 
-    def ignore_mask(padding_mask: Any, q_length: int, kv_length: int, *rest: Any, **named: Any) -> bool:
-        local = named.get("local_attention_size", rest[2] if len(rest) > 2 else None)
-        if local is not None and kv_length >= local:
-            return False
-        return not (padded and padding_mask is not None)
+    def fast_all(padding_mask: torch.Tensor) -> bool:
+        padding_mask.sum() == padding_mask.numel()  # noqa: B015 (its temporaries)
+        return not padded
 
     replacements = {
         "is_tracing": lambda tensor=None: False,
         "find_packed_sequence_indices": _no_packed_sequences,
-        "_ignore_causal_mask_sdpa": ignore_mask,
-        "fast_all": lambda padding_mask: not padded,
+        "fast_all": fast_all,
     }
     with ExitStack() as stack:
         for name, value in replacements.items():

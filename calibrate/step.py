@@ -93,7 +93,7 @@ class Step:
         if self.training.padded:
             mask = torch.ones(shape, dtype=torch.int64)
             if self.real:
-                mask[0, -1] = 0
+                mask[0, -1:].zero_()
             batch["attention_mask"] = mask
         return batch
 

@@ -4,6 +4,7 @@
         prints one JSON document (static bytes, peaks of both steps, what is alive at the peak, peaks per segment)
     python -m calibrate.trace ... --ops backward [--segment layer.1] [--step 1] [--min-bytes 4096]
         prints the allocations and releases of a phase in order: bytes, live total, operation, module
+    --layers auto      extrapolate peaks from stacks of 3 and 4 layers (calibrate.extrapolate)
     --capability 7.5   which GPU's kernels (default 8.0); --plain switches every CUDA rule off
 
 `config.json` is a Hugging Face config; `training.json` holds TrainingSpec fields, nested or flat as
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import sys
 import warnings
@@ -101,6 +103,18 @@ def trace(
         real: run real CPU tensors instead of fake ones (tests; small models only).
     """
     arch = arch or Architecture()
+    # A collection in mid-step would make release times depend on the process's history; steps leave no tensor cycles.
+    gc.collect()
+    gc.disable()
+    try:
+        return _trace(config, training, layers, arch, real)
+    finally:
+        gc.enable()
+
+
+def _trace(
+    config: dict[str, Any], training: TrainingSpec, layers: int | None, arch: Architecture, real: bool
+) -> TraceResult:
     model, notes = fake_model.build(config, training, layers)
     host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
     tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops)
@@ -215,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m calibrate.trace", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--training", type=Path, required=True)
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("--layers", help="decoder layers to keep, or auto")
     parser.add_argument("--events", type=Path, help="write every event as JSON lines")
     parser.add_argument("--ops", metavar="PHASE", help="list events of: forward, loss, backward, recompute, ..., all")
     parser.add_argument("--segment", default="", help="only segments that contain this text")
@@ -229,7 +243,12 @@ def main(arguments: list[str] | None = None) -> int:
     major, minor = (int(x) for x in given.capability.split("."))
     arch = Architecture.plain() if given.plain else Architecture(capability=(major, minor))
     with _quiet():
-        result = trace(config, training, layers=given.layers, arch=arch)
+        if given.layers == "auto":
+            from calibrate.extrapolate import extrapolate
+
+            print(json.dumps(extrapolate(config, training, arch=arch).describe(), indent=1))
+            return 0
+        result = trace(config, training, layers=int(given.layers) if given.layers else None, arch=arch)
     if given.events:
         lines = (json.dumps([e.id, e.nbytes, e.op, e.phase, e.segment, e.step]) for e in result.events)
         given.events.write_text("\n".join(lines) + "\n")

@@ -316,8 +316,8 @@ def _check_fused(lora: LoraSpec, fused: dict[str, str], old_names: dict[str, str
     pair = {old for old, new in old_names.items() if new == "gate_up_proj"}
     if leaves & pair and not pair <= leaves:
         raise Contradiction(
-            f"LoRA target {', '.join(sorted(leaves & pair))} without {', '.join(sorted(pair - leaves))}: transformers 5 "
-            "fuses them into gate_up_proj and PEFT adapts both or none; name both or drop it"
+            f"LoRA target {', '.join(sorted(leaves & pair))} without {', '.join(sorted(pair - leaves))}: "
+            "transformers 5 fuses them into gate_up_proj and PEFT adapts both or none; name both or drop it"
         )
     if any(a.kind == "parameter" for a in adapted):
         wrong = "lora_dropout above 0" if lora.lora_dropout else "DoRA" if lora.use_dora else ""

@@ -1,4 +1,4 @@
-"""Families whose classes come with the checkpoint instead of transformers: Qwen (first), Baichuan 2, InternLM 2, MiMo."""
+"""Families whose classes come with the checkpoint, not transformers: Qwen (first), Baichuan 2, InternLM 2, MiMo."""
 
 from __future__ import annotations
 

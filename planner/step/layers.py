@@ -54,15 +54,8 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
 
 
 def _fuses_norms(step: Step) -> bool:
-    """Whether a Triton RMSNorm replaces the class's own.
-
-    fms' sample configurations for quantized bases with the Liger loss misspell the norm's key, so it stays off there
-    (fms-acceleration sample-configurations, fast_rsm_layernorm).
-    """
-    train = step.train
-    if train.kernels == "fms-fused":
-        return True
-    return train.kernels in ("liger", "unsloth")
+    """Whether a Triton RMSNorm replaces the class's own."""
+    return step.train.kernels in ("liger", "unsloth", "fms-fused")
 
 
 def _rms_core(step: Step, x: Tensor, rows: Size) -> Tensor:

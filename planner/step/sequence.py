@@ -22,7 +22,7 @@ class _Layout:
         self.kind_of: list[int] = []
         self.ordinal: dict[int, tuple[int, int]] = {}
         """Per storage: (segment, position among the allocations of that segment)."""
-        self.real = _real_layers(record)
+        self.real = real_layers(record)
         seen: dict[tuple[str, int], int] = {}
         for number, segment in enumerate(record.segments):
             times = seen.get((segment.phase, segment.layer), 0)
@@ -54,7 +54,7 @@ class _Layout:
         return out
 
 
-def _real_layers(record: Record) -> dict[int, range]:
+def real_layers(record: Record) -> dict[int, range]:
     """Real layer numbers of every emulated layer."""
     repeats: dict[int, int] = {}
     for segment in record.segments:

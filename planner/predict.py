@@ -1,0 +1,206 @@
+"""predict(model, training, gpu) -> Prediction: the one way in. Bytes of allocated, reserved and device memory.
+
+Three numbers, never mixed: *allocated* is torch.cuda.max_memory_allocated, *reserved* is max_memory_reserved,
+*device* is what NVML shows for the process: reserved plus the CUDA context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from planner import allocator, cuda_rules, memory
+from planner.hardware import Gpu
+from planner.model import ModelSpec
+from planner.step import program, sequence
+from planner.step.engine import Record
+from planner.training import TrainingSpec
+from planner.units import GiB, MiB
+
+Verdict = Literal["fits", "does not fit", "too close to call"]
+Origin = Literal["known", "computed", "assumed", "fitted"]
+
+CONTEXT_BYTES = (128 * MiB, 350 * MiB, 640 * MiB)
+"""CUDA context of a PyTorch process, low/expected/high: assumed. It holds the driver's state and the kernels that
+were loaded (lazily since CUDA 11.7), so it grows with the number of libraries and differs between drivers."""
+
+STEPS = 2
+"""Optimizer steps replayed: the first creates the state, the second meets the fragmentation the first left."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """An interval in bytes around an expected value."""
+
+    low: int
+    expected: int
+    high: int
+
+    def shifted(self, by: tuple[int, int, int]) -> Range:
+        """Add a (low, expected, high) amount."""
+        return Range(low=self.low + by[0], expected=self.expected + by[1], high=self.high + by[2])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What one configuration needs, and whether a card has it."""
+
+    model: ModelSpec
+    training: TrainingSpec
+    gpu: Gpu | None
+    allocated: Range
+    reserved: Range
+    device: Range
+    breakdown: memory.MemoryBreakdown
+    trainable_parameters: int
+    verdict: Verdict | None
+    """None without a GPU."""
+    warnings: tuple[str, ...]
+    uncertainty: tuple[tuple[str, float], ...]
+    """(reason, relative share) of the interval of the allocated figure."""
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Memory the process may use on the card, its context included; 0 without a GPU."""
+        return self.gpu.free_bytes if self.gpu else 0
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Capacity minus the expected device memory (negative: missing)."""
+        return self.capacity_bytes - self.device.expected
+
+
+def architecture(gpu: Gpu | None, training: TrainingSpec) -> cuda_rules.Architecture:
+    """The facts about card and libraries that decide which kernels run; an A100's where nothing is known."""
+    versions = training.versions
+    known = gpu is not None and gpu.compute_capability is not None
+    return cuda_rules.Architecture(
+        capability=gpu.compute_capability if known and gpu and gpu.compute_capability else (8, 0),
+        num_sms=(gpu.sm_count if gpu else 0) or 108,
+        torch=versions.torch,
+        bitsandbytes=versions.bitsandbytes,
+    )
+
+
+def predict(
+    model: ModelSpec,
+    training: TrainingSpec,
+    gpu: Gpu | None = None,
+    *,
+    warnings: tuple[str, ...] = (),
+) -> Prediction:
+    """Predict the memory of one training step and, with a GPU, whether the run fits.
+
+    Raises:
+        PlannerError: for settings that exclude each other or that the model does not have.
+    """
+    run = program.run(model, training, architecture(gpu, training))
+    real = sequence.real_layers(run.record)
+    names = {layer: numbers[-1] for layer, numbers in real.items()}
+    breakdown = memory.breakdown(run.record, names)
+    reasons = uncertainty(model, training)
+    allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
+    device = reserved.shifted(CONTEXT_BYTES)
+    return Prediction(
+        model=model,
+        training=training,
+        gpu=gpu,
+        allocated=allocated,
+        reserved=reserved,
+        device=device,
+        breakdown=breakdown,
+        trainable_parameters=int(run.trainable_parameters),
+        verdict=_verdict(gpu, allocated, out_of_memory) if gpu else None,
+        warnings=(*warnings, *training_warnings(model, training, gpu)),
+        uncertainty=reasons,
+    )
+
+
+def _with_allocator(
+    record: Record, peak: int, reasons: tuple[tuple[str, float], ...], gpu: Gpu | None
+) -> tuple[Range, Range, bool]:
+    """Replay the allocator without a limit, and within the card when the cache would outgrow it."""
+    share = sum(s for _, s in reasons)
+    events = list(sequence.expand(record, STEPS))
+    replayed = allocator.replay(events)
+    expected, ran_out = replayed.peak_reserved, False
+    allocated = Range(
+        low=int(peak * (1 - share)), expected=peak, high=max(int(peak * (1 + share)), replayed.peak_allocated)
+    )
+    limit = gpu.free_bytes - CONTEXT_BYTES[1] if gpu else 0
+    if gpu and expected > limit:
+        # A process that meets the limit gives its cached segments back and tries again before it fails.
+        try:
+            expected = allocator.replay(events, allocator.Settings(capacity=max(limit, 1))).peak_reserved
+        except allocator.OutOfMemory:
+            ran_out = True
+    reserved = Range(
+        low=min(allocated.low, expected),
+        expected=expected,
+        high=max(int(replayed.peak_reserved * (1 + share + FRAGMENTATION)), allocated.high),
+    )
+    return allocated, reserved, ran_out
+
+
+FRAGMENTATION = 0.05
+"""Share added to the upper end of reserved memory: what loading and validation leave behind is not replayed."""
+
+
+def _verdict(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
+    """Whether the live memory fits beside the context; the cache shrinks when the card is full."""
+    limits = [gpu.free_bytes - context for context in CONTEXT_BYTES]
+    if allocated.low > limits[0] or (ran_out and allocated.expected > limits[1]):
+        return "does not fit"
+    if ran_out or allocated.high > limits[2]:
+        return "too close to call"
+    return "fits"
+
+
+def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, float], ...]:
+    """Why the allocated figure may be off, each with its relative share."""
+    reasons = [("kernel temporaries and library releases", 0.01)]
+    if training.loss == "chunked":
+        reasons.append(("chunked loss: chunk count and lifetimes differ between implementations", 0.03))
+    if training.kernels == "unsloth":
+        reasons.append(("unsloth's fused kernels are modelled coarsely", 0.06))
+    if training.compile:
+        reasons.append(("torch.compile decides what it keeps", 0.10))
+    if training.gradient_checkpointing == "offload":
+        reasons.append(("offloading keeps some inputs on the GPU until their copy is done", 0.03))
+    if training.quantization.kind in ("gptq4", "gptq8", "awq4"):
+        reasons.append(("group size of the quantized checkpoint", 0.02))
+    if model.remote_code:
+        reasons.append(("the model's own code is not in transformers", 0.05))
+    if any(layer.experts is not None for layer, _ in model.distinct_layers()):
+        reasons.append(("expert kernels", 0.03))
+    if training.lora is not None and training.lora.use_dora:
+        reasons.append(("DoRA's weight norms", 0.03))
+    return tuple(reasons)
+
+
+def training_warnings(model: ModelSpec, training: TrainingSpec, gpu: Gpu | None) -> tuple[str, ...]:
+    """Visible warnings: what the hardware lacks, and what the settings cost unnoticed."""
+    notes: list[str] = []
+    capability = gpu.compute_capability if gpu else None
+    half = "bf16" in (training.autocast, training.base_dtype, training.quantization.compute_dtype)
+    if gpu and half and (gpu.bf16_native is False or (capability and capability < (8, 0))):
+        notes.append(f"{gpu.name} has no bf16 tensor cores: use fp16 (--autocast fp16 --base-dtype fp16)")
+    if training.attention == "flash2" and capability and capability < (8, 0):
+        notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
+    experts = [layer.experts for layer, _ in model.distinct_layers() if layer.experts]
+    if experts and training.quantization.kind in ("nf4", "fp4", "int8"):
+        notes.append("expert weights are fused 3-D parameters that bitsandbytes does not quantize: they stay 16-bit")
+    if model.tied and training.lora and "lm_head" in training.lora.modules_to_save:
+        notes.append("lm_head is tied to the embeddings: saving it as a module trains an untied copy")
+    if _int(training.seq_len) > model.max_position_embeddings > 0:
+        notes.append(
+            f"seq_len {_int(training.seq_len)} is longer than the model's {model.max_position_embeddings} positions"
+        )
+    return tuple(notes)
+
+
+def _int(value: Any) -> int:
+    return int(value.max()) if hasattr(value, "max") else int(value)
+
+
+__all__ = ["CONTEXT_BYTES", "GiB", "Prediction", "Range", "Verdict", "architecture", "predict", "uncertainty"]
