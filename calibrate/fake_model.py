@@ -151,7 +151,11 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
         if wanted not in ("attention", "mlp", "all-linear"):
             found.add(wanted)
             continue
-        marks = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "all-linear": r"layers|blocks|\.h\."}
+        marks = {
+            "attention": r"attn|attention",
+            "mlp": r"mlp|ffn|feed_forward|fc\d",
+            "all-linear": r"layers|blocks|\.h\.",
+        }
         for path, module in model.named_modules():
             if isinstance(module, kinds) and "lm_head" not in path and re.search(marks[wanted], path):
                 found.add(path.rsplit(".", 1)[-1])
@@ -274,4 +278,3 @@ def _materialise_int8(path: str, module: Any, make: Maker) -> Iterator[tuple[str
     module.state.CB, module.state.SCB = weight, scale
     yield f"{path}.weight", weight
     yield f"{path}.SCB", scale
-

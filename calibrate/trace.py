@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -207,7 +206,11 @@ def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) 
         if abs(event.nbytes) < least:
             continue
         block = result.blocks[event.id]
-        what = f"{block.op} {list(block.shape)} {block.dtype}" if event.nbytes > 0 else f"free {block.op} during {event.op}"
+        what = (
+            f"{block.op} {list(block.shape)} {block.dtype}"
+            if event.nbytes > 0
+            else f"free {block.op} during {event.op}"
+        )
         yield f"{event.nbytes:>+16,d} {live:>18,d} #{event.id:<6d} {event.segment:<20s} {what}  [{block.module}]"
 
 
@@ -253,7 +256,9 @@ def main(arguments: list[str] | None = None) -> int:
         lines = (json.dumps([e.id, e.nbytes, e.op, e.phase, e.segment, e.step]) for e in result.events)
         given.events.write_text("\n".join(lines) + "\n")
     if given.ops:
-        sys.stdout.writelines(row + "\n" for row in _rows(result, given.ops, given.segment, given.step, given.min_bytes))
+        sys.stdout.writelines(
+            row + "\n" for row in _rows(result, given.ops, given.segment, given.step, given.min_bytes)
+        )
     else:
         print(json.dumps(result.describe(), indent=1))
     return 0

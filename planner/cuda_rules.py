@@ -104,9 +104,7 @@ def static_4bit_bytes(elements: int, *, double_quant: bool) -> tuple[tuple[str, 
     return (packed, *nested, ("offset", 4), code)
 
 
-def gemm_4bit_temporaries(
-    n: int, k: int, *, double_quant: bool, compute_bytes: int
-) -> tuple[tuple[str, int], ...]:
+def gemm_4bit_temporaries(n: int, k: int, *, double_quant: bool, compute_bytes: int) -> tuple[tuple[str, int], ...]:
     """Buffers, all alive together, of a 4-bit forward product that dequantizes the weight [n, k] first.
 
     Source: bitsandbytes 0.50 backends/cuda/ops.py _dequant_linear_fallback: absmax_dq, absmax, B_dq, then F.linear

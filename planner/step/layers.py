@@ -19,10 +19,17 @@ REPEATS_BEFORE_FLASH = (4, 48)
 """Before: flash attention got key/value heads repeated to all query heads (modeling_mistral.py v4.45.2)."""
 
 
+FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
+"""Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
+
+DROPOUT = 0.1
+"""The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
+
+
 class LayerWeights:
     """The tensors of one decoder layer, by module name."""
 
-    __slots__ = ("experts", "linears", "norms", "router", "spec")
+    __slots__ = ("expert_adapters", "experts", "linears", "norms", "router", "spec")
 
     def __init__(self, spec: Layer) -> None:
         self.spec = spec
@@ -30,6 +37,8 @@ class LayerWeights:
         self.norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.experts: list[Tensor] = []
         self.router: Tensor | None = None
+        self.expert_adapters: dict[str, tuple[Tensor, Tensor]] = {}
+        """Fused parameter -> its (A, B), stacked over the experts (peft lora.ParamWrapper)."""
 
 
 # --- norms ---------------------------------------------------------------------------------------------------------
@@ -38,9 +47,11 @@ class LayerWeights:
 def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor, rows: Size) -> Tensor:
     """A normalisation module of the kind `spec` names; `rows` is the number of normalised vectors."""
     arg = x
-    weight, bias = weights
-    if spec.kind == "layernorm":
-        out = ops.layer_norm(step.eng, x, weight, bias, rows)
+    weight = weights[0]
+    if spec.kind in ("layernorm", "layernorm_upcast", "layernorm_1p"):
+        out = _torch_layer_norm(step, spec, weights, x, rows)
+    elif spec.kind == "layernorm_per_head":
+        out = _layer_norm_per_head(step, spec, weights, x, rows)
     elif _fuses_norms(step):
         out = _fused_rms_norm(step, weight, x, rows)
     elif spec.kind == "rms":
@@ -51,6 +62,33 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
         out = _rms_norm_fp32(step, spec, weight, x, rows)
     del arg
     return out
+
+
+def _torch_layer_norm(
+    step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor, rows: Size
+) -> Tensor:
+    """torch's LayerNorm; olmo upcasts around it, nemotron makes weight + 1 anew and leaves autocast's fp32 list."""
+    eng = step.eng
+    weight, bias = weights
+    if spec.kind == "layernorm_upcast":
+        source = x.dtype
+        out = ops.layer_norm(eng, ops.cast(eng, x, FP32, "norm_input_fp32"), None, None, rows)
+        return ops.cast(eng, out, source, "norm_cast")
+    if spec.kind == "layernorm_1p":
+        assert weight is not None
+        shifted = ops.shift(eng, weight, "norm_weight")
+        x = ops.autocast_half(eng, x)
+        with eng.autocasting(None):
+            return ops.layer_norm(eng, x, shifted, bias, rows)
+    return ops.layer_norm(eng, x, weight, bias, rows)
+
+
+def _layer_norm_per_head(
+    step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor, rows: Size
+) -> Tensor:
+    """One LayerNorm per head, concatenated (stablelm-2-12b): the outputs of all heads, then their copy."""
+    out = ops.layer_norm(step.eng, x, weights[0], weights[1], rows)
+    return ops.contiguous(step.eng, out, "norm")
 
 
 def _fuses_norms(step: Step) -> bool:
@@ -137,6 +175,10 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
     if step.train.kernels in ("unsloth", "fms-fused", "liger"):
         return _fused_rotary(step, x)
     kept: Tensor | None = None
+    source = x.dtype
+    wide = step.model.model_type in FP32_ROTARY
+    if wide:
+        x = ops.cast(eng, x, FP32, "rotary")
     if not (isinstance(rest, int) and rest == 0):
         full = x
         x = ops.narrow(eng, full, rotated)
@@ -150,7 +192,9 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
     del turned, x1, x2
     out = ops.add(eng, first, second, "rotary")
     del first, second
-    return ops.cat_half(eng, out, kept, "rotary") if kept is not None else out
+    if kept is not None:
+        out = ops.cat_half(eng, out, kept, "rotary")
+    return ops.cast(eng, out, source, "rotary") if wide else out
 
 
 def _fused_rotary(step: Step, x: Tensor) -> Tensor:
@@ -192,10 +236,11 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         q, k, v = ops.split(eng, fused, sizes)
         del fused
     else:
-        q = _projected_norm(step, held, spec.q_norm, linears.forward(step, held.linears[spec.projections[0].name], x))
-        k = _projected_norm(step, held, spec.k_norm, linears.forward(step, held.linears[spec.projections[1].name], x))
-        v = linears.forward(step, held.linears[spec.projections[2].name], x)
-    if len(spec.projections) == 1:
+        early = None if spec.qk_norm_after_rope else spec
+        q = _projected_norm(step, held, early and early.q_norm, linears.forward(step, group[0], x))
+        k = _projected_norm(step, held, early and early.k_norm, linears.forward(step, group[1], x))
+        v = linears.forward(step, group[2], x)
+    if len(group) == 1 and not spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
     if spec.position == "rope":
@@ -204,6 +249,9 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         q_turned = rotary(step, q, t * spec.num_heads * part, t * spec.num_heads * rest)
         k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest)
         q, k = q_turned, k_turned
+    if spec.qk_norm_after_rope:
+        q = _projected_norm(step, held, spec.q_norm, q)
+        k = _projected_norm(step, held, spec.k_norm, k)
     return q, k, v
 
 
@@ -345,9 +393,12 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
 
 def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """eager_attention_forward: whole score matrices, softmax in fp32, cast back."""
-    eng, train = step.eng, step.train
+    eng = step.eng
     groups = spec.num_heads // spec.num_kv_heads
+    values = q.dtype
     k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+    if spec.scores_fp32:
+        q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     v_dim = spec.v_head_dim or spec.head_dim
     flops = 2.0 * scores_numel * spec.head_dim
@@ -357,13 +408,13 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
     if step.mask is not None:
         scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
-    source = q.dtype if not step.autocast else ops.autocast_half(eng, q).dtype
     inside = step.arch.fused_softmax_cast and cuda_rules.softmax_casts_inside(scores.dtype, FP32)
     product = step.arch.softmax_backward_product
     probs = ops.softmax_fp32(eng, scores, casts_inside=inside, writes_product=product)
     del scores
-    probs = ops.cast(eng, probs, q.dtype, "probabilities")
-    del source, train
+    probs = ops.cast(eng, probs, values, "probabilities")
+    if spec.dropout:
+        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
     out = ops.bmm(eng, probs, v, step.tokens * spec.num_heads * v_dim, 2.0 * scores_numel * v_dim, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out
@@ -430,16 +481,17 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """A mixture of experts: router, sorted tokens, grouped products, weighted sum (integrations/moe.py)."""
     eng, t = step.eng, step.tokens
     arg = x
-    pairs = t * spec.top_k
+    pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
     weights = _route(step, held, spec, x)
     order = eng.empty(2 * pairs, INT64, "router")
     chosen = _gather_tokens(step, x, pairs * spec.hidden_size)
-    gate_up, down = held.experts[0], held.experts[1]
+    gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
+    down = _adapted_parameter(step, held, spec.down_name, held.experts[1])
     fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size)
     del chosen
     gate, up = ops.split(eng, fused, (pairs * spec.intermediate_size, pairs * spec.intermediate_size))
     del fused
-    hidden = ops.mul(eng, ops.pointwise(eng, gate, spec.activation), up, "experts")
+    hidden = _gate_experts(step, spec, gate, up)
     del gate, up
     out = _grouped(step, hidden, down, pairs, spec.hidden_size, spec.intermediate_size)
     del hidden
@@ -455,6 +507,29 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
         result = ops.add(eng, result, shared, "experts")
     del arg
     return result
+
+
+def _gate_experts(step: Step, spec: Experts, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up; gpt_oss clamps both and writes its swish out."""
+    eng = step.eng
+    if spec.activation != "clamped_swiglu":
+        return ops.mul(eng, ops.pointwise(eng, gate, spec.activation), up, "experts")
+    gate = ops.pointwise(eng, gate, "clamp")
+    up = ops.pointwise(eng, up, "clamp")
+    glu = ops.mul(eng, gate, ops.pointwise(eng, ops.scale(eng, gate, "experts"), "sigmoid", False), "experts")
+    return ops.mul(eng, ops.shift(eng, up, "experts"), glu, "experts")
+
+
+def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor) -> Tensor:
+    """weight + B @ A over all experts, made whole in every forward (peft lora.ParamWrapper)."""
+    pair = next((p for key, p in held.expert_adapters.items() if key.endswith(name)), None)
+    if pair is None:
+        return weight
+    eng = step.eng
+    a, b = pair
+    delta = ops.bmm(eng, b, a, weight.numel, 2.0 * weight.numel * (step.train.lora.r if step.train.lora else 1), "lora_b")
+    delta = ops.cast(eng, ops.scale(eng, delta, "lora_scale"), weight.dtype, "lora_result_cast")
+    return ops.add(eng, weight, delta, "lora_add")
 
 
 def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
@@ -553,30 +628,37 @@ def _feed_forward(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 
 
 def _branch(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
+    """What happens to a branch's output before the addition."""
+    if held.spec.hidden_dropout:
+        x = ops.dropout(step.eng, x, DROPOUT, "hidden_dropout")
     return ops.scale(step.eng, x, "residual") if held.spec.residual_multiplier else x
 
 
 def _sequential_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     eng, spec = step.eng, held.spec
+    late = spec.norm_after_residual
     residual = x
-    x = _layer_norm(step, held, spec.input_norm, x)
+    x = x if late else _layer_norm(step, held, spec.input_norm, x)
     x = attention(step, held, x)
     x = _layer_norm(step, held, spec.post_attention_norm, x)
     x = ops.add(eng, residual, _branch(step, held, x), "residual")
+    if late:
+        x = _layer_norm(step, held, spec.input_norm, x)
     residual = x
-    x = _layer_norm(step, held, spec.pre_mlp_norm, x)
+    x = x if late else _layer_norm(step, held, spec.pre_mlp_norm, x)
     x = _feed_forward(step, held, x)
     x = _layer_norm(step, held, spec.post_mlp_norm, x)
-    return ops.add(eng, residual, _branch(step, held, x), "residual")
+    x = ops.add(eng, residual, _branch(step, held, x), "residual")
+    return _layer_norm(step, held, spec.pre_mlp_norm, x) if late else x
 
 
 def _parallel_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     eng, spec = step.eng, held.spec
     residual = x
     normed = _layer_norm(step, held, spec.input_norm, x)
-    attended = attention(step, held, normed)
+    attended = _branch(step, held, attention(step, held, normed))
     second = normed if spec.pre_mlp_norm is None else _layer_norm(step, held, spec.pre_mlp_norm, x)
-    fed = _feed_forward(step, held, second)
+    fed = _branch(step, held, _feed_forward(step, held, second))
     out = ops.add(eng, ops.add(eng, fed, attended, "residual"), residual, "residual")
     del normed, second
     return out

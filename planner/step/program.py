@@ -196,11 +196,16 @@ class _Run:
     def _load_adapters(self, adapted: dict[tuple[int, str], Adapted]) -> None:
         lora = self.step.train.lora
         assert lora is not None
+        parameters = [a for a in adapted.values() if a.kind == "parameter"]
         for index, held in enumerate(self.weights):
             self._begin("load", index)
             for name, weights in held.linears.items():
                 if (id(held.spec), name) in adapted:
                     linears.load_adapter(self.step, weights, lora)
+            for a in parameters:
+                if a.layer is held.spec:
+                    pair = [self.step.trainable(n, lora.dtype, "adapter") for n in (a.a_elements, a.b_elements)]
+                    held.expert_adapters[a.name] = (pair[0], pair[1])
             self._count(index)
         self._begin("load", -1)
         if self.head is not None and (id(None), self.step.model.head.name) in adapted:
@@ -283,6 +288,8 @@ class _Run:
             places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
             out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
             del places
+        if model.embedding_dropout:
+            out = ops.dropout(eng, out, layers.DROPOUT, "embedding_dropout")
         if model.embedding_norm is not None:
             spec = model.embedding_norm
             out = layers.norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
