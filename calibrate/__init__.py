@@ -1,1 +1,1 @@
-"""The measuring side: runs the real libraries (torch, transformers, peft, bitsandbytes); never imported by `planner`."""
+"""The measuring side: the real libraries (torch, transformers, peft, bitsandbytes), run; `planner` never imports it."""

@@ -1,6 +1,7 @@
 """Make fake CPU tensors behave as CUDA tensors do, one named rule at a time.
 
-Rules that pick another operator are patches (`cuda_functions`) or autocast registrations (`cuda_autocast_lists`); memory inside a CUDA kernel is a rule of `kernel_temporaries`. Each rule can be switched off in
+Rules that pick another operator are patches (`cuda_functions`) or autocast registrations (`cuda_autocast_lists`);
+memory inside a CUDA kernel is a rule of `kernel_temporaries`. Each rule can be switched off in
 `planner.cuda_rules.Architecture`; sizes live there too.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitLt
 from torch import nn
 
 from planner import cuda_rules
@@ -162,27 +164,30 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
     return torch.native_dropout(input, p, True)[0]
 
 
-def softmax(input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> torch.Tensor:
+def softmax(input: torch.Tensor, dim: int = -1, _stacklevel: int = 3, dtype: Any = None) -> torch.Tensor:
     """CUDA's softmax converts half to float inside the kernel (see cuda_rules.softmax_casts_inside)."""
     wanted = SHORT_DTYPE.get(dtype, "")
     if torch.is_autocast_enabled("cpu") and dtype is None:
         wanted, dtype = "fp32", torch.float32
     if cuda_rules.softmax_casts_inside(SHORT_DTYPE.get(input.dtype, ""), wanted):
         return torch._softmax(input, dim, True)
-    return input.softmax(-1 if dim is None else dim, dtype=dtype)
+    return input.softmax(dim, dtype=dtype)
 
 
 def int8_matmul(
-    A: torch.Tensor, B: torch.Tensor, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None
-) -> torch.Tensor:
+    inputs: torch.Tensor, weight: torch.Tensor, out: Any = None, state: Any = None, threshold: float = 0.0,
+    bias: Any = None,
+) -> torch.Tensor:  # fmt: skip
     """bitsandbytes takes another autograd function on a CPU than on CUDA (autograd/_functions.py matmul)."""
-    return bnb.autograd._functions.MatMul8bitLt.apply(A, B, out, bias, state)
+    return MatMul8bitLt.apply(inputs, weight, out, bias, state)
 
 
 # --- autocast ------------------------------------------------------------------------------------------------------
 
-FP32_OPS = ("layer_norm", "native_layer_norm", "group_norm", "rsqrt", "reciprocal", "exp", "log", "softplus",
-            "logsumexp", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "cosh", "sinh", "tan", "log2")  # fmt: skip
+FP32_OPS = (
+    "layer_norm", "native_layer_norm", "group_norm", "rsqrt", "reciprocal", "exp", "log", "log2", "softplus",
+    "logsumexp", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "cosh", "sinh", "tan",
+)  # fmt: skip
 FP32_OPT_DTYPE_OPS = ("log_softmax.int", "cumsum", "sum", "sum.dim_IntList", "prod.dim_int")
 FALLTHROUGH_OPS = ("cross_entropy_loss",)
 

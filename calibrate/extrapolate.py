@@ -57,8 +57,7 @@ def extrapolate(config: dict[str, Any], training: TrainingSpec, *, arch: Archite
     deep = trace(config, training, layers=DEEP, arch=arch)
     segments: dict[str, int] = {}
     for name, value in deep.segment_peaks.items():
-        kind, dot, rest = name.partition(".")
-        if kind != "layer" or not dot:
+        if not name.startswith("layer."):
             segments[name] = _linear(shallow.segment_peaks[name], value, layers)
     for direction in ("forward", "backward"):
         for index in range(layers):

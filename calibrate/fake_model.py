@@ -21,6 +21,8 @@ from planner.training import LoraSpec, TrainingSpec
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_CONFIG = ("torch_dtype", "dtype", "quantization_config", "architectures", "auto_map", "transformers_version")
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
+MARKS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "all-linear": r"layers|blocks|\.h\."}
+"""How module paths show what a target keyword means."""
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -89,11 +91,24 @@ def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
                 raise
             notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
             model = AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="eager")
+    _keep_in_fp32(model, dtype)
     model.tie_weights()
     if training.untied_head and cfg.tie_word_embeddings:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     return model
+
+
+def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Modules that from_pretrained keeps in fp32 (modeling_utils.py: one list for fp16, one for any 16-bit dtype)."""
+    if dtype == torch.float32:
+        return
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(re.search(rf"(^|\.){re.escape(mark)}(\.|$)", name) for mark in kept):
+            tensor.data = tensor.data.float()
 
 
 def _quantize(model: Any, training: TrainingSpec) -> None:
@@ -157,7 +172,7 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
             "all-linear": r"layers|blocks|\.h\.",
         }
         for path, module in model.named_modules():
-            if isinstance(module, kinds) and "lm_head" not in path and re.search(marks[wanted], path):
+            if isinstance(module, kinds) and "lm_head" not in path and re.search(MARKS[wanted], path):
                 found.add(path.rsplit(".", 1)[-1])
     return sorted(found)
 

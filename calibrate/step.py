@@ -22,9 +22,7 @@ LAYER = re.compile(r"(.*\.)?(layers|h|blocks|block)\.(\d+)$")
 class Step:
     """Runs forward, loss, backward, clipping, optimizer; every call is one optimizer step."""
 
-    def __init__(
-        self, model: nn.Module, training: TrainingSpec, tracker: Tracker, arch: Architecture, *, real: bool
-    ) -> None:
+    def __init__(self, model: Any, training: TrainingSpec, tracker: Tracker, arch: Architecture, *, real: bool) -> None:
         self.model = model
         self.training = training
         self.tracker = tracker
@@ -85,10 +83,7 @@ class Step:
 
     def _batch(self) -> dict[str, torch.Tensor]:
         shape = (self.training.micro_batch_size, self.training.seq_len)
-        if self.real:
-            ids = torch.randint(0, self.vocab_size, shape)
-        else:
-            ids = torch.empty(shape, dtype=torch.int64)
+        ids = torch.randint(0, self.vocab_size, shape) if self.real else torch.empty(shape, dtype=torch.int64)
         batch = {"input_ids": ids, "labels": ids.clone()}
         if self.training.padded:
             mask = torch.ones(shape, dtype=torch.int64)

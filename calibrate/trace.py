@@ -189,7 +189,12 @@ def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
             nested.setdefault(group, {})[leaf] = value
         elif not (value is None and group in nested):
             nested[name] = value
-    for name, kind in (("lora", LoraSpec), ("quantization", QuantizationSpec), ("versions", Versions)):
+    parts: tuple[tuple[str, Any], ...] = (
+        ("lora", LoraSpec),
+        ("quantization", QuantizationSpec),
+        ("versions", Versions),
+    )
+    for name, kind in parts:
         if isinstance(nested.get(name), dict):
             known = {f.name for f in dataclasses.fields(kind)}
             inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
@@ -206,11 +211,8 @@ def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) 
         if abs(event.nbytes) < least:
             continue
         block = result.blocks[event.id]
-        what = (
-            f"{block.op} {list(block.shape)} {block.dtype}"
-            if event.nbytes > 0
-            else f"free {block.op} during {event.op}"
-        )
+        made = f"{block.op} {list(block.shape)} {block.dtype}"
+        what = made if event.nbytes > 0 else f"free {block.op} during {event.op}"
         yield f"{event.nbytes:>+16,d} {live:>18,d} #{event.id:<6d} {event.segment:<20s} {what}  [{block.module}]"
 
 
@@ -256,9 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
         lines = (json.dumps([e.id, e.nbytes, e.op, e.phase, e.segment, e.step]) for e in result.events)
         given.events.write_text("\n".join(lines) + "\n")
     if given.ops:
-        sys.stdout.writelines(
-            row + "\n" for row in _rows(result, given.ops, given.segment, given.step, given.min_bytes)
-        )
+        for row in _rows(result, given.ops, given.segment, given.step, given.min_bytes):
+            print(row)
     else:
         print(json.dumps(result.describe(), indent=1))
     return 0

@@ -119,7 +119,9 @@ def gemm_4bit_dequantizes(m: int, n: int, k: int, *, compute_bytes: int, arch: A
     """Whether bitsandbytes' CUDA gemm_4bit dequantizes the whole weight instead of running its fused kernel.
 
     Source: bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit: above 1536 rows of input, or k not a multiple of the
-    block size, always.
+    block size, always; up to 4 rows never. In between a table per GPU decides, with limits from 8 to 512 rows (only
+    small weights with k < n/2 on sm80 go further); taken here as fused up to 512. The backward dequantizes in any
+    case, so this moves a step's peak only where the forward holds it.
     """
     if m > GEMM_4BIT_FUSED_MAX_M or k % BLOCKSIZE_4BIT:
         return True

@@ -328,18 +328,44 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
     """The attention kernel that the settings, the dtypes and the GPU select."""
     eng = step.eng
     arg = (q, k, v)
-    if step.train.attention == "eager" or (step.train.attention == "sdpa" and not spec.sdpa):
+    if spec.sinks and (step.train.attention == "eager" or not spec.sdpa):
+        out = _eager_sinks(step, spec, q, k, v)
+    elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not spec.sdpa):
         out = _eager(step, spec, q, k, v)
     else:
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
             q, k, v = (ops.cast(eng, t, _flash_dtype(step), "flash_cast") for t in (q, k, v))
-        if step.train.attention == "flash2" or uses_flash(step, spec, q.dtype):
+        if step.train.attention == "sdpa" and _broadcasts_heads(step, spec):
+            out = _math(step, spec, q, k, v)
+        elif step.train.attention == "flash2" or uses_flash(step, spec, q.dtype):
             out = _flash(step, spec, q, k, v)
         else:
             out = _efficient(step, spec, q, k, v)
     del arg
     return out
+
+
+def _broadcasts_heads(step: Step, spec: Attention) -> bool:
+    """Falcon hands SDPA one key/value head beside many query heads; no fused kernel takes that (sdp_utils.cpp)."""
+    own_classes = step.train.untied_head  # litgpt's own modules expand the heads instead
+    return step.model.model_type == "falcon" and spec.num_kv_heads == 1 and not own_classes
+
+
+def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA's math kernel: scaled copies of q and broadcast k, v, whole scores, softmax in their dtype."""
+    eng = step.eng
+    scores_numel = step.batch * spec.num_heads * step.seq * step.seq
+    flops = 2.0 * scores_numel * spec.head_dim
+    mask = eng.empty(step.seq * step.seq, q.dtype, "attention_mask")
+    groups = spec.num_heads // spec.num_kv_heads
+    q = ops.scale(eng, q, "attention")
+    k = ops.expand_copy(eng, ops.scale(eng, k, "attention"), groups)
+    scores = ops.add(eng, ops.bmm(eng, q, k, scores_numel, flops, "scores"), mask, "scores", scores_numel)
+    probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
+    del scores, mask
+    out = ops.bmm(eng, probs, ops.expand_copy(eng, v, groups), step.tokens * spec.q_size, flops, "attention")
+    return ops.contiguous(eng, out, "attention")
 
 
 def _flash_dtype(step: Step) -> str:
@@ -421,6 +447,29 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     return held
 
 
+def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """gpt_oss: one more column of scores for the sinks, the row maximum subtracted, softmax in the scores' dtype."""
+    eng = step.eng
+    groups = spec.num_heads // spec.num_kv_heads
+    k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+    rows = step.batch * spec.num_heads * step.seq
+    scores_numel = rows * step.seq
+    flops = 2.0 * scores_numel * spec.head_dim
+    scores = ops.scale(eng, ops.bmm(eng, q, k, scores_numel, flops, "scores"), "scores")
+    assert step.mask is not None
+    scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
+    sink = eng.empty(rows, scores.dtype, "scores")
+    wide = ops.cat_half(eng, scores, sink, "scores")
+    index = eng.empty(rows, INT64, "scores")
+    wide = ops.add(eng, wide, eng.empty(rows, wide.dtype, "scores"), "scores", wide.numel)
+    probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
+    kept = ops.narrow(eng, probs, scores_numel, "scores_grad")
+    out = ops.bmm(eng, kept, v, step.tokens * spec.q_size, flops, "attention")
+    held = ops.contiguous(eng, out, "attention")
+    del out, index, wide, scores, probs, kept
+    return held
+
+
 # --- feed-forward --------------------------------------------------------------------------------------------------
 
 
@@ -469,11 +518,32 @@ def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
         curve = ops.shift(eng, ops.pointwise(eng, inner, "gelu_new", False), "gelu_new")
         del inner
         out = ops.mul(eng, ops.scale(eng, x, "gelu_new"), curve, "gelu_new")
-    elif spec.activation == "relu2":
-        out = ops.pointwise(eng, ops.pointwise(eng, x, "relu", False), "relu2")
+    elif spec.activation == "relu2":  # torch.square is on autocast's fp32 list: the result is fp32 there
+        out = ops.square(eng, ops.pointwise(eng, x, "relu", False))
+    elif spec.activation == "xielu":
+        out = _xielu(step, x)
     else:
         out = ops.pointwise(eng, x, spec.activation, spec.activation != "relu")
     del arg
+    return out
+
+
+def _xielu(step: Step, x: Tensor) -> Tensor:
+    """XIELUActivation._xielu_python: both branches are computed whole, expm1 in fp32 under autocast."""
+    eng = step.eng
+    positive = ops.add(eng, ops.pointwise(eng, ops.scale(eng, x, "xielu"), "xielu"), ops.scale(eng, x, "xielu"), "xielu")
+    condition = eng.empty(x.numel, "int8", "xielu")
+    least = ops.pointwise(eng, x, "xielu")
+    curve = ops.pointwise(eng, ops.autocast_fp32(eng, least), "xielu", False)
+    negative = ops.scale(eng, ops.add(eng, curve, x, "xielu"), "xielu")
+    negative = ops.add(eng, negative, ops.scale(eng, x, "xielu"), "xielu")
+    dtype = ops.promote(positive.dtype, negative.dtype)
+    out = eng.empty(x.numel, dtype, "xielu")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [ops.unary(eng, ops._grad(grads), "xielu_grad"), ops.unary(eng, ops._grad(grads), "xielu_grad")]
+
+    eng.link(out, (positive, negative), backward, (condition,))
     return out
 
 
@@ -487,18 +557,17 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     chosen = _gather_tokens(step, x, pairs * spec.hidden_size)
     gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
     down = _adapted_parameter(step, held, spec.down_name, held.experts[1])
-    fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size)
-    del chosen
+    fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size, spec.bias)
     gate, up = ops.split(eng, fused, (pairs * spec.intermediate_size, pairs * spec.intermediate_size))
     del fused
     hidden = _gate_experts(step, spec, gate, up)
     del gate, up
-    out = _grouped(step, hidden, down, pairs, spec.hidden_size, spec.intermediate_size)
+    out = _grouped(step, hidden, down, pairs, spec.hidden_size, spec.intermediate_size, spec.bias)
     del hidden
     weighted = ops.mul(eng, out, weights, "experts")
     del out
     result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
-    del weighted, order
+    del weighted, order, chosen
     if spec.shared is not None:
         shared = mlp(step, held, spec.shared, x)
         if spec.shared_gate is not None:
@@ -521,15 +590,24 @@ def _gate_experts(step: Step, spec: Experts, gate: Tensor, up: Tensor) -> Tensor
 
 
 def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor) -> Tensor:
-    """weight + B @ A over all experts, made whole in every forward (peft lora.ParamWrapper)."""
+    """baddbmm(weight, B, A) over all experts, made whole in every forward (peft lora.ParamWrapper, factors proxy)."""
     pair = next((p for key, p in held.expert_adapters.items() if key.endswith(name)), None)
     if pair is None:
         return weight
     eng = step.eng
-    a, b = pair
-    delta = ops.bmm(eng, b, a, weight.numel, 2.0 * weight.numel * (step.train.lora.r if step.train.lora else 1), "lora_b")
-    delta = ops.cast(eng, ops.scale(eng, delta, "lora_scale"), weight.dtype, "lora_result_cast")
-    return ops.add(eng, weight, delta, "lora_add")
+    a, b = (ops.cast(eng, t, weight.dtype, "lora_factor") for t in pair)
+    rank = step.train.lora.r if step.train.lora else 1
+    numels, dtype, flops = (b.numel, a.numel), weight.dtype, 2.0 * weight.numel * rank
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        eng.kernel("bmm", dtype, 2 * ops._grad(grads).nbytes, 2 * flops)
+        return [eng.empty(numels[0], dtype, "lora_b_grad"), eng.empty(numels[1], dtype, "lora_a_grad")]
+
+    made = eng.begin((b, a), backward, (a, b))
+    out = eng.empty(weight.numel, weight.dtype, "lora_weight")
+    eng.kernel("bmm", dtype, 2 * out.nbytes, flops)
+    eng.finish(made, out)
+    return out
 
 
 def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
@@ -551,7 +629,9 @@ def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
         return [eng.empty(full, FP32, "router_grad")]
 
     eng.link(top, (probs,), backward, (index,))
-    return ops.cast(eng, top, x.dtype, "router")
+    if spec.activation == "clamped_swiglu":  # gpt_oss keeps its router in the model's dtype
+        return ops.cast(eng, top, x.dtype, "router")
+    return top
 
 
 def _gather_tokens(step: Step, x: Tensor, numel: Size) -> Tensor:
@@ -568,14 +648,16 @@ def _gather_tokens(step: Step, x: Tensor, numel: Size) -> Tensor:
     return out
 
 
-def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int) -> Tensor:
-    """torch._grouped_mm over experts: like a linear, one product per expert."""
+def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, bias: bool = False) -> Tensor:
+    """torch._grouped_mm over experts: like a linear, one product per expert; a bias is gathered per row first."""
     eng = step.eng
     x = ops.autocast_half(eng, x)
     w = ops.autocast_half(eng, weight, cache=True)
+    gathered = eng.empty(rows * n, x.dtype, "experts") if bias else None
     out = eng.empty(rows * n, x.dtype, "experts")
     flops = ops.matmul_flops(rows, n, k)
     eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, flops)
+    del gathered
     need_x, need_w = x.requires_grad, w.requires_grad
     x_numel, w_numel, dtype = x.numel, w.numel, x.dtype
 

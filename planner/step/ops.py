@@ -392,6 +392,20 @@ def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: 
     return out
 
 
+def softmax_same(eng: Engine, x: Tensor, *, writes_product: bool) -> Tensor:
+    """softmax in x's dtype (fp32 under autocast would need the caller's cast)."""
+    out = unary(eng, x, "softmax")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
+        out = unary(eng, _grad(grads), "softmax_grad")
+        del product
+        return [out]
+
+    eng.link(out, (x,), backward, (out.view(),))
+    return out
+
+
 def layer_norm(
     eng: Engine, x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Size, op: str = "layer_norm"
 ) -> Tensor:
