@@ -126,11 +126,13 @@ def base_forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 
 def head_chunk(step: Step, held: LinearWeights, hidden: Tensor, rows: Size, chunks: int) -> Tensor:
-    """The head on one of `chunks` slices of the positions; its input gradient lands in a full-size tensor once."""
-    assert held.weight is not None
+    """The head on one of `chunks` slices of the positions; the slice's gradient lands in a full-size tensor."""
     part = ops.narrow(step.eng, hidden, hidden.numel // chunks, "lm_head_grad")
-    spec = held.spec
-    return ops.linear(step.eng, part, held.weight, rows, spec.out_features, spec.in_features, None, "lm_head")
+    whole, step.tokens = step.tokens, rows
+    try:
+        return forward(step, held, part)
+    finally:
+        step.tokens = whole
 
 
 def _matmul_name(spec: Linear) -> str:
