@@ -166,11 +166,6 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
         if wanted not in ("attention", "mlp", "all-linear"):
             found.add(wanted)
             continue
-        marks = {
-            "attention": r"attn|attention",
-            "mlp": r"mlp|ffn|feed_forward|fc\d",
-            "all-linear": r"layers|blocks|\.h\.",
-        }
         for path, module in model.named_modules():
             if isinstance(module, kinds) and "lm_head" not in path and re.search(MARKS[wanted], path):
                 found.add(path.rsplit(".", 1)[-1])
@@ -288,7 +283,7 @@ def _materialise_int8(path: str, module: Any, make: Maker) -> Iterator[tuple[str
     weight = make((n, k), torch.int8)
     scale = make((n,), torch.float32)
     parameter = nn.Parameter(weight, requires_grad=False)
-    parameter.CB = parameter.SCB = None  # type: ignore[attr-defined]
+    parameter.CB = parameter.SCB = None
     module.weight = parameter
     module.state.CB, module.state.SCB = weight, scale
     yield f"{path}.weight", weight

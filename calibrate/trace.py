@@ -129,8 +129,7 @@ def _trace(
         for number in range(1, STEPS + 1):
             tracker.labels.step = number
             step.run()
-        result = _result(tracker, step.num_layers, notes)
-    return result
+        return _result(tracker, step.num_layers, notes)
 
 
 def _load(model: nn.Module, training: TrainingSpec, tracker: Tracker, *, real: bool) -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face style config derived from a GGUF header: the shapes that decide memory, from keys and tensor shapes."""
+"""A Hugging Face style config derived from a GGUF header: the sizes that decide memory, from its keys and tensors."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_folders_that_are_not_models(tmp_path: Path) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
     for source in (adapter, adapter / "adapter_config.json"):
-        with pytest.raises(InvalidInput, match="LoRA adapter, not a model.*org/base.*pass the base model"):
+        with pytest.raises(InvalidInput, match=r"LoRA adapter, not a model.*org/base.*pass the base model"):
             load_config(str(source))
     ggufs = tmp_path / "ggufs"
     ggufs.mkdir()
@@ -524,8 +524,8 @@ def test_a_missing_value_names_every_spelling() -> None:
 # --- fuzz -----------------------------------------------------------------------------------------------------------
 
 JUNK: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 64, 2**16, 10**6, 2**31, 2**63, -(2**63), 10**30, 0.0, -0.5, 0.3, 1e300, "", "x",
-    "8", "\x1b[2J", "\ud800", "bfloat16", [], [1], [0] * 40, ["full_attention"], [None], [[]], {}, {"type": "yarn"},
+    None, True, False, 0, 1, -1, 2, 3, 7, 64, 2**16, 10**6, 2**31, 2**63, -(2**63), 10**30, 0.0, -0.5, 0.3, 1e300, "",
+    "x", "8", "\x1b[2J", "\ud800", "bfloat16", [], [1], [0] * 40, ["full_attention"], [None], [[]], {}, {"type": "yarn"},
     {"rope_type": "llama3", "factor": 8.0}, {"a": {"b": {}}},
 ]  # fmt: skip
 

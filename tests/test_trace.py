@@ -21,6 +21,8 @@ from planner import cuda_rules  # noqa: E402
 from planner.cuda_rules import Architecture  # noqa: E402
 from planner.training import TrainingSpec  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LLAMA = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False,

@@ -10,8 +10,14 @@ from planner import cuda_rules
 from planner.model import Linear
 from planner.step import ops
 from planner.step.context import Step
-from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Storage, Tensor
 from planner.training import LoraSpec, QuantizationSpec
+
+
+FUSED_4BIT = (0, 50)
+"""bitsandbytes release whose forward is one gemm_4bit operation (autograd/_functions.py)."""
+KEEPS_NO_INPUT = (0, 43)
+"""Before (and in 0.43.0): MatMul4Bit keeps its input in ctx.tensors (autograd/_functions.py 0.41.1, 0.42.0)."""
 
 
 class LinearWeights:
@@ -240,7 +246,11 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     m, n, k = step.tokens, spec.out_features, spec.in_features
     nested = train.quantization.double_quant
     weights = spec.weight_elements
-    work = [eng.workspace(size, "dequantize") for size in step.arch_4bit_forward(m, n, k, ITEMSIZE[x.dtype])]
+    release = train.versions.bitsandbytes
+    if release < FUSED_4BIT:
+        work = _dequantize_first(step, held, x.dtype)
+    else:
+        work = [eng.workspace(size, "dequantize") for size in step.arch_4bit_forward(m, n, k, ITEMSIZE[x.dtype])]
     if work:
         eng.kernel("dequantize", x.dtype, weights // 2 + sum(w.nbytes for w in work), count=3 if nested else 1)
     out = eng.empty(m * n, x.dtype, "linear_4bit")
@@ -262,11 +272,22 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         del weight
         return [result]
 
-    eng.link(out, (x,), backward, hooked=False)
+    eng.link(out, (x,), backward, (x,) if release < KEEPS_NO_INPUT else (), hooked=False)
     del x
     out = ops.cast(eng, out, source, "input_dtype_cast")
     del arg
     return out
+
+
+def _dequantize_first(step: Step, held: LinearWeights, dtype: str) -> list[Storage]:
+    """Releases before 0.50 dequantize in Python for any number of rows: absmax first, then the weight alone."""
+    eng, n = step.eng, held.spec.weight_elements
+    absmax = eng.workspace(4 * cuda_rules.absmax_blocks(n), "dequantize") if step.train.quantization.double_quant else None
+    weight = eng.workspace(n * ITEMSIZE[held.dtype], "dequantize")
+    del absmax
+    if held.dtype != dtype:
+        weight = eng.workspace(n * ITEMSIZE[dtype], "dequantize")
+    return [weight]
 
 
 def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:

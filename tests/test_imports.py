@@ -1,0 +1,167 @@
+"""The house rules: imports go down only, heavy libraries stay out of the planner, files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("units", "cuda_rules", "config_values"),
+    ("model", "training", "hardware"),
+    ("lora", "families", "stacks", "headers"),
+    ("gguf_config",),
+    ("step", "allocator"),
+    ("memory",),
+    ("predict",),
+    ("search", "validation"),
+    ("catalog",),
+    ("sources", "report"),
+    ("cli",),
+)
+"""Modules and packages of `planner`, lowest first: each may import earlier rows, and a package its own parts."""
+
+LAZY = {
+    "numpy": ("",),
+    "huggingface_hub": ("sources",),
+    "pynvml": ("cli", "local_gpu"),
+    "calibrate": ("cli",),
+}
+"""What is not in the standard library and may be imported inside a function, and where ("" is everywhere)."""
+
+AT_IMPORT = {"click": ("cli",)}
+"""What may be imported when a module is loaded."""
+
+HEAVY = (
+    "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "pydantic", "tabulate", "calibrate"
+)  # fmt: skip
+"""What `loraplan fits` must not load: it answers in the time of an import."""
+
+MODULE_LINES = 650
+FUNCTION_LINES = 80
+
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+PLANNER = sorted((ROOT / "planner").rglob("*.py"))
+SOURCES = [*PLANNER, *sorted((ROOT / "calibrate").rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(module, inside a function, line) of every import; `from planner import x` is planner.x."""
+
+    def walk(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, inside, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{path}:{child.lineno}: write imports in full"
+                if child.module and child.module.split(".")[0] in ("planner", "calibrate"):
+                    yield from ((f"{child.module}.{alias.name}", inside, child.lineno) for alias in child.names)
+                else:
+                    yield child.module or "", inside, child.lineno
+            elif not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+                yield from walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    return walk(tree_of(path), False)
+
+
+def room(module: str) -> str:
+    """The module or package directly under planner: planner.step.ops -> step; "" for planner itself."""
+    return [*module.split("."), ""][1]
+
+
+def test_every_module_has_a_layer() -> None:
+    rooms = {room(name_of(path)) for path in PLANNER} - {""}
+    assert rooms <= RANKS.keys(), f"give these a row in LAYERS: {sorted(rooms - RANKS.keys())}"
+
+
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for path in PLANNER:
+        here = room(name_of(path))
+        for module, _, line in imports(path):
+            there = room(module)
+            if module.split(".")[0] != "planner" or there not in RANKS or there == here:
+                continue
+            if not here or RANKS[there] >= RANKS[here]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_planner_needs_only_the_standard_library() -> None:
+    wrong = []
+    for path in PLANNER:
+        here = room(name_of(path))
+        for module, inside, line in imports(path):
+            top = module.split(".")[0]
+            if top in ("planner", "") or top in sys.stdlib_module_names:
+                continue
+            allowed = AT_IMPORT.get(top, ()) + (LAZY.get(top, ()) if inside else ())
+            if "" not in allowed and here not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}" + ("" if inside else " when loaded"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_calibrate_does_not_use_the_command_line() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in SOURCES
+        if path not in PLANNER
+        for module, _, line in imports(path)
+        if module.startswith(("planner.cli", "planner.report"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_modules_say_what_they_are_for_and_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(tree_of(path)), "the module has no docstring"
+    assert text.count("\n") <= MODULE_LINES, f"{text.count(chr(10))} lines: two subjects in one module?"
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno
+        and node.end_lineno - node.lineno >= FUNCTION_LINES
+    ]
+    assert not long, "\n".join(long)
+
+
+FITS = "main(['fits', 'meta-llama/Llama-3.1-8B', '--gpu', 'rtx-4090'])"
+
+
+@pytest.mark.parametrize("code", ["import planner.predict", "import planner.cli.main", FITS])
+def test_starting_loads_nothing_heavy(code: str) -> None:
+    if code is FITS:
+        code = f"from planner.cli.main import main\ntry:\n    {code}\nexcept SystemExit as end:\n    assert end.code in (0, 1)"
+    code += f"\nimport sys\nprint('loaded:', *sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
