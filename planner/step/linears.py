@@ -202,32 +202,51 @@ def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 
 def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor) -> Tensor:
-    """DoraLinearVariant.forward + DoraLinearLayer.forward (peft variants.py, dora.py)."""
+    """DoraLinearVariant.forward (peft variants.py): the scaled difference is added to the base result."""
     eng, spec = step.eng, held.spec
-    m, n, k = step.tokens, spec.out_features, spec.in_features
-    a, b, rank, _ = held.lora[0]
     base = result
     if step.lora_dropout:
         x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-        base = ops.linear(eng, x, _dequantized(step, held, x.dtype), m, n, k)
-    eye = eng.empty(k * k, a.dtype, "dora_eye")
-    low = ops.linear(eng, eye, a, k, rank, k, op="dora_weight")
-    delta = ops.cast(eng, ops.linear(eng, low, b, k, n, rank, op="dora_weight"), x.dtype)
+        weight = _dequantized(step, held, x.dtype)
+        base = ops.linear(eng, x, weight, step.tokens, spec.out_features, spec.in_features)
+        del weight
+    return ops.add(eng, result, _dora_layer(step, held, x, base), "lora_add")
+
+
+def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Tensor:
+    """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled."""
+    eng, spec = step.eng, held.spec
+    m, n, k = step.tokens, spec.out_features, spec.in_features
+    a, b, rank, _ = held.lora[0]
+    delta = _dora_weight(step, held)
+    delta = ops.cast(eng, delta, x.dtype, "dora_weight")
     weight = _dequantized(step, held, x.dtype)
     with eng.no_grad():
         scaled = ops.unary(eng, delta, "dora_norm")
         total = ops.unary(eng, scaled, "dora_norm")
+        del scaled
         norm = eng.empty(n, total.dtype, "dora_norm")
-    del scaled, total, eye, low
+        del total
     assert held.dora is not None
     ratio = ops.mul(eng, held.dora, norm, "dora_ratio")
     low = ops.linear(eng, x, a, m, rank, k, op="lora_a")
     lora_result = ops.linear(eng, low, b, m, n, rank, op="lora_b")
+    del low
     first = ops.mul(eng, ops.shift(eng, ratio), base, "dora_mul")
     second = ops.scale(eng, ops.mul(eng, ratio, lora_result, "dora_mul"), "lora_scale")
     out = ops.add(eng, first, second, "dora_add")
     del weight, delta
-    return ops.add(eng, result, out, "lora_add")
+    return out
+
+
+def _dora_weight(step: Step, held: LinearWeights) -> Tensor:
+    """get_lora_weight: both adapter products applied to an identity matrix."""
+    eng, spec = step.eng, held.spec
+    a, b, rank, _ = held.lora[0]
+    n, k = spec.out_features, spec.in_features
+    eye = eng.empty(k * k, a.dtype, "dora_eye")
+    low = ops.linear(eng, eye, a, k, rank, k, op="dora_weight")
+    return ops.linear(eng, low, b, k, n, rank, op="dora_weight")
 
 
 def _dequantized(step: Step, held: LinearWeights, dtype: str) -> Tensor:

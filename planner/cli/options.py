@@ -1,0 +1,203 @@
+"""Options that commands share: the output format, and every training setting as a flag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+from planner.errors import unknown
+from planner.training import CHOICES
+
+FORMATS = ("table", "json", "csv", "markdown")
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Word(click.Choice[str]):
+    """One of a few words, with the names other tools give them; an unknown one names close matches."""
+
+    def __init__(self, what: str, words: tuple[str, ...], aliases: Mapping[str, str] | None = None) -> None:
+        super().__init__(words)
+        self.what, self.words, self.aliases = what, words, dict(aliases or {})
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the known word.
+
+        Raises:
+            UnknownName: naming the value and what is allowed.
+        """
+        word = str(value).strip().lower()
+        word = self.aliases.get(word, word)
+        if word not in self.words:
+            raise unknown(self.what, value, self.words)
+        return word
+
+
+def format_option(command: _Command) -> _Command:
+    """Add `--format` to a command (parameter `style`)."""
+    return click.option(
+        "--format", "style", type=Word("format", FORMATS), default="table", show_default=True, help="How to print."
+    )(command)
+
+
+_DTYPES = {
+    "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "no": "none",
+}  # fmt: skip
+_OPTIMIZERS = {
+    "adamw_torch": "adamw", "adamw_hf": "adamw", "adamw-torch": "adamw", "adamw_torch_fused": "adamw-fused",
+    "adamw_fused": "adamw-fused", "adamw_8bit": "adamw-8bit", "adamw_bnb_8bit": "adamw-8bit",
+    "paged_adamw": "paged-adamw", "paged_adamw_32bit": "paged-adamw", "paged-adamw-32bit": "paged-adamw",
+    "paged_adamw_8bit": "paged-adamw-8bit", "lion_32bit": "lion", "lion_8bit": "lion-8bit",
+}  # fmt: skip
+_ATTENTION = {"flash_attention_2": "flash2", "flash-attention-2": "flash2", "flash": "flash2", "fa2": "flash2"}
+_QUANTIZATION = {"4bit": "nf4", "8bit": "int8", "int4": "nf4", "awq": "awq4", "no": "none"}
+_CHECKPOINTING = {"true": "full", "on": "full", "false": "none", "off": "none", "unsloth": "offload"}
+
+_FLAG = object()
+"""Marks a yes/no option (--x/--no-x)."""
+
+
+class Option(NamedTuple):
+    """A training setting on the command line: flags, the key of `planner.stacks` it sets, its type and its help."""
+
+    flags: tuple[str, ...]
+    key: str
+    kind: Any
+    help: str
+
+
+def _dtype(what: str, words: tuple[str, ...] = CHOICES["dtype"]) -> Word:
+    return Word(what, words, _DTYPES)
+
+
+TRAINING: dict[str, tuple[Option, ...]] = {
+    "Method and adapter": (
+        Option(("--method",), "method", Word("method", CHOICES["method"]), "Default qlora."),
+        Option(("-r", "--rank"), "r", int, "LoRA rank."),
+        Option(("--alpha",), "lora_alpha", float, "LoRA alpha."),
+        Option(("--dropout",), "lora_dropout", float, "LoRA dropout."),
+        Option(("--targets", "--target-modules"), "target_modules", str, "all-linear, attention, mlp or module names."),
+        Option(("--target-slices",), "target_slices", str, "Adapt only these parts of a fused projection, as 0,2."),
+        Option(("--modules-to-save",), "modules_to_save", str, "Modules trained in full beside the adapters."),
+        Option(("--dora/--no-dora",), "use_dora", _FLAG, "DoRA."),
+        Option(("--rslora/--no-rslora",), "use_rslora", _FLAG, "rsLoRA."),
+        Option(("--adapter-dtype",), "adapter_dtype", _dtype("adapter dtype"), "dtype of the adapter weights."),
+    ),
+    "Base weights": (
+        Option(
+            ("-q", "--quantization"),
+            "quantization",
+            Word("quantization", CHOICES["quantization"], _QUANTIZATION),
+            "How the frozen base is stored.",
+        ),
+        Option(("--double-quant/--no-double-quant",), "double_quant", _FLAG, "Quantize the 4-bit scales too."),
+        Option(
+            ("--quantized-modules",),
+            "quantized_modules",
+            Word("quantized modules", ("linears", "adapted-only", "none")),
+            "Which linear modules are quantized.",
+        ),
+        Option(("--skip-modules",), "skip_modules", str, "Modules left unquantized, or none."),
+        Option(("--group-size",), "group_size", int, "GPTQ and AWQ: weights that share one scale."),
+        Option(("--base-dtype",), "base_dtype", _dtype("base dtype"), "dtype of unquantized base weights."),
+        Option(("--compute-dtype",), "compute_dtype", _dtype("compute dtype"), "dtype of dequantized weights."),
+        Option(
+            ("--kbit-prep/--no-kbit-prep",),
+            "kbit_preparation",
+            _FLAG,
+            "PEFT's prepare_model_for_kbit_training (fp32 norms, embeddings and head).",
+        ),
+        Option(("--fp32-norms/--no-fp32-norms",), "fp32_norms_only", _FLAG, "Only the norms are fp32."),
+        Option(("--untied-head/--no-untied-head",), "untied_head", _FLAG, "The head has its own weight."),
+    ),
+    "Batch, checkpointing, kernels": (
+        Option(("--batch", "--micro-batch-size"), "micro_batch_size", int, "Rows per micro batch."),
+        Option(("--seq-len", "--length"), "seq_len", int, "Tokens per row."),
+        Option(("--grad-accum",), "gradient_accumulation_steps", int, "Micro batches per optimizer step."),
+        Option(
+            ("--checkpointing",),
+            "gradient_checkpointing",
+            Word("checkpointing", CHOICES["checkpointing"], _CHECKPOINTING),
+            "Gradient checkpointing.",
+        ),
+        Option(("--reentrant/--no-reentrant",), "use_reentrant", _FLAG, "Reentrant checkpointing."),
+        Option(
+            ("--attention",),
+            "attention",
+            Word("attention", CHOICES["attention"], _ATTENTION),
+            "Attention implementation.",
+        ),
+        Option(("--padded/--no-padded",), "padded", _FLAG, "Rows carry a padding mask."),
+        Option(("--kernels",), "kernels", Word("kernels", CHOICES["kernels"]), "Fused kernels."),
+        Option(("--compile/--no-compile",), "compile", _FLAG, "torch.compile."),
+        Option(("--autocast",), "autocast", _dtype("autocast", ("none", "bf16", "fp16")), "Mixed precision."),
+    ),
+    "Loss and optimizer": (
+        Option(("--loss",), "loss", Word("loss", CHOICES["loss"]), "How logits become a loss."),
+        Option(
+            ("--optimizer",), "optimizer", Word("optimizer", CHOICES["optimizer"], _OPTIMIZERS), "Optimizer and states."
+        ),
+        Option(
+            ("--optimizer-in-backward/--no-optimizer-in-backward",),
+            "optimizer_in_backward",
+            _FLAG,
+            "The optimizer steps during the backward.",
+        ),
+        Option(("--max-grad-norm",), "max_grad_norm", float, "Gradient clipping; 0 switches it off."),
+        Option(
+            ("--keeps-outputs/--no-keeps-outputs",), "keeps_outputs", _FLAG, "The loop holds the logits meanwhile."
+        ),
+        Option(
+            ("--outputs-to-fp32/--no-outputs-to-fp32",), "outputs_to_fp32", _FLAG, "accelerate's fp32 logits copy."
+        ),
+    ),
+    "Framework and releases": (
+        Option(("--stack",), "stack", str, "Whose unasked defaults apply."),
+        Option(("--torch",), "torch", str, "PyTorch release, for example 2.4."),
+        Option(("--transformers",), "transformers", str, "transformers release."),
+        Option(("--peft",), "peft", str, "PEFT release."),
+        Option(("--bitsandbytes",), "bitsandbytes", str, "bitsandbytes release."),
+    ),
+}
+"""Sections of the help and their options, in the order of the help."""
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def flag_of(key: str) -> str:
+    """Return the flag that sets a key of `planner.stacks`, as a message names it."""
+    for options in TRAINING.values():
+        for option in options:
+            if option.key == key:
+                return option.flags[-1].partition("/")[0]
+    return key
+
+
+def training_options(command: _Command) -> _Command:
+    """Add every training setting to a command; a parameter is None where the user did not give it."""
+    for options in reversed(list(TRAINING.values())):
+        for option in reversed(options):
+            kind = {} if option.kind is _FLAG else {"type": option.kind}
+            metavar = {"metavar": "VERSION"} if option.key in LIBRARIES else {}
+            command = click.option(
+                *option.flags, option.key, default=None, help=option.help, **kind, **metavar
+            )(command)
+    return command
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options in the sections of `TRAINING`, the rest first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options section by section."""
+        place = {option.key: title for title, options in TRAINING.items() for option in options}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in TRAINING}}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections[place.get(param.name or "", "Options")].append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)

@@ -1,0 +1,137 @@
+"""From what a user gives (a model, a framework, options) to the model and training a prediction needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from planner import families, lora, sources, stacks
+from planner.cli.options import flag_of
+from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.model import ModelSpec
+from planner.sources import LoadedConfig
+from planner.stacks import Resolved, Setting
+from planner.training import TrainingSpec
+
+
+class LoadedModel(NamedTuple):
+    """A model with where its facts come from, and what to tell the user about it."""
+
+    spec: ModelSpec
+    loaded: LoadedConfig
+    warnings: tuple[str, ...]
+
+
+def load_model(source: str) -> LoadedModel:
+    """Read the model that `source` names and build what it is made of.
+
+    Raises:
+        PlannerError: no such model, an unreadable file, or a family that is not known.
+    """
+    loaded = sources.load_config(source)
+    spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    warnings = [*loaded.warnings, *spec.notes]
+    if loaded.exact_parameters:
+        spec = replace(spec, exact_parameters=loaded.exact_parameters)
+        if spec.num_parameters != loaded.exact_parameters:
+            warnings.append(
+                f"the weight files hold {loaded.exact_parameters:,} parameters, the config implies "
+                f"{spec.num_parameters:,}; the config's shapes are used"
+            )
+    if spec.stored_quantization:
+        warnings.append(
+            f"the published checkpoint is stored as {one_line(spec.stored_quantization, 20)}: "
+            "planned as if loaded from 16-bit weights"
+        )
+    return LoadedModel(spec, loaded, tuple(dict.fromkeys(warnings)))
+
+
+def infer_method(given: Mapping[str, Any]) -> str:
+    """Return the method given, else the one that the quantization implies; qlora by default."""
+    if given.get("method"):
+        return str(given["method"])
+    return "lora" if given.get("quantization") == "none" else "qlora"
+
+
+def configure(model: ModelSpec, stack: str, given: Mapping[str, Any]) -> tuple[Resolved, TrainingSpec]:
+    """Resolve the given options with the framework's defaults, for this model.
+
+    Raises:
+        PlannerError: unknown values, settings that exclude each other or that the model does not have.
+    """
+    method = infer_method(given)
+    resolved = stacks.resolve(stack, method=method, given=given)
+    _refuse_idle(resolved, given)
+    if method != "full" and given.get("target_modules") is None:
+        resolved = _with_known_targets(model, resolved, given)
+    training = stacks.to_training_spec(resolved)
+    if given.get("skip_modules"):
+        _check_skipped(model, training.quantization.skip_modules)
+    return resolved, training
+
+
+def _refuse_idle(resolved: Resolved, given: Mapping[str, Any]) -> None:
+    """Refuse a given setting that the run has no use for: its user expects something else to be planned."""
+    for key, value in given.items():
+        if value is None or value is False or key in ("method", "quantization") or resolved.applies(key):
+            continue
+        if key in stacks.ADAPTER_KEYS:
+            why = "method full has no adapter; drop it, or choose --method lora or qlora"
+        elif key == "use_reentrant":
+            why = "there is no checkpointing; drop it, or add --checkpointing full"
+        elif key == "group_size" and resolved["quantization"] != "none":
+            why = f"group sizes belong to gptq and awq bases, not to {resolved['quantization']}; drop it"
+        else:
+            why = "the base is not quantized; drop it, or choose --method qlora"
+        raise Contradiction(f"{flag_of(key)} has no effect: {why}")
+
+
+def _with_known_targets(model: ModelSpec, resolved: Resolved, given: Mapping[str, Any]) -> Resolved:
+    """Replace a framework's default targets that this model does not have; the origin says so."""
+    spec = stacks.to_training_spec(resolved).lora
+    if spec is None or _has_targets(model, spec):
+        return resolved
+    missing = ", ".join(spec.target_modules)
+    peft = lora.PEFT_DEFAULT_TARGETS.get(model.model_type)
+    for targets, name in ((peft, f"PEFT's default for {model.model_type}"), ((lora.ALL_LINEAR,), "loraplan default")):
+        if targets is None or not _has_targets(model, replace(spec, target_modules=targets, target_slices=())):
+            continue
+        found = stacks.resolve(resolved.stack, method=resolved["method"], given={**given, "target_modules": targets})
+        origin = f"{name}: {model.model_type} has no {missing} ({resolved.settings['target_modules'].origin})"
+        return replace(found, settings={**found.settings, "target_modules": Setting(targets, origin)})
+    return resolved
+
+
+def _has_targets(model: ModelSpec, spec: lora.LoraSpec) -> bool:
+    try:
+        lora.resolve_targets(model, spec)
+    except UnknownName:
+        return False
+    return True
+
+
+def _check_skipped(model: ModelSpec, skipped: tuple[str, ...]) -> None:
+    """Refuse a module to skip that no module of the model is."""
+    known = {linear.name for layer, _ in model.distinct_layers() for linear in layer.linears}
+    known |= {linear.name for linear in (*model.embedding_projections, model.head)}
+    for name in skipped:
+        if name != "lm_head" and not any(path == name or path.endswith(f".{name}") for path in known):
+            raise UnknownName(
+                f"--skip-modules {one_line(name)!r} is no module of {one_line(model.model_id)}; "
+                f"its modules are {', '.join(lora.module_names(model))}"
+            )
+
+
+def parse_slices(text: str | None) -> list[int] | None:
+    """Parse part numbers such as `0,2`.
+
+    Raises:
+        InvalidInput: for anything but part numbers.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 3 for part in parts):
+        raise InvalidInput(f"--target-slices is {one_line(text)!r}; write part numbers, for example 0,2")
+    return [int(part) for part in parts]

@@ -1,0 +1,1 @@
+"""Reports: text, JSON, CSV and Markdown as strings; nothing here prints."""
