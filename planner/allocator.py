@@ -38,14 +38,13 @@ class OutOfMemory(Exception):
 class Block:
     """A piece of a segment: address, size, neighbours, and whether it is in use."""
 
-    __slots__ = ("address", "following", "free", "pool", "previous", "requested", "size")
+    __slots__ = ("address", "following", "free", "pool", "previous", "size")
 
     def __init__(self, address: int, size: int, pool: int) -> None:
         self.address = address
         self.size = size
         self.pool = pool
         self.free = False
-        self.requested = 0
         self.previous: Block | None = None
         self.following: Block | None = None
 
@@ -72,6 +71,9 @@ class CachingAllocator:
         self._by_address: dict[int, Block] = {}
         self._next_address = _SEGMENT_GAP
         self._expandable: list[Block | None] = [None, None]
+        self._fine = self.settings.expandable_segments
+        """Large blocks are split down to 512 bytes too."""
+        self._restricted = bool(self.settings.max_split_size) and not self._fine
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -85,9 +87,14 @@ class CachingAllocator:
             return None
         size = -(-nbytes // MIN_BLOCK) * MIN_BLOCK
         pool = 0 if size <= SMALL_SIZE else 1
-        block = self._best_fit(pool, size) or self._new_segment(pool, size)
+        free = self._free[pool]
+        place = bisect_left(free, size << _SHIFT)
+        if place < len(free) and (not self._restricted or self._usable(free[place] >> _SHIFT, size)):
+            block = self._by_address.pop(free.pop(place) & _ADDRESS)
+        else:
+            block = self._new_segment(pool, size)
         left = block.size - size
-        if left >= MIN_BLOCK and self._splits(pool, size, left):
+        if left >= MIN_BLOCK and (left > SMALL_SIZE or pool == 0 or self._fine) and not self._whole(size):
             self._split(block, size)
         block.free = False
         self.allocated += block.size
@@ -129,30 +136,19 @@ class CachingAllocator:
 
     # --- blocks -----------------------------------------------------------------------------------------------
 
-    def _best_fit(self, pool: int, size: int) -> Block | None:
-        free = self._free[pool]
-        place = bisect_left(free, size << _SHIFT)
-        if place == len(free):
-            return None
-        key = free[place]
+    def _usable(self, found: int, size: int) -> bool:
+        """max_split_size: large blocks are kept for large requests, and not for much smaller ones."""
         limit = self.settings.max_split_size
-        if limit and not self.settings.expandable_segments:
-            found = key >> _SHIFT
-            if size < limit <= found or (size >= limit and found >= size + LARGE_SEGMENT):
-                return None
-        del free[place]
-        return self._by_address.pop(key & _ADDRESS)
+        return not (size < limit <= found or (size >= limit and found >= size + LARGE_SEGMENT))
+
+    def _whole(self, size: int) -> bool:
+        """max_split_size: requests above it are not split off."""
+        return self._restricted and size >= self.settings.max_split_size
 
     def _forget(self, block: Block) -> None:
         free = self._free[block.pool]
         del free[bisect_left(free, block.size << _SHIFT | block.address)]
         del self._by_address[block.address]
-
-    def _splits(self, pool: int, size: int, left: int) -> bool:
-        if pool == 0 or self.settings.expandable_segments:
-            return left >= MIN_BLOCK
-        limit = self.settings.max_split_size
-        return left > SMALL_SIZE and (not limit or size < limit)
 
     def _split(self, block: Block, size: int) -> None:
         rest = Block(block.address + size, block.size - size, block.pool)

@@ -119,25 +119,35 @@ def predict(
 def _with_allocator(
     record: Record, peak: int, reasons: tuple[tuple[str, float], ...], gpu: Gpu | None
 ) -> tuple[Range, Range, bool]:
-    """Replay the allocator without a limit, and within the card when the cache would outgrow it."""
+    """Replay the allocator without a limit, and within the card when the cache would outgrow it.
+
+    The small pool (requests up to 1 MiB) fragments little and is taken at its peak, rounded to segments; only the
+    large pool is replayed.
+    """
     share = sum(s for _, s in reasons)
-    events = list(sequence.expand(record, STEPS))
+    small = sequence.small_peak(record, allocator.SMALL_SIZE)
+    small_reserved = -(-small // allocator.SMALL_SEGMENT) * allocator.SMALL_SEGMENT
+    events = sequence.expand(record, STEPS, allocator.SMALL_SIZE)
     replayed = allocator.replay(events)
-    expected, ran_out = replayed.peak_reserved, False
+    expected, ran_out = replayed.peak_reserved + small_reserved, False
     allocated = Range(
-        low=int(peak * (1 - share)), expected=peak, high=max(int(peak * (1 + share)), replayed.peak_allocated)
+        low=int(peak * (1 - share)),
+        expected=peak,
+        high=max(int(peak * (1 + share)), replayed.peak_allocated + small),
     )
     limit = gpu.free_bytes - CONTEXT_BYTES[1] if gpu else 0
+    unlimited = expected
     if gpu and expected > limit:
         # A process that meets the limit gives its cached segments back and tries again before it fails.
+        settings = allocator.Settings(capacity=max(limit - small_reserved, 1))
         try:
-            expected = allocator.replay(events, allocator.Settings(capacity=max(limit, 1))).peak_reserved
+            expected = allocator.replay(events, settings).peak_reserved + small_reserved
         except allocator.OutOfMemory:
             ran_out = True
     reserved = Range(
         low=min(allocated.low, expected),
         expected=expected,
-        high=max(int(replayed.peak_reserved * (1 + share + FRAGMENTATION)), allocated.high),
+        high=max(int(unlimited * (1 + share + FRAGMENTATION)), allocated.high),
     )
     return allocated, reserved, ran_out
 

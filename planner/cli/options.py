@@ -154,7 +154,7 @@ TRAINING: dict[str, tuple[Option, ...]] = {
         ),
     ),
     "Framework and releases": (
-        Option(("--stack",), "stack", str, "Whose unasked defaults apply."),
+        Option(("--stack",), "stack", str, "The framework whose unasked defaults apply: hf-trainer, trl, peft-loop, axolotl, llama-factory, unsloth, torchtune, litgpt, fms, ms-swift or custom (the default)."),
         Option(("--torch",), "torch", str, "PyTorch release, for example 2.4."),
         Option(("--transformers",), "transformers", str, "transformers release."),
         Option(("--peft",), "peft", str, "PEFT release."),
@@ -195,7 +195,7 @@ class Sectioned(click.Command):
         place = {option.key: title for title, options in TRAINING.items() for option in options}
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in TRAINING}}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
                 sections[place.get(param.name or "", "Options")].append(record)
         for title, records in sections.items():

@@ -65,6 +65,10 @@ def configure(model: ModelSpec, stack: str, given: Mapping[str, Any]) -> tuple[R
     _refuse_idle(resolved, given)
     if method != "full" and given.get("target_modules") is None:
         resolved = _with_known_targets(model, resolved, given)
+    if given.get("method") is None:
+        implied = "--quantization none" if given.get("quantization") == "none" else ""
+        origin = f"implied by {implied}" if implied else "loraplan default"
+        resolved = replace(resolved, settings={**resolved.settings, "method": Setting(method, origin)})
     training = stacks.to_training_spec(resolved)
     if given.get("skip_modules"):
         _check_skipped(model, training.quantization.skip_modules)

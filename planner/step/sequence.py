@@ -9,8 +9,12 @@ from planner.step.engine import Record, Segment
 _LOADING = ("load",)
 _STATE = ("state",)
 
-Template = list[tuple[int, int, int, int]]
-"""Events of a segment: (bytes, segment kind, layer offset, ordinal); bytes > 0 allocates, else frees."""
+Template = list[tuple[int, int]]
+"""Events of a segment: (bytes, name of the storage at layer 0); bytes > 0 allocates, else frees."""
+
+_LAYER = 1 << 24  # names of storages: kind << 44 | (layer + _BASE) << 24 | ordinal
+_KIND = 1 << 44
+_BASE = 1 << 10
 
 
 class _Layout:
@@ -35,22 +39,20 @@ class _Layout:
                     self.ordinal[index] = (number, place)
                     place += 1
 
-    def template(self, number: int) -> Template:
-        """The events of a segment, with the storages they touch named relative to its layer."""
+    def template(self, number: int, smallest: int) -> Template:
+        """The events of a segment above `smallest` bytes; names are relative to the segment's layer."""
         record, segment = self.record, self.record.segments[number]
         out: Template = []
         for index, size in record.events[segment.start : segment.end]:
-            if size == 0:
+            if -smallest <= size <= smallest:
                 continue
-            where, place = self.ordinal.get(index, (-1, 0))
-            if where < 0:
-                continue  # a storage of no bytes
-            owner = record.segments[where]
-            if segment.layer >= 0 and owner.layer >= 0:
-                offset = owner.layer - segment.layer
+            where, place = self.ordinal[index]
+            owner = record.segments[where].layer
+            if segment.layer >= 0 and owner >= 0:
+                offset = owner - segment.layer
             else:
-                offset = self.real[owner.layer][-1] if owner.layer >= 0 else 0
-            out.append((size, self.kind_of[where], offset, place))
+                offset = self.real[owner][-1] if owner >= 0 else 0
+            out.append((size, self.kind_of[where] * _KIND + (offset + _BASE) * _LAYER + place))
         return out
 
 
@@ -68,39 +70,58 @@ def real_layers(record: Record) -> dict[int, range]:
     return real
 
 
-def expand(record: Record, steps: int = 2) -> Iterator[tuple[int, int]]:
-    """Yield (storage, +-bytes) of loading and `steps` optimizer steps over all layers.
+def expand(record: Record, steps: int = 2, smallest: int = 0) -> list[tuple[int, int]]:
+    """Return (storage, +-bytes) of loading and `steps` optimizer steps over all layers.
 
     The optimizer state appears where the first optimizer step creates it. What a step leaves behind (gradients)
-    is freed at its end, as zero_grad(set_to_none=True) does.
+    is freed at its end, as zero_grad(set_to_none=True) does. Requests of at most `smallest` bytes are left out.
     """
     layout = _Layout(record)
-    ids: dict[tuple[int, int, int], int] = {}
-    counter = 0
+    templates = [layout.template(number, smallest) for number in range(len(record.segments))]
+    out: list[tuple[int, int]] = []
+    ids: dict[int, int] = {}
     alive: dict[int, int] = {}
+    counter = 0
     for number, in_step in _order(record, steps):
         if number < 0:  # the end of a step
-            for storage, size in alive.items():
-                yield storage, -size
+            out += [(storage, -size) for storage, size in alive.items()]
             alive.clear()
             continue
+        template = templates[number]
+        if not template:
+            continue
         segment = record.segments[number]
-        template = layout.template(number)
         for layer in _layers_of(segment, layout.real):
-            for size, kind, offset, place in template:
-                owner = offset if segment.layer < 0 else layer + offset
-                key = (kind, owner, place)
+            shift = layer * _LAYER if segment.layer >= 0 else 0
+            for size, name in template:
                 if size > 0:
                     counter += 1
-                    ids[key] = counter
+                    ids[name + shift] = counter
                     if in_step:
                         alive[counter] = size
-                    yield counter, size
+                    out.append((counter, size))
                 else:
-                    storage = ids.pop(key, 0)
+                    storage = ids.pop(name + shift, 0)
                     if storage:
                         alive.pop(storage, None)
-                        yield storage, size
+                        out.append((storage, size))
+    return out
+
+
+def small_peak(record: Record, largest: int) -> int:
+    """Peak of the bytes alive in requests of at most `largest` bytes (the small pool), in blocks of 512."""
+    level = peak = 0
+    for segment in record.segments:
+        start = level
+        inner = 0
+        for _, size in record.events[segment.start : segment.end]:
+            if -largest <= size <= largest:
+                level += -(-size // 512) * 512
+                inner = max(inner, level)
+        extra = (segment.repeat - 1) * (level - start)
+        peak = max(peak, inner + max(extra, 0))
+        level += extra
+    return peak
 
 
 def _layers_of(segment: Segment, real: dict[int, range]) -> range | list[int]:

@@ -1,0 +1,34 @@
+"""What a terminal gets and a pipe does not: colour and a progress line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import click
+
+
+def wants_colour() -> bool:
+    """Return whether stdout takes colour: a terminal, no NO_COLOR, no dumb terminal."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
+
+
+def echo_coloured(text: str, word: str, colour: str) -> None:
+    """Print text whose first word is coloured where colour is wanted."""
+    if colour and wants_colour():
+        text = click.style(word, fg=colour, bold=True) + text[len(word) :]
+        click.echo(text, nl=False, color=True)
+    else:
+        click.echo(text, nl=False, color=False)
+
+
+def progress(items: Iterable[Any], label: str) -> Iterator[Any]:
+    """Yield the items, with a bar on stderr when that is a terminal."""
+    if not sys.stderr.isatty() or os.environ.get("CI"):
+        yield from items
+        return
+    length = len(items) if isinstance(items, Sized) else None
+    with click.progressbar(items, length=length, label=label, file=sys.stderr) as bar:
+        yield from bar

@@ -1,0 +1,136 @@
+"""An answer to "does it fit": the prediction with where its inputs came from, and the words that describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from planner.errors import one_line
+from planner.memory import Moment
+from planner.predict import CONTEXT_BYTES, Prediction
+from planner.search import Change
+from planner.sources import LoadedConfig
+from planner.stacks import Resolved
+from planner.units import gib
+
+WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
+"""Verdict -> the first word of the table; NEEDS when no card was named."""
+
+
+class Answer(NamedTuple):
+    """Everything a report about one run may print."""
+
+    prediction: Prediction
+    loaded: LoadedConfig
+    resolved: Resolved
+    changes: tuple[Change, ...] = ()
+    margin_bytes: int = 0
+    """Memory of the card that the user wants kept free."""
+    explain: bool = False
+    stack_origin: str = "loraplan default"
+
+
+class Component(NamedTuple):
+    """A part of the memory at the peak: which total it first counts in, and how its size is known."""
+
+    name: str
+    nbytes: int
+    counter: str
+    """allocated, reserved or device."""
+    origin: str
+    """known (read from headers), computed (from shapes) or assumed (a default)."""
+
+
+def components(answer: Answer) -> tuple[Component, ...]:
+    """Return the owners of the memory at the peak; they sum to the expected device total."""
+    p = answer.prediction
+    whole = p.model.exact_parameters and p.model.exact_parameters == p.model.num_parameters
+    weights = "known" if whole and p.training.quantization.kind == "none" else "computed"
+    parts = [
+        Component(name, nbytes, "allocated", weights if name == "base weights" else "computed")
+        for name, nbytes in p.breakdown.ledger
+    ]
+    cache = p.reserved.expected - p.allocated.expected
+    if cache > 0:
+        parts.append(Component("allocator cache", cache, "reserved", "computed"))
+    return (*parts, Component("CUDA context", CONTEXT_BYTES[1], "device", "assumed"))
+
+
+def model_name(answer: Answer) -> str:
+    """Return the model's name without its organisation, fit for a terminal."""
+    return one_line(answer.prediction.model.model_id.rpartition("/")[2], 50)
+
+
+def run_words(answer: Answer) -> str:
+    """Describe the run in a line: model, method, adapter, length, batch."""
+    t = answer.prediction.training
+    words = [model_name(answer), t.method]
+    if t.quantization.kind != "none" and t.quantization.kind != "nf4":
+        words.append(t.quantization.kind)
+    if t.lora is not None:
+        words += [f"r={t.lora.r}", target_words(t.lora.target_modules)]
+    batch = f"batch {t.micro_batch_size}"
+    if t.gradient_accumulation_steps != 1:
+        batch += f" x {t.gradient_accumulation_steps}"
+    return f"{' '.join(words)}, length {t.seq_len}, {batch}"
+
+
+def target_words(targets: tuple[str, ...]) -> str:
+    """Name the adapted modules, shortened when there are many."""
+    if len(targets) > 4:
+        return f"{len(targets)} target modules"
+    return one_line("+".join(targets), 50)
+
+
+def card_words(answer: Answer) -> str:
+    """Name the card and its memory; empty without one."""
+    gpu = answer.prediction.gpu
+    if gpu is None:
+        return ""
+    if gpu.memory_basis == "user":
+        return one_line(gpu.name, 40)
+    return f"{one_line(gpu.name, 40)} ({gib(gpu.memory_bytes)} GiB)"
+
+
+_OUTSIDE = {
+    "load": "while the model is loaded",
+    "state": "in the first optimizer step, when its state is made",
+    "inputs": "when the batch arrives",
+    "embedding": "in the embeddings",
+    "forward": "in the forward, outside the layers",
+    "loss": "in the forward, at the head and loss",
+    "backward": "at the start of the backward, in the loss and head",
+    "optimizer": "in the optimizer step",
+}
+
+
+def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
+    """Say in words where in the step the peak is."""
+    if moment.layer < 0:
+        return _OUTSIDE.get(moment.phase, moment.phase)
+    where = f"layer {moment.layer + 1} of {layers}"
+    if moment.phase == "optimizer":
+        return f"in the optimizer step, at the weights of {where}"
+    if moment.phase == "backward" and recomputed:
+        return f"in the backward of {where}, recomputed from its checkpoint"
+    if moment.phase in ("forward", "backward"):
+        return f"in the {moment.phase} of {where}"
+    return f"{_OUTSIDE.get(moment.phase, moment.phase)}, {where}"
+
+
+def peak_words(answer: Answer) -> str:
+    """Say in words where in the step this answer's peak is."""
+    p = answer.prediction
+    recomputed = p.training.gradient_checkpointing != "none"
+    return moment_words(p.breakdown.moment, p.model.num_layers, recomputed)
+
+
+def value_words(value: Any) -> str:
+    """Print a setting's value on one line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {value_words(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(item) for item in value) or "none"
+    return one_line(str(value), 200)

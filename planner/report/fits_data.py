@@ -1,0 +1,172 @@
+"""The answer of `loraplan fits` for machines and documents: one JSON document, one CSV row, a Markdown page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.memory import CATEGORIES
+from planner.predict import Range
+from planner.report.answer import WORDS, Answer, card_words, components, peak_words, run_words, value_words
+from planner.report.tables import csv_text, escape, json_text, markdown
+from planner.search import Change
+from planner.units import GiB, gib
+
+SCHEMA_VERSION = 1
+COUNTERS = ("allocated", "reserved", "device")
+
+
+def render(answer: Answer, style: str) -> str:
+    """Return the answer as json, csv or markdown."""
+    if style == "json":
+        return json_text(document(answer))
+    return _csv(answer) if style == "csv" else _markdown(answer)
+
+
+def document(answer: Answer) -> dict[str, Any]:
+    """Return the whole answer as plain JSON values; bytes are whole numbers."""
+    p = answer.prediction
+    moment = p.breakdown.moment
+    whole: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": p.verdict,
+        "model": _model(answer),
+        "gpu": _gpu(answer),
+        **{counter: _range(getattr(p, counter)) for counter in COUNTERS},
+        "capacity_bytes": p.capacity_bytes if p.gpu else None,
+        "headroom_bytes": p.headroom_bytes if p.gpu else None,
+        "margin_bytes": answer.margin_bytes,
+        "peak": {
+            "phase": moment.phase,
+            "layer": moment.layer if moment.layer >= 0 else None,
+            "op": moment.op,
+            "words": peak_words(answer),
+        },
+        "components": [
+            {"name": c.name, "bytes": c.nbytes, "counter": c.counter, "origin": c.origin} for c in components(answer)
+        ],
+        "configuration": _configuration(answer),
+        "uncertainty": [{"reason": reason, "share": share} for reason, share in p.uncertainty],
+        "warnings": list(p.warnings),
+        "changes": [_change(change) for change in answer.changes],
+    }
+    if answer.explain:
+        whole["segments"] = [
+            {"phase": s.phase, "layer": s.layer if s.layer >= 0 else None, "bytes": s.bytes}
+            for s in p.breakdown.segments
+        ]
+    return whole
+
+
+def _model(answer: Answer) -> dict[str, Any]:
+    model, record = answer.prediction.model, answer.loaded.record
+    return {
+        "id": model.model_id,
+        "type": model.model_type,
+        "parameters": model.num_parameters,
+        "parameters_in_files": model.exact_parameters or None,
+        "trainable_parameters": answer.prediction.trainable_parameters,
+        "layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "origin": answer.loaded.origin,
+        "source": record.source if record else answer.loaded.origin,
+        "confidence": record.confidence if record else None,
+    }
+
+
+def _gpu(answer: Answer) -> dict[str, Any] | None:
+    gpu = answer.prediction.gpu
+    if gpu is None:
+        return None
+    return {
+        "id": gpu.gpu_id,
+        "name": gpu.name,
+        "memory_bytes": gpu.memory_bytes,
+        "memory_basis": gpu.memory_basis,
+        "used_by_others_bytes": gpu.used_by_others_bytes - answer.margin_bytes,
+        "compute_capability": ".".join(map(str, gpu.compute_capability)) if gpu.compute_capability else None,
+        "sources": list(gpu.sources),
+    }
+
+
+def _range(value: Range) -> dict[str, int]:
+    return {"low": value.low, "expected": value.expected, "high": value.high}
+
+
+def _configuration(answer: Answer) -> dict[str, Any]:
+    """Return every setting with its origin and whether the run uses it."""
+    settings: dict[str, Any] = {"stack": {"value": answer.resolved.stack, "origin": answer.stack_origin, "used": True}}
+    for key, setting in answer.resolved.describe().items():
+        settings[key] = {**setting, "used": answer.resolved.applies(key)}
+    return settings
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {
+        "change": change.text,
+        "option": change.option,
+        "settings": {key: _plain(value) for key, value in change.settings},
+        "gpu": change.gpu.gpu_id if change.gpu else None,
+        "allocated": _range(change.allocated),
+        "device": _range(change.device),
+    }
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _csv(answer: Answer) -> str:
+    """One row with the same columns for every run, so that answers can be stacked."""
+    p, t = answer.prediction, answer.prediction.training
+    sizes = {c.name: c.nbytes for c in components(answer)}
+    row: dict[str, Any] = {
+        "model": p.model.model_id,
+        "gpu": p.gpu.gpu_id if p.gpu else "",
+        "verdict": p.verdict or "",
+        **{f"{c}_{end}_bytes": getattr(getattr(p, c), end) for c in COUNTERS for end in ("low", "expected", "high")},
+        "capacity_bytes": p.capacity_bytes if p.gpu else None,
+        "headroom_bytes": p.headroom_bytes if p.gpu else None,
+        "peak": peak_words(answer),
+        "parameters": p.model.num_parameters,
+        "trainable_parameters": p.trainable_parameters,
+        "stack": answer.resolved.stack,
+        **{key: _cell(value) for key, value in t.describe().items()},
+    }
+    for name in (*CATEGORIES, "allocator cache", "CUDA context"):
+        row[f"{name.replace(' ', '_').lower()}_bytes"] = sizes.get(name, 0)
+    row["warnings"] = "; ".join(p.warnings)
+    return csv_text(list(row), [list(row.values())])
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (list, tuple, dict)):
+        return value_words(value)
+    return value
+
+
+def _markdown(answer: Answer) -> str:
+    p = answer.prediction
+    blocks = [f"## {WORDS[p.verdict]}: {escape(run_words(answer))}"]
+    if p.gpu is not None:
+        left = f"{gib(abs(p.headroom_bytes))} GiB {'left over' if p.headroom_bytes >= 0 else 'missing'}"
+        blocks.append(f"On {escape(card_words(answer))}, of which {gib(p.capacity_bytes)} GiB may be used: {left}.")
+    rows: list[tuple[Any, ...]] = []
+    for counter in COUNTERS:
+        total: Range = getattr(p, counter)
+        rows += [(c.name, c.nbytes / GiB, None, None, c.origin) for c in components(answer) if c.counter == counter]
+        rows.append((counter, total.expected / GiB, total.low / GiB, total.high / GiB, "total"))
+    blocks.append(markdown(("memory at the peak", "GiB", "low", "high", "origin"), rows).rstrip())
+    blocks.append(f"Peak {escape(peak_words(answer))}.")
+    if answer.changes:
+        changed = [(c.text, c.option, c.device.expected / GiB, c.device.high / GiB) for c in answer.changes]
+        table = markdown(("what would fit", "options", "device GiB", "high"), changed).rstrip()
+        blocks.append(table)
+    if p.warnings:
+        blocks.append("\n".join(f"- Warning: {escape(text)}" for text in p.warnings))
+    if answer.explain:
+        settings = [(key, value_words(s["value"]), s["origin"]) for key, s in _configuration(answer).items()]
+        blocks.append(markdown(("setting", "value", "origin"), settings).rstrip())
+        reasons = [(reason, f"{share * 100:.1f} %") for reason, share in p.uncertainty]
+        blocks.append(markdown(("why the interval", "share"), reasons).rstrip())
+    return "\n\n".join(blocks) + "\n"
