@@ -85,21 +85,26 @@ class Tracker(TorchDispatchMode):
         self.labels = Labels()
         self.blocks: list[Block] = []
         self.events: list[Event] = []
-        self.ops: list[str] = []
         self._synthetic = synthetic
         self._live: dict[int, int] = {}
+        self._names: dict[Any, str] = {}
         self._last_op = ""
         self._ignoring = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = str(func).removesuffix(".default")
+        name = self._names.get(func)
+        if name is None:
+            name = self._names[func] = str(func).removesuffix(".default")
+        if name.startswith(
+            ("prim.", "profiler.")
+        ):  # questions about tensors: no memory, and more than half of all calls
+            return func(*args, **kwargs)
         held: list[int] = []
         if self._synthetic is not None and not self._ignoring:
             for label, nbytes in self._synthetic(func, args, kwargs):
                 held.append(self.allocate(nbytes, f"{name}:{label}"))
-        if not name.startswith(("prim.", "profiler.")):
-            self._last_op = name
+        self._last_op = name
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):

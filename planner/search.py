@@ -22,6 +22,8 @@ MAX_PREDICTIONS = 40
 MAX_CARDS = 3
 SHORTEST = 128
 """Tokens: shorter rows are not proposed."""
+MOST_SHORTENED = 4
+"""As the only change, rows are cut to this part of their length at most."""
 
 _EIGHT_BIT = {
     "adamw": "adamw-8bit", "adamw-fused": "adamw-8bit", "adamw-bf16-states": "adamw-8bit", "paged-adamw": "adamw-8bit",
@@ -101,11 +103,13 @@ def nearest_changes(prediction: Prediction, cards: Sequence[Gpu] = ()) -> tuple[
         return ()
     search = _Search(prediction.model, prediction.gpu)
     train = prediction.training
-    singles = [search.change(step) for step in _single_steps(search, train)]
-    found = [change for change in singles if change is not None]
+    found = [change for change in map(search.change, _single_steps(search, train)) if change is not None]
     if not found:
         combined = _combination(search, train)
         found += [combined] if combined else []
+    shorter = _shorter_rows(search, train, train.seq_len // MOST_SHORTENED)
+    change = search.change(shorter) if shorter else None
+    found += [change] if change else []
     return (*found, *_larger_cards(search, train, cards))
 
 
@@ -126,36 +130,41 @@ def _single_steps(search: _Search, train: TrainingSpec) -> Iterator[_Step]:
         step = lever(train)
         if step is not None:
             yield step
-    shorter = _shorter_rows(search, train)
-    if shorter is not None:
-        yield shorter
 
 
 def _combination(search: _Search, train: TrainingSpec) -> Change | None:
-    """Pile changes up until the run fits, then drop those that were not needed."""
+    """Pile changes up until the run fits, without those that turn out not to be needed."""
     taken: list[Lever] = []
-    levers: list[Lever] = [
-        _sdpa, _checkpointing, _fused_loss, _no_kbit, _paged, _double_quant, _single_row, _quantize, _adapters,
-    ]  # fmt: skip
-    for lever in levers:
-        if lever(_applied(train, taken).training) is not None:
-            taken.append(lever)
+    for lever in (_sdpa, _checkpointing, _single_row, _fused_loss, _no_kbit, _paged, _double_quant, _quantize):
+        if lever(_applied(train, taken).training) is None:
+            continue
+        taken.append(lever)
         if search.likely(_applied(train, taken).training):
-            break
-    else:
-        return _combined_shorter(search, train, taken)
-    for lever in list(taken):
+            fewer = _needed(search, train, taken)
+            change = search.change(_largest_batch(search, train, fewer)) or search.change(_applied(train, taken))
+            if change is not None:
+                return change
+    step = _applied(train, taken)
+    shorter = _shorter_rows(search, step.training, SHORTEST)
+    return search.change(_joined(step, shorter)) if shorter else None
+
+
+def _needed(search: _Search, train: TrainingSpec, taken: list[Lever]) -> list[Lever]:
+    """Drop the changes without which the run still fits, the most intrusive first."""
+    for lever in reversed(taken):
         fewer = [other for other in taken if other is not lever]
         if search.likely(_applied(train, fewer).training):
             taken = fewer
-    return search.change(_applied(train, taken)) or _combined_shorter(search, train, taken)
+    return taken
 
 
-def _combined_shorter(search: _Search, train: TrainingSpec, taken: list[Lever]) -> Change | None:
-    """Shorten the rows on top of every other change."""
-    step = _applied(train, taken)
-    shorter = _shorter_rows(search, step.training)
-    return search.change(_joined(step, shorter)) if shorter else None
+def _largest_batch(search: _Search, train: TrainingSpec, taken: list[Lever]) -> _Step:
+    """Give rows back to a micro batch that was cut to one row."""
+    if _single_row not in taken:
+        return _applied(train, taken)
+    step = _applied(train, [lever for lever in taken if lever is not _single_row])
+    batch = _smaller_batch(search, step.training)
+    return _joined(step, batch) if batch else _applied(train, taken)
 
 
 def _applied(train: TrainingSpec, levers: Sequence[Lever]) -> _Step:
@@ -267,7 +276,8 @@ def _adapters(train: TrainingSpec) -> _Step | None:
     step = _quantize(plain)
     assert step is not None
     settings: Settings = (*step.settings, ("r", 8), ("target_modules", ("all-linear",)))
-    return _Step("QLoRA r=8 instead of training every weight", step.option, settings, step.training)
+    option = f"{step.option} -r 8 --targets all-linear"
+    return _Step("QLoRA r=8 instead of training every weight", option, settings, step.training)
 
 
 def _with_batch(train: TrainingSpec, batch: int) -> _Step:
@@ -297,11 +307,11 @@ def _smaller_batch(search: _Search, train: TrainingSpec) -> _Step | None:
     return _with_batch(train, low) if low else None
 
 
-def _shorter_rows(search: _Search, train: TrainingSpec) -> _Step | None:
+def _shorter_rows(search: _Search, train: TrainingSpec, shortest: int) -> _Step | None:
     """The longest rows that fit, in steps of powers of two and their three quarters."""
     length = 1 << max(train.seq_len - 1, 1).bit_length()
     lengths = [part for top in _halves(length) for part in (top, top * 3 // 4)]
-    for shorter in (part for part in lengths if SHORTEST <= part < train.seq_len):
+    for shorter in (part for part in lengths if max(shortest, SHORTEST) <= part < train.seq_len):
         changed = replace(train, seq_len=shorter)
         if search.likely(changed) and search.confirmed(changed) is not None:
             text = f"rows of {shorter} tokens instead of {train.seq_len}"
@@ -320,7 +330,7 @@ def _halves(length: int) -> Iterator[int]:
 
 def _larger_cards(search: _Search, train: TrainingSpec, cards: Sequence[Gpu]) -> Iterator[Change]:
     """The smallest cards that hold the run unchanged, one of each size, the same generation or newer first."""
-    old = search.gpu.compute_capability or (0, 0)
+    old = search.gpu.compute_capability or (8, 0)  # as `architecture` takes a card that is not known
 
     def rank(card: Gpu) -> tuple[bool, int, tuple[int, int], float]:
         capability = card.compute_capability or (0, 0)
@@ -335,5 +345,5 @@ def _larger_cards(search: _Search, train: TrainingSpec, cards: Sequence[Gpu]) ->
         found = search.confirmed(train, card)
         if found is not None:
             sizes.add(size)
-            text = f"a {card.name} ({card.memory_bytes / 2**30:.2f} GiB)"
+            text = f"{card.name} ({card.memory_bytes / 2**30:.2f} GiB)"
             yield _change(_Step(text, f"--gpu {card.gpu_id}", (), train), found, card)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
@@ -64,11 +64,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: several threads only wait for each other
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
     logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
 
 
 def _training(values: dict[str, Any]) -> TrainingSpec:

@@ -23,13 +23,13 @@ class LoadedModel(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def load_model(source: str) -> LoadedModel:
+def load_model(source: str, *, offline: bool = False) -> LoadedModel:
     """Read the model that `source` names and build what it is made of.
 
     Raises:
         PlannerError: no such model, an unreadable file, or a family that is not known.
     """
-    loaded = sources.load_config(source)
+    loaded = sources.load_config(source, offline=offline)
     spec = families.build_spec(loaded.config, model_id=loaded.model_id)
     warnings = [*loaded.warnings, *spec.notes]
     if loaded.exact_parameters:

@@ -99,13 +99,17 @@ _OUTSIDE = {
     "embedding": "in the embeddings",
     "forward": "in the forward, outside the layers",
     "loss": "in the forward, at the head and loss",
-    "backward": "at the start of the backward, in the loss and head",
+    "backward": "in the backward, outside the layers",
     "optimizer": "in the optimizer step",
 }
+
+_HEAD_OPS = ("log", "nll", "loss", "lm_head", "cross_entropy")
 
 
 def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
     """Say in words where in the step the peak is."""
+    if moment.phase == "backward" and moment.layer < 0 and moment.op.startswith(_HEAD_OPS):
+        return "at the start of the backward, in the loss and head"
     if moment.layer < 0:
         return _OUTSIDE.get(moment.phase, moment.phase)
     where = f"layer {moment.layer + 1} of {layers}"

@@ -131,7 +131,7 @@ def _csv(answer: Answer) -> str:
         "parameters": p.model.num_parameters,
         "trainable_parameters": p.trainable_parameters,
         "stack": answer.resolved.stack,
-        **{key: _cell(value) for key, value in t.describe().items()},
+        **{key: _cell(key, value) for key, value in t.describe().items()},
     }
     for name in (*CATEGORIES, "allocator cache", "CUDA context"):
         row[f"{name.replace(' ', '_').lower()}_bytes"] = sizes.get(name, 0)
@@ -139,10 +139,10 @@ def _csv(answer: Answer) -> str:
     return csv_text(list(row), [list(row.values())])
 
 
-def _cell(value: Any) -> Any:
-    if isinstance(value, (list, tuple, dict)):
-        return value_words(value)
-    return value
+def _cell(key: str, value: Any) -> Any:
+    if key.startswith("versions."):
+        return ".".join(map(str, value))
+    return value_words(value) if isinstance(value, (list, tuple, dict)) else value
 
 
 def _markdown(answer: Answer) -> str:

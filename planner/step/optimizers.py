@@ -36,9 +36,9 @@ class OptimizerState:
         for layer, leaves in self.groups:
             self.eng.enter("state", layer)
             for leaf in leaves:
-                self.held += [self.eng.workspace(n, "optimizer_state") for n in self._state_bytes(leaf)]
+                self.held += [self.eng.workspace(n, "optimizer_state") for n in self.state_bytes(leaf)]
 
-    def _state_bytes(self, leaf: Tensor) -> list[Size]:
+    def state_bytes(self, leaf: Tensor) -> list[Size]:
         """Bytes of each state tensor of one parameter, as they lie on the GPU."""
         name, n = self.step.train.optimizer, leaf.numel
         if name == "adafactor":

@@ -1,0 +1,120 @@
+"""`loraplan validate`: predict every row of a table of measurements and print how far off the predictions are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cli.options import format_option
+
+if TYPE_CHECKING:
+    from planner.predict import Prediction
+    from planner.validation import Report
+
+
+@click.command()
+@click.argument("file")
+@click.option("--source", "sources", multiple=True, metavar="NAME", help="Only rows of this source (repeatable).")
+@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only rows with this value (repeatable).")
+@click.option("--rows", is_flag=True, help="Print each compared figure too.")
+@click.option("--include-c", is_flag=True, help="Score figures of confidence C too.")
+@format_option
+def validate(
+    file: str, sources: tuple[str, ...], where: tuple[str, ...], rows: bool, include_c: bool, style: str
+) -> int:
+    """Compare predictions with the measurements of FILE (CSV, columns of measurements.md).
+
+    Errors are signed percents of the nearer end of the published interval, negative when the prediction is too low.
+    Source * is the mean over sources. A row that cannot be predicted is listed with its reason.
+
+    \b
+    Examples:
+      loraplan validate measurements.csv
+      loraplan validate measurements.csv --where gpu=t4 --where method=qlora --rows
+      loraplan validate measurements.csv --source litgpt --format json
+
+    \b
+    Exit codes: 0 some rows were compared, 1 none could be, 2 could not answer.
+    """
+    from pathlib import Path
+
+    from planner import validation
+    from planner.cli.terminal import progress
+    from planner.report import validation_report
+
+    table = validation.select(validation.read_measurements(Path(file)), sources, where)
+    glue = _Glue()
+    report = validation.score(
+        progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c
+    )
+    report = _without_unmodelled_time(report)
+    click.echo(validation_report.render(report, style, rows=rows), nl=False)
+    return 0 if report.comparisons or any(report.verdicts.values()) else 1
+
+
+def _without_unmodelled_time(report: Report) -> Report:
+    """Drop the notes about times while no prediction has a time to compare."""
+    from dataclasses import replace
+
+    if any(item.quantity == "time" for item in report.comparisons):
+        return report
+    return replace(report, skipped=tuple(item for item in report.skipped if not _about_time(item.reason)))
+
+
+def _about_time(reason: str) -> bool:
+    return reason.startswith(("time without", "speed in tokens", "confidence C (time)"))
+
+
+class _Glue:
+    """What turns a row's options into a prediction; models and cards are read once."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Any] = {}
+        self.cards: dict[str, Any] = {}
+
+    def predict(self, options: dict[str, Any], model_id: str, gpu_id: str | None) -> Prediction:
+        """Predict one row.
+
+        Raises:
+            PlannerError: the row's model, card or settings are not known.
+        """
+        from planner.cli.plan import configure
+        from planner.predict import predict
+
+        given = dict(options)
+        stack = given.pop("stack")
+        spec = self._model(model_id)
+        _, training = configure(spec, stack, given)
+        return predict(spec, training, self._card(gpu_id) if gpu_id else None)
+
+    def capacity(self, gpu_id: str) -> int | None:
+        """Return a card's memory in bytes; None for a card that is not known."""
+        card = self._card(gpu_id)
+        return card.memory_bytes if card else None
+
+    def _model(self, model_id: str) -> Any:
+        from planner.cli.plan import load_model
+        from planner.errors import PlannerError
+
+        if model_id not in self.models:
+            try:
+                self.models[model_id] = load_model(model_id, offline=True).spec
+            except PlannerError as error:
+                self.models[model_id] = error
+        found = self.models[model_id]
+        if isinstance(found, PlannerError):
+            raise found
+        return found
+
+    def _card(self, gpu_id: str) -> Any:
+        """Return the card; None when the catalogue lacks it (its rows are still scored for memory)."""
+        from planner import catalog
+        from planner.errors import UnknownName
+
+        if gpu_id not in self.cards:
+            try:
+                self.cards[gpu_id] = catalog.gpu(gpu_id)
+            except UnknownName:
+                self.cards[gpu_id] = None
+        return self.cards[gpu_id]
