@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -149,11 +150,50 @@ def _adapt(model: Any, lora: LoraSpec, *, dora: bool) -> Any:
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    with _dora_on_meta():
+        adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(DTYPES[lora.dtype])
     return adapted
+
+
+@contextmanager
+def _dora_on_meta() -> Iterator[None]:
+    """DoRA's magnitude starts as a norm of the weight, which PEFT copies and dequantizes; here its shape is enough."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    def update_layer(layer: Any, *, base_layer: Any, lora_B: torch.Tensor, **rest: Any) -> None:
+        layer.weight = nn.Parameter(torch.empty(lora_B.shape[0], dtype=lora_B.dtype, device="meta"))
+
+    original = DoraLinearLayer.update_layer
+    DoraLinearLayer.update_layer = update_layer
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = original
+
+
+@contextmanager
+def quantized_parameters() -> Iterator[None]:
+    """Let PEFT's DoRA find quantized weights although they are plain parameters here, not Params4bit or Int8Params."""
+    from peft.tuners.lora import dora
+
+    original = dora.dequantize_module_weight
+
+    def dequantize(module: Any) -> torch.Tensor:
+        weight, state = module.weight, getattr(module.weight, "quant_state", None)
+        if state is not None:
+            return bnb.functional.dequantize_4bit(weight.data, state)
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            return bnb.functional.int8_vectorwise_dequant(weight.data, module.state.SCB)
+        return original(module)
+
+    dora.dequantize_module_weight = dequantize
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = original
 
 
 def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:

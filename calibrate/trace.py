@@ -122,6 +122,7 @@ def _trace(
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(cuda_semantics.transformers_as_on_device(padded=training.padded))
         stack.enter_context(cuda_semantics.cuda_autocast_lists(arch.autocast_lists))
+        stack.enter_context(fake_model.quantized_parameters())
         _load(model, training, tracker, real=real)
         stack.enter_context(tracker)
         stack.enter_context(cuda_semantics.cuda_functions(arch, force_flash=training.attention == "flash2"))

@@ -16,7 +16,7 @@ from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import CONTEXT_BYTES, Prediction, Range, architecture, predict, uncertainty
 from planner.step import program
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
 
 MAX_PREDICTIONS = 40
 MAX_CARDS = 3
@@ -261,7 +261,7 @@ def _quantize(train: TrainingSpec) -> _Step | None:
     quantization = QuantizationSpec(
         kind="nf4", double_quant=True, quantized_modules="linears", skip_modules=old.skip_modules, compute_dtype=dtype
     )
-    method = "dora" if train.method == "dora" else "qlora"
+    method: Method = "dora" if train.method == "dora" else "qlora"
     changed = replace(train, method=method, quantization=quantization)
     settings: Settings = (("method", method), ("quantization", "nf4"), ("double_quant", True))
     option = f"--method {method} --quantization nf4 --double-quant"

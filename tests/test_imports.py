@@ -25,7 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predict",),
     ("search", "validation"),
     ("catalog",),
-    ("sources", "report"),
+    ("sources",),
+    ("report",),
     ("cli",),
 )
 """Modules and packages of `planner`, lowest first: each may import earlier rows, and a package its own parts."""

@@ -52,6 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": (LLAMA, {**QLORA, "quantization": {"kind": "int8"}, "optimizer": "sgd"}),
     "lora-autocast-ckpt": (LLAMA, {**SMALL, "method": "lora", "lora": LORA, "gradient_checkpointing": "full"}),
     "dora-padded": (LLAMA, {**SMALL, "method": "dora", "lora": LORA, "padded": True, "autocast": "none"}),
+    "dora-nf4": (LLAMA, {**QLORA, "lora": {**LORA, "use_dora": True}, "gradient_checkpointing": "full"}),
     "full-bf16-accumulate": (
         LLAMA, {**SMALL, "method": "full", "autocast": "none", "gradient_accumulation_steps": 2, "optimizer": "lion"}
     ),

@@ -23,6 +23,10 @@ class ListByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
+_LONG = ("sources", "warnings", "layer_kinds")
+"""Facts whose items stand on lines of their own."""
+
+
 def _print_rows(style: str, what: str, headers: list[str], rows: list[list[Any]], keys: list[str]) -> int:
     """Print a list; JSON and CSV use the keys and full values, tables the headers."""
     from planner.report import tables
@@ -47,7 +51,9 @@ def _print_facts(style: str, what: str, facts: dict[str, Any]) -> int:
     rows = []
     for key, value in facts.items():
         values = value if isinstance(value, list) else [value]
-        rows += [(key if place == 0 or style == "csv" else "", item) for place, item in enumerate(values or [None])]
+        if style != "csv" and key not in _LONG:
+            values = [", ".join(map(str, value))] if isinstance(value, list) else values
+        rows += [(key if place == 0 or style == "csv" else "", item) for place, item in enumerate(values)]
     if style == "table":
         width = max(len(key) for key in facts) + 2
         lines = [tables.wrapped(f"{key:<{width}}{tables.plain(item)}", 100, " " * width) for key, item in rows]

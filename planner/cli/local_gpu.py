@@ -23,7 +23,7 @@ def local_gpu(index: str = "") -> Gpu:
         import pynvml
     except ImportError:
         raise MissingDependency(
-            "--gpu local needs nvidia-ml-py (pip install 'loraplan[calibrate]'); or name the card, or pass --vram"
+            "--gpu local needs nvidia-ml-py (pip install 'loraplan[local]'); or name the card, or pass --vram"
         ) from None
     try:
         pynvml.nvmlInit()

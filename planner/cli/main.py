@@ -56,6 +56,9 @@ class Loraplan(click.Group):
                 stream.reconfigure(errors="backslashreplace")
         extra["standalone_mode"] = False
         try:
+            if not arguments:
+                click.echo(self.get_help(click.Context(self, info_name="loraplan")), err=True)
+                sys.exit(EXIT_NO_ANSWER)
             code = super().main(arguments, prog_name or "loraplan", **extra)
             sys.stdout.flush()
         except BaseException as error:  # noqa: BLE001 - the only place where errors become a line of text
@@ -65,14 +68,12 @@ class Loraplan(click.Group):
 
 def _report(error: BaseException, arguments: list[str]) -> int:
     """Print what went wrong on one line (as a JSON document too, if JSON was asked for); return the exit code."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else EXIT_NO_ANSWER
-    if isinstance(error, BrokenPipeError):
+    # click turns a broken pipe into an exit of its own
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
         _abandon_stdout()
         return EXIT_NO_ANSWER  # the reader left: nothing to tell it
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(error.format_message(), err=True)
-        return EXIT_NO_ANSWER
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_NO_ANSWER
     if os.environ.get("LORAPLAN_DEBUG") and not isinstance(error, click.exceptions.Exit):
         import traceback
 

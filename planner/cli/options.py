@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -15,7 +15,13 @@ FORMATS = ("table", "json", "csv", "markdown")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-class Word(click.Choice[str]):
+if TYPE_CHECKING:  # before click 8.2 Choice takes no type
+    _Choice = click.Choice[str]
+else:
+    _Choice = click.Choice
+
+
+class Word(_Choice):
     """One of a few words, with the names other tools give them; an unknown one names close matches."""
 
     def __init__(self, what: str, words: tuple[str, ...], aliases: Mapping[str, str] | None = None) -> None:
@@ -146,15 +152,17 @@ TRAINING: dict[str, tuple[Option, ...]] = {
             "The optimizer steps during the backward.",
         ),
         Option(("--max-grad-norm",), "max_grad_norm", float, "Gradient clipping; 0 switches it off."),
-        Option(
-            ("--keeps-outputs/--no-keeps-outputs",), "keeps_outputs", _FLAG, "The loop holds the logits meanwhile."
-        ),
-        Option(
-            ("--outputs-to-fp32/--no-outputs-to-fp32",), "outputs_to_fp32", _FLAG, "accelerate's fp32 logits copy."
-        ),
+        Option(("--keeps-outputs/--no-keeps-outputs",), "keeps_outputs", _FLAG, "The loop holds the logits meanwhile."),
+        Option(("--outputs-to-fp32/--no-outputs-to-fp32",), "outputs_to_fp32", _FLAG, "accelerate's fp32 logits copy."),
     ),
     "Framework and releases": (
-        Option(("--stack",), "stack", str, "The framework whose unasked defaults apply: hf-trainer, trl, peft-loop, axolotl, llama-factory, unsloth, torchtune, litgpt, fms, ms-swift or custom (the default)."),
+        Option(
+            ("--stack",),
+            "stack",
+            str,
+            "The framework whose unasked defaults apply: hf-trainer, trl, peft-loop, axolotl, llama-factory, unsloth, "
+            "torchtune, litgpt, fms, ms-swift or custom (the default).",
+        ),
         Option(("--torch",), "torch", str, "PyTorch release, for example 2.4."),
         Option(("--transformers",), "transformers", str, "transformers release."),
         Option(("--peft",), "peft", str, "PEFT release."),
@@ -179,11 +187,10 @@ def training_options(command: _Command) -> _Command:
     """Add every training setting to a command; a parameter is None where the user did not give it."""
     for options in reversed(list(TRAINING.values())):
         for option in reversed(options):
-            kind = {} if option.kind is _FLAG else {"type": option.kind}
-            metavar = {"metavar": "VERSION"} if option.key in LIBRARIES else {}
-            command = click.option(
-                *option.flags, option.key, default=None, help=option.help, **kind, **metavar
-            )(command)
+            extra: dict[str, Any] = {} if option.kind is _FLAG else {"type": option.kind}
+            if option.key in LIBRARIES:
+                extra["metavar"] = "VERSION"
+            command = click.option(*option.flags, option.key, default=None, help=option.help, **extra)(command)
     return command
 
 

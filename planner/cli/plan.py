@@ -12,7 +12,7 @@ from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.model import ModelSpec
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
-from planner.training import TrainingSpec
+from planner.training import LoraSpec, TrainingSpec
 
 
 class LoadedModel(NamedTuple):
@@ -54,15 +54,20 @@ def infer_method(given: Mapping[str, Any]) -> str:
     return "lora" if given.get("quantization") == "none" else "qlora"
 
 
-def configure(model: ModelSpec, stack: str, given: Mapping[str, Any]) -> tuple[Resolved, TrainingSpec]:
+def configure(
+    model: ModelSpec, stack: str, given: Mapping[str, Any], *, lenient: bool = False
+) -> tuple[Resolved, TrainingSpec]:
     """Resolve the given options with the framework's defaults, for this model.
+
+    `lenient` accepts settings that the run has no use for: tables fill columns that do not apply.
 
     Raises:
         PlannerError: unknown values, settings that exclude each other or that the model does not have.
     """
     method = infer_method(given)
     resolved = stacks.resolve(stack, method=method, given=given)
-    _refuse_idle(resolved, given)
+    if not lenient:
+        _refuse_idle(resolved, given)
     if method != "full" and given.get("target_modules") is None:
         resolved = _with_known_targets(model, resolved, given)
     if given.get("method") is None:
@@ -107,7 +112,7 @@ def _with_known_targets(model: ModelSpec, resolved: Resolved, given: Mapping[str
     return resolved
 
 
-def _has_targets(model: ModelSpec, spec: lora.LoraSpec) -> bool:
+def _has_targets(model: ModelSpec, spec: LoraSpec) -> bool:
     try:
         lora.resolve_targets(model, spec)
     except UnknownName:

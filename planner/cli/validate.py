@@ -85,7 +85,7 @@ class _Glue:
         given = dict(options)
         stack = given.pop("stack")
         spec = self._model(model_id)
-        _, training = configure(spec, stack, given)
+        _, training = configure(spec, stack, given, lenient=True)
         return predict(spec, training, self._card(gpu_id) if gpu_id else None)
 
     def capacity(self, gpu_id: str) -> int | None:

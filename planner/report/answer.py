@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.errors import one_line
 from planner.memory import Moment
 from planner.predict import CONTEXT_BYTES, Prediction
-from planner.search import Change
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved
 from planner.units import gib
+
+if TYPE_CHECKING:  # a run that fits needs no search
+    from planner.search import Change
 
 WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
 """Verdict -> the first word of the table; NEEDS when no card was named."""

@@ -20,7 +20,8 @@ def plain(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.2f}"
+        text = f"{value:,.2f}"
+        return "0.00" if text == "-0.00" else text
     return one_line(str(value), 500)
 
 
@@ -104,11 +105,11 @@ def json_text(document: Any) -> str:
 def wrapped(text: str, width: int = 80, indent: str = "") -> str:
     """Break text into lines of at most `width` at single blanks; lines after the first start with `indent`."""
     lines: list[str] = []
-    current = ""
+    current: str | None = None  # leading blanks are words of no letters: an empty line is not yet a line
     for word in text.split(" "):
-        candidate = f"{current} {word}" if current else word
-        if len(candidate) > width and current.strip():
+        candidate = word if current is None else f"{current} {word}"
+        if current is not None and current.strip() and len(candidate) > width:
             lines.append(current.rstrip())
             candidate = indent + word
         current = candidate
-    return "\n".join([*lines, current.rstrip()])
+    return "\n".join([*lines, (current or "").rstrip()])

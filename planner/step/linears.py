@@ -207,7 +207,7 @@ def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor) -> Tensor:
     base = result
     if step.lora_dropout:
         x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-        weight = _dequantized(step, held, x.dtype)
+        weight = plain_weight(step, held, x.dtype)
         base = ops.linear(eng, x, weight, step.tokens, spec.out_features, spec.in_features)
         del weight
     return ops.add(eng, result, _dora_layer(step, held, x, base), "lora_add")
@@ -220,7 +220,7 @@ def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Ten
     a, b, rank, _ = held.lora[0]
     delta = _dora_weight(step, held)
     delta = ops.cast(eng, delta, x.dtype, "dora_weight")
-    weight = _dequantized(step, held, x.dtype)
+    weight = plain_weight(step, held, x.dtype)
     with eng.no_grad():
         scaled = ops.unary(eng, delta, "dora_norm")
         total = ops.unary(eng, scaled, "dora_norm")
@@ -249,8 +249,10 @@ def _dora_weight(step: Step, held: LinearWeights) -> Tensor:
     return ops.linear(eng, low, b, k, n, rank, op="dora_weight")
 
 
-def _dequantized(step: Step, held: LinearWeights, dtype: str) -> Tensor:
+def plain_weight(step: Step, held: LinearWeights, dtype: str) -> Tensor:
     """The base weight as a plain tensor of `dtype` (dequantize_module_weight, then .to)."""
+    if held.weight is not None and held.weight.requires_grad:
+        return held.weight
     if held.weight is not None:
         return ops.cast(step.eng, held.weight, dtype, "dequantize")
     return step.eng.empty(held.spec.weight_elements, dtype, "dequantize")

@@ -93,9 +93,8 @@ FUSED_CHUNK_BYTES = 8
 def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor) -> Tensor:
     """Liger: logits exist a chunk at a time and become their gradient in place; the input's gradient exists whole."""
     eng, model = step.eng, step.model
-    assert head.weight is not None
     hidden = ops.autocast_half(eng, hidden)
-    weight = ops.autocast_half(eng, head.weight)
+    weight = ops.autocast_half(eng, linears.plain_weight(step, head, hidden.dtype))
     h, v = model.hidden_size, model.vocab_size
     t = step.batch * (step.seq - 1)
     shifted = ops.contiguous(eng, ops.narrow(eng, hidden, t * h), "loss_input")

@@ -185,13 +185,18 @@ class _Run:
             held.weight = self.embedding
         elif trainable:
             held.weight = step.trainable(model.head.weight_elements, step.embedding_dtype, "weight")
-        elif linears.is_quantized(model.head, step.train.quantization, False):
+        elif self._quantizes_head():
             held = linears.load_base(step, model.head, False)
         else:
             held.weight = self.eng.parameter(model.head.weight_elements, step.embedding_dtype, "weight")
         if model.head.bias and held.bias is None:
             held.bias = self.eng.parameter(model.head.out_features, step.embedding_dtype, "weight")
         return held
+
+    def _quantizes_head(self) -> bool:
+        """bitsandbytes skips the output embedding whatever its name; "lm_head" in skip_modules means that."""
+        quant = self.step.train.quantization
+        return "lm_head" not in quant.skip_modules and linears.is_quantized(self.step.model.head, quant, False)
 
     def _load_adapters(self, adapted: dict[tuple[int, str], Adapted]) -> None:
         lora = self.step.train.lora
