@@ -1,4 +1,4 @@
-.PHONY: test lint bench
+.PHONY: test lint bench readme
 
 test:  ## set up .venv and run every check, as .ci/run does
 	python3 .ci/check.py
@@ -8,3 +8,6 @@ lint:
 
 bench:  ## cold start-up of `loraplan fits` against `import click`
 	.venv/bin/python benchmarks/startup.py
+
+readme:  ## write what the commands print now into README.md
+	.venv/bin/python tests/test_docs.py

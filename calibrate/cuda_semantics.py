@@ -254,6 +254,16 @@ def _with_fp32_dtype(op: Any) -> Callable[..., Any]:
 # --- memory inside kernels -----------------------------------------------------------------------------------------
 
 
+LATE_OPS = frozenset(
+    {
+        "aten._softmax_backward_data",
+        "aten._scaled_dot_product_flash_attention_backward",
+        "aten._scaled_dot_product_efficient_attention_backward",
+    }
+)
+"""Kernels that allocate their results first: structured kernels, and attention's dq, dk, dv."""
+
+
 def kernel_temporaries(arch: Architecture) -> Callable[[Any, Sequence[Any], dict[str, Any]], Sequence[tuple[str, int]]]:
     """Return the tracker's rule for buffers that CUDA kernels allocate inside themselves."""
     table: dict[str, Callable[[Sequence[Any], dict[str, Any]], Sequence[tuple[str, int]]]] = {}

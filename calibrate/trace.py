@@ -116,7 +116,7 @@ def _trace(
 ) -> TraceResult:
     model, notes = fake_model.build(config, training, layers)
     host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
-    tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops)
+    tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops, cuda_semantics.LATE_OPS)
     with ExitStack() as stack:
         if not real:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -78,9 +78,21 @@ class Labels:
 class Tracker(TorchDispatchMode):
     """Record allocations and releases of every storage the dispatcher returns."""
 
-    def __init__(self, synthetic: SyntheticRule | None = None, host_ops: frozenset[str] = frozenset()) -> None:
-        """`host_ops`: operations whose results live in host memory on a CUDA run and are not counted."""
+    def __init__(
+        self,
+        synthetic: SyntheticRule | None = None,
+        host_ops: frozenset[str] = frozenset(),
+        late_ops: frozenset[str] = frozenset(),
+    ) -> None:
+        """Args say which operations hide memory.
+
+        Args:
+            synthetic: the hidden buffers of an operation.
+            host_ops: operations whose results live in host memory on a CUDA run and are not counted.
+            late_ops: operations that allocate their results before their hidden buffers (an allocator sees the order).
+        """
         super().__init__()
+        self._late_ops = late_ops
         self._host_ops = host_ops
         self.labels = Labels()
         self.blocks: list[Block] = []
@@ -100,18 +112,22 @@ class Tracker(TorchDispatchMode):
             ("prim.", "profiler.")
         ):  # questions about tensors: no memory, and more than half of all calls
             return func(*args, **kwargs)
-        held: list[int] = []
-        if self._synthetic is not None and not self._ignoring:
-            for label, nbytes in self._synthetic(func, args, kwargs):
-                held.append(self.allocate(nbytes, f"{name}:{label}"))
+        hidden = self._synthetic(func, args, kwargs) if self._synthetic is not None and not self._ignoring else ()
+        late = name in self._late_ops
+        held = [] if late else self._allocate_hidden(name, hidden)
         self._last_op = name
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self.register(leaf, name)
+        if late:
+            held = self._allocate_hidden(name, hidden)
         for block in reversed(held):
             self.release(block)
         return out
+
+    def _allocate_hidden(self, name: str, hidden: Temporaries) -> list[int]:
+        return [self.allocate(nbytes, f"{name}:{label}") for label, nbytes in hidden]
 
     def register(self, tensor: torch.Tensor, op: str) -> None:
         """Record the tensor's storage if it is new."""

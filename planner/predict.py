@@ -179,6 +179,12 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
         reasons.append(("offloading keeps some inputs on the GPU until their copy is done", 0.03))
     if training.quantization.kind in ("gptq4", "gptq8", "awq4"):
         reasons.append(("group size of the quantized checkpoint", 0.02))
+    own_attention = any(
+        not layer.attention.sdpa and not layer.attention.logit_softcap and layer.attention.position != "none"
+        for layer, _ in model.distinct_layers()
+    )
+    if own_attention:
+        reasons.append(("the class's own attention keeps score matrices whose lifetimes are modelled coarsely", 0.2))
     if model.remote_code:
         reasons.append(("the model's own code is not in transformers", 0.05))
     if any(layer.experts is not None for layer, _ in model.distinct_layers()):

@@ -50,31 +50,38 @@ class Loraplan(click.Group):
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
         """Run, flush and exit: 0 yes, 1 no, 2 could not answer."""
+        if "_LORAPLAN_COMPLETE" in os.environ:  # a shell asks for completions
+            super().main(args, prog_name or "loraplan", **extra)
         arguments = list(sys.argv[1:] if args is None else args)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal of another encoding shows escapes instead of failing
                 stream.reconfigure(errors="backslashreplace")
-        extra["standalone_mode"] = False
         try:
-            if not arguments:
-                click.echo(self.get_help(click.Context(self, info_name="loraplan")), err=True)
-                sys.exit(EXIT_NO_ANSWER)
-            code = super().main(arguments, prog_name or "loraplan", **extra)
+            code = self._run(arguments, prog_name or "loraplan")
             sys.stdout.flush()
         except BaseException as error:  # noqa: BLE001 - the only place where errors become a line of text
             code = _report(error, arguments)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code)
+
+    def _run(self, arguments: list[str], prog_name: str) -> int:
+        """Call the command; click's own `main` would answer a broken pipe and an interruption in its own way."""
+        if not arguments:
+            click.echo(self.get_help(click.Context(self, info_name=prog_name, **self.context_settings)), err=True)
+            return EXIT_NO_ANSWER
+        try:
+            with self.make_context(prog_name, list(arguments)) as ctx:
+                code = self.invoke(ctx)
+        except click.exceptions.Exit as stop:
+            return stop.exit_code
+        return code if isinstance(code, int) else 0
 
 
 def _report(error: BaseException, arguments: list[str]) -> int:
     """Print what went wrong on one line (as a JSON document too, if JSON was asked for); return the exit code."""
-    # click turns a broken pipe into an exit of its own
-    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+    if isinstance(error, BrokenPipeError):
         _abandon_stdout()
         return EXIT_NO_ANSWER  # the reader left: nothing to tell it
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else EXIT_NO_ANSWER
-    if os.environ.get("LORAPLAN_DEBUG") and not isinstance(error, click.exceptions.Exit):
+    if os.environ.get("LORAPLAN_DEBUG"):
         import traceback
 
         traceback.print_exception(error)

@@ -75,6 +75,8 @@ def configure(
         origin = f"implied by {implied}" if implied else "loraplan default"
         resolved = replace(resolved, settings={**resolved.settings, "method": Setting(method, origin)})
     training = stacks.to_training_spec(resolved)
+    if training.lora is not None:
+        lora.saved_module_parameters(model, training.lora)  # refuses a module that the model does not have
     if given.get("skip_modules"):
         _check_skipped(model, training.quantization.skip_modules)
     return resolved, training

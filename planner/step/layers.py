@@ -316,11 +316,20 @@ def _broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
     return out
 
 
+def needs_window_mask(step: Step, spec: Attention) -> bool:
+    """Whether SDPA gets a 4-D mask for a sliding window: the length reaches the window (masking_utils.py)."""
+    if not spec.sliding_window or step.train.attention != "sdpa":
+        return False
+    reaches = step.seq >= spec.sliding_window
+    return bool(reaches if isinstance(reaches, bool) else reaches.any())
+
+
 def uses_flash(step: Step, spec: Attention, dtype: str) -> bool:
     """Whether torch's SDPA takes its flash kernel: 16-bit, no mask, equal head sizes up to 256, sm80 or newer."""
     equal = spec.v_head_dim in (0, spec.head_dim)
+    masked = step.mask is not None or needs_window_mask(step, spec)
     return (
-        dtype in (BF16, FP16) and step.mask is None and equal and spec.head_dim <= 256 and step.arch.capability >= (8, 0)
+        dtype in (BF16, FP16) and not masked and equal and spec.head_dim <= 256 and step.arch.capability >= (8, 0)
     )
 
 
@@ -355,16 +364,23 @@ def _broadcasts_heads(step: Step, spec: Attention) -> bool:
 def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SDPA's math kernel: scaled copies of q and broadcast k, v, whole scores, softmax in their dtype."""
     eng = step.eng
+    arg = (q, k, v)
+    source = q.dtype
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     flops = 2.0 * scores_numel * spec.head_dim
     mask = eng.empty(step.seq * step.seq, q.dtype, "attention_mask")
     groups = spec.num_heads // spec.num_kv_heads
-    q = ops.scale(eng, q, "attention")
-    k = ops.expand_copy(eng, ops.scale(eng, k, "attention"), groups)
-    scores = ops.add(eng, ops.bmm(eng, q, k, scores_numel, flops, "scores"), mask, "scores", scores_numel)
+    q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
+    scaled = ops.scale(eng, q, "attention")
+    keys, values = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), scores_numel, flops, "scores")
+    scores = ops.add(eng, scores, mask, "scores", scores_numel)
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
-    out = ops.bmm(eng, probs, ops.expand_copy(eng, v, groups), step.tokens * spec.q_size, flops, "attention")
+    returned = ops.unary(eng, probs, "probabilities", source)
+    out = ops.bmm(eng, probs, values, step.tokens * spec.q_size, flops, "attention")
+    out = ops.cast(eng, out, source, "attention")
+    del arg, returned, scaled, keys, values
     return ops.contiguous(eng, out, "attention")
 
 
@@ -404,8 +420,9 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     arg = (k, v)
     k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
     mask: Tensor | None = None
-    if step.mask is not None:
-        mask = eng.empty(step.mask.numel, q.dtype, "attention_bias")  # bool mask -> additive bias in q's dtype
+    if step.mask is not None or needs_window_mask(step, spec):
+        # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
+        mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
     v_dim = spec.v_head_dim or spec.head_dim
     rows = cuda_rules.round_up(step.seq, 32)
     out = ops.fused_attention(

@@ -320,7 +320,9 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     scales = eng.empty(m, FP32, "int8_quantize")
     del half
     product = eng.workspace(m * n * 4, "int8_product")
-    out = eng.empty(m * n, x.dtype, "linear_8bit")
+    out = eng.empty(m * n, FP16, "linear_8bit")
+    if x.dtype != FP16:  # int8_scaled_mm writes fp16, then casts (backends/default/ops.py)
+        out = ops.unary(eng, out, "linear_8bit", x.dtype)
     eng.kernel("matmul_int8", "int8", x.numel + spec.weight_elements + out.nbytes, ops.matmul_flops(m, n, k), 3)
     del product, quantized, scales
     numel, dtype = x.numel, x.dtype

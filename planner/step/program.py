@@ -83,6 +83,7 @@ class _Run:
         self.embedding: Tensor | None = None
         self.head: linears.LinearWeights | None = None
         self.position_ids: Tensor | None = None
+        self.window_mask: Tensor | None = None
 
     def all(self) -> Program:
         self._load()
@@ -302,7 +303,7 @@ class _Run:
 
     def _drop_positions(self) -> None:
         """Rotary tables and mask live in the model's forward frame, or in the closures of the checkpoints."""
-        self.step.cos_sin = self.step.mask = self.position_ids = None
+        self.step.cos_sin = self.step.mask = self.position_ids = self.window_mask = None
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
@@ -325,6 +326,8 @@ class _Run:
             rows = step.batch if step.train.padded else 1
             kind = dtype if eager else "int8"
             step.mask = eng.empty(rows * step.seq * step.seq, kind, "attention_mask")
+        elif any(layers.needs_window_mask(step, held.spec.attention) for held in self.weights):
+            self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
 
 __all__ = ["EMULATED_RUN", "Linear", "Program", "plan_layers", "run"]
