@@ -525,8 +525,8 @@ def test_a_missing_value_names_every_spelling() -> None:
 
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 64, 2**16, 10**6, 2**31, 2**63, -(2**63), 10**30, 0.0, -0.5, 0.3, 1e300, "",
-    "x", "8", "\x1b[2J", "\ud800", "bfloat16", [], [1], [0] * 40, ["full_attention"], [None], [[]], {}, {"type": "yarn"},
-    {"rope_type": "llama3", "factor": 8.0}, {"a": {"b": {}}},
+    "x", "8", "\x1b[2J", "\ud800", "bfloat16", [], [1], [0] * 40, ["full_attention"], [None], [[]], {},
+    {"type": "yarn"}, {"rope_type": "llama3", "factor": 8.0}, {"a": {"b": {}}},
 ]  # fmt: skip
 
 

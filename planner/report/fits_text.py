@@ -108,9 +108,9 @@ def _changes(answer: Answer) -> str:
     """What would make it fit, each with the memory it then takes on the device."""
     lines = ["what would fit, with its peak (up to):"]
     for change in answer.changes:
-        peak = f"{gib(change.device.expected):>7} GiB ({gib(change.device.high)})"
-        lines.append(wrapped(f"{peak:<22}{change.text}", 80, " " * 22))
-        lines.append(f"{'':<22}{change.option}")
+        peak = f"{gib(change.device.expected):>8} GiB ({gib(change.device.high)})"
+        lines.append(wrapped(f"{peak:<24}{change.text}", 80, " " * 24))
+        lines.append(f"{'':<24}{change.option}")
     return "\n".join(lines) + "\n"
 
 

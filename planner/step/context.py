@@ -13,7 +13,7 @@ class Step:
     """
 
     __slots__ = (
-        "arch", "autocast", "batch", "cos_sin", "embedding_dtype", "eng", "lora_dropout", "mask", "model", "norm_dtype",
+        "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "lora_dropout", "mask", "model", "norm_dtype",
         "parameters", "seq", "tokens", "train", "unquantized_dtype",
     )  # fmt: skip
 
@@ -40,6 +40,9 @@ class Step:
         """Trainable leaves, in creation order."""
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
+        self.cache: list[tuple[int, Tensor]] = []
+        """(layer, keys and values) of classes that cache them while training."""
+        self.backward_began = False
 
     def trainable(self, numel: Size, dtype: str, op: str) -> Tensor:
         """Allocate a trainable parameter and remember it for the optimizer."""

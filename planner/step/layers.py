@@ -11,7 +11,7 @@ from planner import cuda_rules
 from planner.model import Attention, Experts, Layer, Mlp, Norm
 from planner.step import linears, ops
 from planner.step.context import Step
-from planner.step.engine import BF16, FP16, FP32, INT64, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Size, Tensor
 from planner.step.linears import LinearWeights
 
 
@@ -233,6 +233,8 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         q, k, v = linears.fused_lora(step, group, x)
     elif len(spec.projections) == 1:
         fused = linears.forward(step, held.linears[spec.projections[0].name], x)
+        if _caches_keys(step):
+            step.cache.append((eng.layer, fused.view()))
         q, k, v = ops.split(eng, fused, sizes)
         del fused
     else:
@@ -253,6 +255,17 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
     return q, k, v
+
+
+CACHES_BEFORE: dict[str, tuple[int, int]] = {"gpt_bigcode": (4, 53)}
+"""model_type -> release before which checkpointing left use_cache on: the keys and values of every layer, views of
+the whole fused projection, stay in the outputs until the loss is taken from them (modeling_gpt_bigcode.py v4.48.1)."""
+
+
+def _caches_keys(step: Step) -> bool:
+    limit = CACHES_BEFORE.get(step.model.model_type)
+    in_forward = not step.backward_began
+    return limit is not None and step.train.versions.transformers < limit and in_forward
 
 
 def _fuses_lora(step: Step, group: list[LinearWeights]) -> bool:
@@ -324,13 +337,21 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
     return bool(reaches if isinstance(reaches, bool) else reaches.any())
 
 
-def uses_flash(step: Step, spec: Attention, dtype: str) -> bool:
-    """Whether torch's SDPA takes its flash kernel: 16-bit, no mask, equal head sizes up to 256, sm80 or newer."""
-    equal = spec.v_head_dim in (0, spec.head_dim)
+def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
+    """The kernel torch's scaled_dot_product_attention picks (planner.cuda_rules.sdpa_kernel)."""
+    if _broadcasts_heads(step, spec):
+        return "math"
     masked = step.mask is not None or needs_window_mask(step, spec)
-    return (
-        dtype in (BF16, FP16) and not masked and equal and spec.head_dim <= 256 and step.arch.capability >= (8, 0)
-    )
+    return cuda_rules.sdpa_kernel(
+        dtype, has_mask=masked, head_dim=spec.head_dim, v_head_dim=spec.v_head_dim or spec.head_dim, arch=step.arch,
+        grouped=_passes_groups(spec, masked),
+    )  # fmt: skip
+
+
+def _passes_groups(spec: Attention, masked: bool) -> bool:
+    """transformers leaves grouped heads to SDPA only without a mask (integrations/sdpa_attention.py use_gqa_in_sdpa)."""
+    equal = spec.v_head_dim in (0, spec.head_dim) and spec.head_dim <= 256
+    return spec.num_kv_heads != spec.num_heads and equal and not masked
 
 
 def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -345,12 +366,13 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
             q, k, v = (ops.cast(eng, t, _flash_dtype(step), "flash_cast") for t in (q, k, v))
-        if step.train.attention == "sdpa" and _broadcasts_heads(step, spec):
+        kernel = "flash" if step.train.attention == "flash2" else sdpa_kernel(step, spec, q.dtype)
+        if kernel == "math":
             out = _math(step, spec, q, k, v)
-        elif step.train.attention == "flash2" or uses_flash(step, spec, q.dtype):
-            out = _flash(step, spec, q, k, v)
-        else:
+        elif kernel == "efficient":
             out = _efficient(step, spec, q, k, v)
+        else:
+            out = _flash(step, spec, q, k, v)
     del arg
     return out
 
@@ -414,21 +436,25 @@ def _flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 
 def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Memory-efficient attention: key/value heads are repeated first; a 4-D mask is kept as attention bias."""
+    """Memory-efficient attention: key/value heads are repeated first where SDPA does not take groups; a 4-D mask is
+    kept as attention bias."""
     eng = step.eng
-    groups = spec.num_heads // spec.num_kv_heads
+    masked = step.mask is not None or needs_window_mask(step, spec)
+    kv_heads = spec.num_kv_heads
     arg = (k, v)
-    k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+    if not _passes_groups(spec, masked):
+        groups, kv_heads = spec.num_heads // spec.num_kv_heads, spec.num_heads
+        k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
     mask: Tensor | None = None
-    if step.mask is not None or needs_window_mask(step, spec):
-        # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
+    if masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
     v_dim = spec.v_head_dim or spec.head_dim
-    rows = cuda_rules.round_up(step.seq, 32)
+    b, s, heads = step.batch, step.seq, spec.num_heads
+    buffers = cuda_rules.efficient_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim, ITEMSIZE[q.dtype])
     out = ops.fused_attention(
-        eng, q, k, v, out_numel=step.tokens * spec.num_heads * v_dim,
-        logsumexp_numel=step.batch * spec.num_heads * rows, workspace_bytes=step.batch * spec.num_heads * step.seq * 4,
-        flops=_attention_flops(step, spec), op="efficient_attention", mask=mask,
+        eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * cuda_rules.round_up(s, 32),
+        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="efficient_attention",
+        mask=mask,
     )  # fmt: skip
     del arg
     return out

@@ -14,8 +14,9 @@ UPCASTS_IN_FORWARD = (4, 46)
 """Before: the model's forward replaces the logits by their fp32 copy (models/llama/modeling_llama.py v4.45.2)."""
 SHIFTS_BY_COPY = (4, 49)
 """Before: the loss copies logits[..., :-1, :].contiguous(); since then the labels are padded (loss/loss_utils.py)."""
-WITHOUT_UPCAST: dict[str, tuple[int, int]] = {"gpt_bigcode": (4, 50)}
-"""model_type -> release before which its own loss never upcast (models/gpt_bigcode/modeling_gpt_bigcode.py v4.48.1)."""
+_OWN_LOSS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "stablelm")
+WITHOUT_UPCAST: dict[str, tuple[int, int]] = dict.fromkeys(_OWN_LOSS, (4, 49))
+"""model_type -> release before which its class called CrossEntropyLoss on 16-bit logits (modeling files v4.48.1)."""
 
 
 def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -473,24 +473,28 @@ def fused_attention(
 
 
 def cross_entropy(eng: Engine, logits: Tensor, tokens: Size) -> Tensor:
-    """F.cross_entropy on [tokens, vocab] logits: log_softmax (saved) + nll; two full gradients in backward."""
-    logits = autocast_fp32(eng, logits)
-    log_probs = eng.empty(logits.numel, logits.dtype, "log_softmax")
-    eng.kernel("softmax", logits.dtype, logits.nbytes + log_probs.nbytes)
+    """F.cross_entropy on [tokens, vocab] logits: log_softmax and nll_loss, both keep their input.
+
+    cross_entropy names log_softmax's dtype itself, so CUDA autocast leaves 16-bit logits 16-bit there and casts only
+    for nll_loss (ATen/native/LossNLL.cpp, autocast_mode.h fp32_set_opt_dtype).
+    """
     dtype = logits.dtype
+    log_probs = eng.empty(logits.numel, dtype, "log_softmax")
+    eng.kernel("softmax", dtype, logits.nbytes + log_probs.nbytes)
 
     def softmax_backward(node: Node, grads: Grads) -> list[Tensor | None]:
         return [unary(eng, _grad(grads), "log_softmax_grad")]
 
     eng.link(log_probs, (logits,), softmax_backward, (log_probs.view(),))
-    loss = eng.empty(1, dtype, "loss")
-    weight = eng.empty(1, dtype, "loss")
-    count = log_probs.numel
+    picked = cast(eng, log_probs, FP32, "nll_loss_cast") if eng.autocast else log_probs
+    loss = eng.empty(1, picked.dtype, "loss")
+    weight = eng.empty(1, picked.dtype, "loss")
+    count, kind = picked.numel, picked.dtype
 
     def nll_backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        out = eng.empty(count, dtype, "nll_loss_grad")
-        eng.kernel("elementwise", dtype, out.nbytes)
+        out = eng.empty(count, kind, "nll_loss_grad")
+        eng.kernel("elementwise", kind, out.nbytes)
         return [out]
 
-    eng.link(loss, (log_probs,), nll_backward, (log_probs, weight))
+    eng.link(loss, (picked,), nll_backward, (picked, weight))
     return loss

@@ -245,7 +245,18 @@ class _Run:
             del hidden
         if step.train.outputs_to_fp32:  # accelerate converts the outputs when the forward returns
             logits = [ops.cast(eng, part.view(), FP32, "outputs_to_fp32") for part in logits]
+        self._drop_cache()
+        step.backward_began = True
         return loss, logits if step.train.keeps_outputs else []
+
+    def _drop_cache(self) -> None:
+        """Cached keys and values die with the outputs, layer by layer in the record."""
+        cache, self.step.cache = self.step.cache, []
+        while cache:
+            layer, tensor = cache.pop(0)
+            self.eng.enter("forward", layer)
+            del tensor
+        self.eng.enter("loss")
 
     def _decode(self) -> Tensor:
         step, eng, model = self.step, self.eng, self.step.model
