@@ -61,7 +61,8 @@ class Case:
         return (
             f"{self.model_id} V{self.config.get('vocab_size')} {t.method} {t.quantization.kind}"
             f"{'-dq' if t.quantization.double_quant else ''}{lora} {t.micro_batch_size}x{t.seq_len}"
-            f" {'kbit ' if t.kbit_preparation else ''}autocast-{t.autocast} {t.attention}{' padded' if t.padded else ''}"
+            f" {'kbit ' if t.kbit_preparation else ''}autocast-{t.autocast}"
+            f" {t.attention}{' padded' if t.padded else ''}"
             f" ckpt-{t.gradient_checkpointing}{'-re' if t.use_reentrant else ''} {t.optimizer} {t.loss}"
         )
 
@@ -104,14 +105,14 @@ def draw(rng: random.Random, model_id: str) -> Case:
     """Draw one case for a model from the product of the settings."""
     config = shrunk(model_id, rng.choice([2, 3]), rng.choice(VOCABULARIES))
     experts = any(key in config for key in EXPERT_KEYS)
-    method = rng.choice(["qlora", "qlora", "qlora", "lora", "lora", "dora", "full"])
+    method: Any = rng.choice(["qlora", "qlora", "qlora", "lora", "lora", "dora", "full"])
     quantization = QuantizationSpec()
     if method == "qlora":
-        kind = rng.choice(["nf4", "nf4", "nf4", "int8"])
-        quantization = QuantizationSpec(kind=kind, double_quant=kind == "nf4" and rng.random() < 0.5)  # type: ignore[arg-type]
+        kind: Any = rng.choice(["nf4", "nf4", "nf4", "int8"])
+        quantization = QuantizationSpec(kind=kind, double_quant=kind == "nf4" and rng.random() < 0.5)
     lora = None
     if method != "full":
-        targets = rng.choice([("all-linear",), ("attention",), ("mlp",), ("default",)])
+        targets: tuple[str, ...] = rng.choice([("all-linear",), ("attention",), ("mlp",), ("default",)])
         if targets == ("default",):
             targets = PEFT_DEFAULT_TARGETS.get(str(config["model_type"]), ("attention",))
         plain = experts or method == "dora"
@@ -119,27 +120,27 @@ def draw(rng: random.Random, model_id: str) -> Case:
             r=rng.choice([4, 16, 64, 256]),
             lora_dropout=0.0 if plain else rng.choice([0.0, 0.05]),
             target_modules=("attention",) if experts and targets == ("mlp",) else targets,
-            dtype=rng.choice(["fp32", "bf16"]),  # type: ignore[arg-type]
+            dtype=rng.choice(["fp32", "bf16"]),
             use_dora=method == "dora",
         )
     length = rng.choice([64, 512, 1024, 2048, 4096])
-    attention = "eager" if length <= 1024 and rng.random() < 0.25 else "sdpa"
-    optimizers = ["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"]
+    attention: Any = "eager" if length <= 1024 and rng.random() < 0.25 else "sdpa"
+    optimizers: list[Any] = ["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"]
     if method == "full":
         optimizers = ["adamw-bf16-states", "adamw-fused", "adamw-8bit", "sgd"]
     training = TrainingSpec(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         lora=lora,
         quantization=quantization,
         kbit_preparation=method == "qlora" and rng.random() < 0.4,
         micro_batch_size=rng.choice([1, 2, 8]) if length < 4096 else rng.choice([1, 8]),
         seq_len=length,
-        gradient_checkpointing=rng.choice(["none", "full", "full"]),  # type: ignore[arg-type]
+        gradient_checkpointing=rng.choice(["none", "full", "full"]),
         use_reentrant=rng.random() < 0.5,
-        attention=attention,  # type: ignore[arg-type]
+        attention=attention,
         padded=rng.random() < 0.2,
-        autocast="none" if method == "full" else rng.choice(["none", "bf16", "bf16"]),  # type: ignore[arg-type]
-        optimizer=rng.choice(optimizers),  # type: ignore[arg-type]
+        autocast="none" if method == "full" else rng.choice(["none", "bf16", "bf16"]),
+        optimizer=rng.choice(optimizers),
     )
     return Case(model_id=model_id, config=config, training=training)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from planner.records import record
 
 MIN_BLOCK = 512  # kMinBlockSize
 SMALL_SIZE = 1 << 20  # kSmallSize: largest request of the small pool
@@ -19,7 +20,7 @@ LARGE_SEGMENT = 20 << 20  # large_segment_size (kLargeBuffer before 2.13)
 MIN_LARGE_REQUEST = 10 << 20  # kMinLargeAlloc: requests below it share 20 MiB segments
 ROUND_LARGE = 2 << 20  # kRoundLarge
 
-_SHIFT = 56
+_SHIFT = 80  # wider than any address: absurd requests stay a matter of arithmetic
 _ADDRESS = (1 << _SHIFT) - 1
 _SEGMENT_GAP = 1 << 30
 
@@ -28,7 +29,8 @@ class OutOfMemory(Exception):
     """A request that does not fit: requested bytes, and what was allocated and reserved at that moment."""
 
     def __init__(self, requested: int, allocated: int, reserved: int, capacity: int) -> None:
-        super().__init__(f"tried to allocate {requested} bytes; {allocated} allocated, {reserved} reserved of {capacity}")
+        found = f"{allocated} allocated, {reserved} reserved of {capacity}"
+        super().__init__(f"tried to allocate {requested} bytes; {found}")
         self.requested = requested
         self.allocated = allocated
         self.reserved = reserved
@@ -49,7 +51,7 @@ class Block:
         self.following: Block | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Settings:
     """PYTORCH_ALLOC_CONF: the options that change the layout."""
 
@@ -67,7 +69,7 @@ class CachingAllocator:
         self.settings = settings or Settings()
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
-        self._free: tuple[list[int], list[int]] = ([], [])  # per pool: size << 56 | address, sorted
+        self._free: tuple[list[int], list[int]] = ([], [])  # per pool: size << 80 | address, sorted
         self._by_address: dict[int, Block] = {}
         self._next_address = _SEGMENT_GAP
         self._expandable: list[Block | None] = [None, None]
@@ -196,7 +198,7 @@ class CachingAllocator:
             last.size += wanted
             self._expandable[pool] = last
             return last
-        address = last.address + last.size if last is not None else (pool + 1) << 50
+        address = last.address + last.size if last is not None else (pool + 1) << 70
         block = Block(address, wanted, pool)
         if last is not None:
             last.following, block.previous = block, last

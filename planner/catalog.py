@@ -10,12 +10,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from planner.errors import InvalidInput, UnknownName, one_line, unknown
 from planner.hardware import Gpu, Instance
+from planner.records import record
 from planner.units import GB, MiB
 
 _FILLER = frozenset(
@@ -27,7 +28,7 @@ _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-
 """org/name or name, as the hub allows them; what does not match never reaches the file system."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class ModelRecord:
     """The config of a published model with its provenance."""
 
@@ -86,7 +87,7 @@ def gpu(name: str) -> Gpu:
     if key in unclear:
         raise UnknownName(f"GPU {one_line(name)!r} is not clear: {unclear[key]}")
     plain = "-".join(_gpu_words(name)) or name
-    raise unknown("GPU", plain, [*families, *rows], "(or describe a card of your own by its memory)")
+    raise unknown("GPU", plain, [*families, *rows], "(or name a card of your own by its memory: --vram 24GiB)")
 
 
 def gpus() -> list[Gpu]:

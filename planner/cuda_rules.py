@@ -7,13 +7,14 @@ h heads, d head size, v vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from planner.records import record
 
 SdpaKernel = Literal["flash", "efficient", "cudnn", "math"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Architecture:
     """The facts about a GPU and its libraries that decide which kernels run, and switches for each rule.
 

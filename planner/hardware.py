@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from planner.errors import InvalidInput
+from planner.records import record
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Gpu:
     """One accelerator as software sees it. Rates are dense; 0 means no source states it."""
 
@@ -43,7 +42,7 @@ class Gpu:
         return self.memory_bytes - self.used_by_others_bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Instance:
     """A priced machine. USD per hour on demand, with the date the price was read."""
 

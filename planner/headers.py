@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final
 
 from planner.errors import InvalidInput, one_line
+from planner.records import record
 
 MAX_SAFETENSORS_HEADER: Final = 100_000_000  # bytes; the limit of the safetensors library
 MAX_INDEX_BYTES: Final = 50_000_000  # an index of 100,000 tensors is about 10 MB
@@ -57,7 +58,7 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class SafetensorsHeader:
     """The header of one .safetensors file."""
 
@@ -65,7 +66,7 @@ class SafetensorsHeader:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class SafetensorsIndex:
     """model.safetensors.index.json: which shard holds which tensor."""
 
@@ -78,7 +79,7 @@ class SafetensorsIndex:
         return tuple(sorted(set(self.weight_map.values())))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class GgufHeader:
     """The header of a GGUF file: scalars, short arrays and tensor shapes."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Final, Literal
 
 from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.model import Experts, Layer, Linear, ModelSpec, Norm, Table
+from planner.records import record
 from planner.training import LoraSpec
 
 PEFT_DEFAULT_TARGETS: Final[dict[str, tuple[str, ...]]] = {
@@ -62,7 +62,7 @@ modules of the same name (a shared expert, a dense layer). Other expert families
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Adapted:
     """The adapter of one module or fused parameter in one kind of layer.
 

@@ -7,9 +7,9 @@ kMinBlockSize).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from planner.records import record
 from planner.step.engine import Record, Segment
 
 BLOCK = 512  # CUDACachingAllocator.h kMinBlockSize
@@ -38,7 +38,7 @@ _BY_OP = {
 _LOGIT_OPS = ("lm_head", "log", "nll", "loss", "outputs_to_fp32")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Moment:
     """A place in the step: its phase and the decoder layer (-1: outside the layers; index in the emulated stack)."""
 
@@ -51,7 +51,7 @@ class Moment:
         return where if self.layer < 0 else f"{where}, layer {self.layer}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class SegmentPeak:
     """The highest level inside one segment of the step."""
 
@@ -60,7 +60,7 @@ class SegmentPeak:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class MemoryBreakdown:
     """Allocated memory of one step: the peak, its moment, its owners, and the level through the step."""
 

@@ -7,10 +7,11 @@ written with them. Shapes are in elements.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from planner.errors import InvalidInput
+from planner.records import record
 
 LinearClass = Literal["Linear", "Conv1D", "subclass"]
 """What class the module is: bitsandbytes converts exactly nn.Linear and Conv1D, not subclasses of nn.Linear."""
@@ -27,7 +28,7 @@ NormKind = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Linear:
     """A matrix product module: weight [out_features, in_features], optional bias [out_features]."""
 
@@ -49,7 +50,7 @@ class Linear:
         return self.weight_elements + (self.out_features if self.bias else 0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Norm:
     """A normalisation over `size` elements."""
 
@@ -67,7 +68,7 @@ class Norm:
         return n * (int(self.weight) + int(self.bias))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Attention:
     """Self-attention of one layer.
 
@@ -138,7 +139,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "relu
 """clamped_swiglu: (clamp(up) + 1) * g * sigmoid(1.702 * g) with g = clamp(gate), written out (gpt_oss)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Mlp:
     """Feed-forward: gated act(gate(x)) * up(x), or plain act(up(x)); `gate` None means plain.
 
@@ -163,7 +164,7 @@ class Mlp:
         return sum(x.num_parameters for x in self.linears) + self.extra_parameters
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Experts:
     """A mixture of experts whose expert weights are fused 3-D parameters (transformers 5).
 
@@ -209,10 +210,11 @@ class Experts:
     @property
     def num_parameters(self) -> int:
         router = 0 if self.router_is_linear else self.router.num_parameters
-        return self.expert_elements + router + self.router_extra_parameters + sum(x.num_parameters for x in self.linears)
+        own = self.expert_elements + router + self.router_extra_parameters
+        return own + sum(x.num_parameters for x in self.linears)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Layer:
     """One decoder layer.
 
@@ -254,7 +256,7 @@ class Layer:
         return total + (self.experts.num_parameters if self.experts else 0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Table:
     """An embedding table [rows, width]."""
 
@@ -267,7 +269,7 @@ class Table:
         return self.rows * self.width
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class ModelSpec:
     """A decoder-only language model.
 

@@ -6,12 +6,12 @@ Three numbers, never mixed: *allocated* is torch.cuda.max_memory_allocated, *res
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from planner import allocator, cuda_rules, memory
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.records import record
 from planner.step import program, sequence
 from planner.step.engine import Record
 from planner.training import TrainingSpec
@@ -28,7 +28,7 @@ STEPS = 2
 """Optimizer steps replayed: the first creates the state, the second meets the fragmentation the first left."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Range:
     """An interval in bytes around an expected value."""
 
@@ -41,7 +41,7 @@ class Range:
         return Range(low=self.low + by[0], expected=self.expected + by[1], high=self.high + by[2])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Prediction:
     """What one configuration needs, and whether a card has it."""
 
@@ -144,11 +144,10 @@ def _with_allocator(
             expected = allocator.replay(events, settings).peak_reserved + small_reserved
         except allocator.OutOfMemory:
             ran_out = True
-    reserved = Range(
-        low=min(allocated.low, expected),
-        expected=expected,
-        high=max(int(unlimited * (1 + share + FRAGMENTATION)), allocated.high),
-    )
+    high = max(int(unlimited * (1 + share + FRAGMENTATION)), allocated.high)
+    if gpu and not ran_out and allocated.high <= limit:
+        high = max(expected, min(high, gpu.free_bytes - CONTEXT_BYTES[2]))  # the cache cannot outgrow the card
+    reserved = Range(low=min(allocated.low, expected), expected=expected, high=high)
     return allocated, reserved, ran_out
 
 
@@ -194,12 +193,18 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     return tuple(reasons)
 
 
+def lacks_bf16(gpu: Gpu) -> bool:
+    """Whether the card has no bf16 matrix units (NVIDIA before compute capability 8.0)."""
+    capability = gpu.compute_capability
+    return gpu.bf16_native is False or (capability is not None and capability < (8, 0) and gpu.vendor != "AMD")
+
+
 def training_warnings(model: ModelSpec, training: TrainingSpec, gpu: Gpu | None) -> tuple[str, ...]:
     """Visible warnings: what the hardware lacks, and what the settings cost unnoticed."""
     notes: list[str] = []
     capability = gpu.compute_capability if gpu else None
     half = "bf16" in (training.autocast, training.base_dtype, training.quantization.compute_dtype)
-    if gpu and half and (gpu.bf16_native is False or (capability and capability < (8, 0))):
+    if gpu and half and lacks_bf16(gpu):
         notes.append(f"{gpu.name} has no bf16 tensor cores: use fp16 (--autocast fp16 --base-dtype fp16)")
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")

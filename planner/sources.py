@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 from planner import catalog
@@ -26,6 +26,7 @@ from planner.headers import (
     read_safetensors,
     read_safetensors_index,
 )
+from planner.records import record
 from planner.units import MiB
 
 MAX_CONFIG_BYTES: Final = 1 * MiB
@@ -50,7 +51,7 @@ _GGUF_WARNING: Final = (
 _MODALITIES: Final = {"vision_config": "vision tower", "audio_config": "audio tower"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class LoadedConfig:
     """A model's config and where it was read."""
 

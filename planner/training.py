@@ -6,10 +6,11 @@ Defaults here are only the neutral ones; what a framework does unasked lives in 
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, Literal
 
 from planner.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.records import record
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["full", "lora", "qlora", "dora"]
@@ -63,7 +64,7 @@ def _positive(name: str, value: Any, lowest: int = 1, highest: int = 2**40) -> N
         raise InvalidInput(f"{name} is {low if low < lowest else high}; must be between {lowest} and {highest}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class LoraSpec:
     """A LoRA adapter, in PEFT's words."""
 
@@ -89,7 +90,7 @@ class LoraSpec:
         choice("dtype", self.dtype)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class QuantizationSpec:
     """How the frozen base weights are stored."""
 
@@ -109,7 +110,7 @@ class QuantizationSpec:
             raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Versions:
     """Library releases that change the answer, as (major, minor) tuples."""
 
@@ -119,7 +120,7 @@ class Versions:
     bitsandbytes: tuple[int, int] = (0, 50)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class TrainingSpec:
     """One fine-tuning configuration. `micro_batch_size`, `seq_len` and LoRA rank may be arrays in a sweep."""
 
@@ -187,8 +188,8 @@ class TrainingSpec:
     @property
     def gradient_accumulation_steps_exceed_one(self) -> bool:
         """Whether gradients of an earlier micro batch are alive during the forward."""
-        steps = self.gradient_accumulation_steps
-        return bool((steps > 1).any()) if hasattr(steps, "shape") else steps > 1
+        steps: Any = self.gradient_accumulation_steps
+        return bool((steps > 1).any()) if hasattr(steps, "shape") else bool(steps > 1)
 
     @property
     def rows_tokens(self) -> Any:

@@ -14,12 +14,12 @@ import io
 import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from planner import stacks
 from planner.errors import InvalidInput, PlannerError, one_line, unknown
+from planner.records import record
 from planner.training import Versions
 from planner.units import MiB
 
@@ -149,7 +149,7 @@ class Comparison(NamedTuple):
     covered: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Report:
     """Everything one validation run found."""
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
     ("model", "training", "hardware"),
     ("lora", "families", "stacks", "headers"),

@@ -10,9 +10,8 @@ import pytest
 from planner import cuda_rules, memory
 from planner.families import build_spec
 from planner.model import ModelSpec
-from planner.step import program, sequence
+from planner.step import ops, program, sequence
 from planner.step.engine import BF16, Engine, Tensor
-from planner.step import ops
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 ARCH = cuda_rules.Architecture()

@@ -62,7 +62,7 @@ def _answer(model: str, card: Gpu | None, margin: float, given: dict[str, Any], 
         given["skip_modules"] = ()
     stack = given.pop("stack")
     loaded = load_model(model)
-    resolved, training = configure(loaded.spec, stack or "custom", given)
+    resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
     kept = 0
     if card is not None and margin:
         from dataclasses import replace

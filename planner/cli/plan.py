@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from planner import families, lora, sources, stacks
 from planner.cli.options import flag_of
 from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.predict import lacks_bf16
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
 from planner.training import LoraSpec, TrainingSpec
@@ -55,11 +57,12 @@ def infer_method(given: Mapping[str, Any]) -> str:
 
 
 def configure(
-    model: ModelSpec, stack: str, given: Mapping[str, Any], *, lenient: bool = False
+    model: ModelSpec, stack: str, given: Mapping[str, Any], *, lenient: bool = False, card: Gpu | None = None
 ) -> tuple[Resolved, TrainingSpec]:
     """Resolve the given options with the framework's defaults, for this model.
 
-    `lenient` accepts settings that the run has no use for: tables fill columns that do not apply.
+    `lenient` accepts settings that the run has no use for: tables fill columns that do not apply. On a `card` without
+    bf16 the defaults become fp16.
 
     Raises:
         PlannerError: unknown values, settings that exclude each other or that the model does not have.
@@ -74,12 +77,26 @@ def configure(
         implied = "--quantization none" if given.get("quantization") == "none" else ""
         origin = f"implied by {implied}" if implied else "loraplan default"
         resolved = replace(resolved, settings={**resolved.settings, "method": Setting(method, origin)})
+    if card is not None and lacks_bf16(card):
+        resolved = _in_fp16(resolved, given, card)
     training = stacks.to_training_spec(resolved)
     if training.lora is not None:
         lora.saved_module_parameters(model, training.lora)  # refuses a module that the model does not have
     if given.get("skip_modules"):
         _check_skipped(model, training.quantization.skip_modules)
     return resolved, training
+
+
+_DTYPE_KEYS = ("base_dtype", "autocast", "compute_dtype", "adapter_dtype")
+
+
+def _in_fp16(resolved: Resolved, given: Mapping[str, Any], card: Gpu) -> Resolved:
+    """Replace bf16 defaults by fp16; what the user gave stays (and is warned about)."""
+    settings = dict(resolved.settings)
+    for key in _DTYPE_KEYS:
+        if given.get(key) is None and settings[key].value == "bf16":
+            settings[key] = Setting("fp16", f"{one_line(card.name, 40)} has no bf16 ({settings[key].origin} says bf16)")
+    return replace(resolved, settings=settings)
 
 
 def _refuse_idle(resolved: Resolved, given: Mapping[str, Any]) -> None:

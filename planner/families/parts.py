@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from planner.config_values import MISSING, boolean, integer, mapping, number, text, text_list
@@ -21,6 +20,7 @@ from planner.model import (
     NormKind,
     Table,
 )
+from planner.records import record
 
 Config = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ _WIDE_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@record
 class Sizes:
     """What nearly every family has, under one set of names: the widths and counts, and whether attention drops."""
 

@@ -9,12 +9,11 @@ from planner.training import TrainingSpec
 
 
 class Step:
-    """One configuration being run on the symbolic engine.
-    """
+    """One configuration being run on the symbolic engine."""
 
     __slots__ = (
-        "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "lora_dropout", "mask", "model", "norm_dtype",
-        "parameters", "seq", "tokens", "train", "unquantized_dtype",
+        "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "lora_dropout",
+        "mask", "model", "norm_dtype", "parameters", "seq", "tokens", "train", "unquantized_dtype",
     )  # fmt: skip
 
     def __init__(

@@ -7,12 +7,11 @@ bitsandbytes nn/modules.py and autograd/_functions.py (0.50), peft tuners/lora/{
 from __future__ import annotations
 
 from planner import cuda_rules
-from planner.model import Linear
+from planner.model import Layer, Linear
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Storage, Tensor
 from planner.training import LoraSpec, QuantizationSpec
-
 
 FUSED_4BIT = (0, 50)
 """bitsandbytes release whose forward is one gemm_4bit operation (autograd/_functions.py)."""
@@ -36,6 +35,21 @@ class LinearWeights:
         """(A [r, in], B [out, r], rank, out) of each adapter on this module; several for fused slices."""
         self.rank: Size = 0
         self.dora: Tensor | None = None
+
+
+class LayerWeights:
+    """The tensors of one decoder layer, by module name."""
+
+    __slots__ = ("expert_adapters", "experts", "linears", "norms", "router", "spec")
+
+    def __init__(self, spec: Layer) -> None:
+        self.spec = spec
+        self.linears: dict[str, LinearWeights] = {}
+        self.norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.experts: list[Tensor] = []
+        self.router: Tensor | None = None
+        self.expert_adapters: dict[str, tuple[Tensor, Tensor]] = {}
+        """Fused parameter -> its (A, B), stacked over the experts (peft lora.ParamWrapper)."""
 
 
 def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, int]]:
@@ -303,7 +317,8 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 def _dequantize_first(step: Step, held: LinearWeights, dtype: str) -> list[Storage]:
     """Releases before 0.50 dequantize in Python for any number of rows: absmax first, then the weight alone."""
     eng, n = step.eng, held.spec.weight_elements
-    absmax = eng.workspace(4 * cuda_rules.absmax_blocks(n), "dequantize") if step.train.quantization.double_quant else None
+    nested = step.train.quantization.double_quant
+    absmax = eng.workspace(4 * cuda_rules.absmax_blocks(n), "dequantize") if nested else None
     weight = eng.workspace(n * ITEMSIZE[held.dtype], "dequantize")
     del absmax
     if held.dtype != dtype:
@@ -415,7 +430,8 @@ def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor
                 product = eng.empty(numel, dtype, "lora_dropout_grad")
                 masked = eng.empty(numel, dtype, "lora_dropout_grad")
                 del mask, product, masked
-            eng.kernel("matmul", dtype, 4 * result.nbytes, 3 * ops.matmul_flops(m, held.rank, held.spec.out_features + k))
+            flops = 3 * ops.matmul_flops(m, held.rank, held.spec.out_features + k)
+            eng.kernel("matmul", dtype, 4 * result.nbytes, flops)
         return [result, *gradients]
 
     eng.link(outs, (x, *adapters), backward, tuple(kept))

@@ -14,9 +14,11 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
+from planner.step.attention import DROPOUT, needs_window_mask
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Record, Tensor
-from planner.step.layers import LayerWeights
+from planner.step.linears import LayerWeights
+from planner.step.norms import norm
 from planner.step.optimizers import OptimizerState
 from planner.training import TrainingSpec
 
@@ -152,7 +154,8 @@ class _Run:
         def make(wanted: bool) -> Tensor | None:
             if not wanted:
                 return None
-            return step.trainable(elements, dtype, "weight") if trainable else step.eng.parameter(elements, dtype, "weight")
+            create = step.trainable if trainable else step.eng.parameter
+            return create(elements, dtype, "weight")
 
         return make(spec.weight), make(spec.bias)
 
@@ -270,7 +273,7 @@ class _Run:
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm
-            hidden = layers.norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
+            hidden = norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
         del embeds
         return hidden
 
@@ -306,10 +309,10 @@ class _Run:
             out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
             del places
         if model.embedding_dropout:
-            out = ops.dropout(eng, out, layers.DROPOUT, "embedding_dropout")
+            out = ops.dropout(eng, out, DROPOUT, "embedding_dropout")
         if model.embedding_norm is not None:
             spec = model.embedding_norm
-            out = layers.norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
+            out = norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
         return out
 
     def _drop_positions(self) -> None:
@@ -333,11 +336,11 @@ class _Run:
             step.cos_sin = (cos, sin)
             del angles, both
         eager = step.train.attention == "eager" or not spec.sdpa
-        if eager or step.train.padded and step.train.attention == "sdpa":
+        if eager or (step.train.padded and step.train.attention == "sdpa"):
             rows = step.batch if step.train.padded else 1
             kind = dtype if eager else "int8"
             step.mask = eng.empty(rows * step.seq * step.seq, kind, "attention_mask")
-        elif any(layers.needs_window_mask(step, held.spec.attention) for held in self.weights):
+        elif any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
 

@@ -1,0 +1,224 @@
+"""The feed-forward modules: gated and plain MLPs, their activations, and mixtures of experts."""
+
+from __future__ import annotations
+
+from planner.model import Experts, Mlp
+from planner.step import linears, ops
+from planner.step.context import Step
+from planner.step.engine import FP32, INT64, Grads, Node, Size, Tensor
+from planner.step.linears import LayerWeights
+
+
+def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
+    """Feed-forward module: gated (separate or fused gate and up) or plain."""
+    eng, t = step.eng, step.tokens
+    arg = x
+    if not spec.gated:
+        hidden = _activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
+    elif spec.gate is not None and step.train.kernels in ("liger", "unsloth"):
+        hidden = _fused_swiglu(step, held, spec, x)
+    elif spec.gate is not None:
+        gate = _activate(step, spec, linears.forward(step, held.linears[spec.gate.name], x))
+        up = linears.forward(step, held.linears[spec.up.name], x)
+        hidden = ops.mul(eng, gate, up, "mlp")
+        del gate, up
+    else:
+        fused = linears.forward(step, held.linears[spec.up.name], x)
+        gate, up = ops.split(eng, fused, (t * spec.intermediate_size, t * spec.intermediate_size))
+        hidden = ops.mul(eng, up, _activate(step, spec, gate), "mlp")
+        del fused, gate, up
+    out = linears.forward(step, held.linears[spec.down.name], hidden)
+    del arg, hidden
+    return out
+
+
+def _fused_swiglu(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
+    """LigerSiLUMulFunction: keeps gate and up outputs only; the backward writes their gradients over them."""
+    eng = step.eng
+    assert spec.gate is not None
+    gate = linears.forward(step, held.linears[spec.gate.name], x)
+    up = linears.forward(step, held.linears[spec.up.name], x)
+    out = ops.unary(eng, up, "mlp")
+    eng.link(out, (gate, up), lambda node, grads: [node.saved[0].view(), node.saved[1].view()], (gate, up))
+    return out
+
+
+def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
+    """The activation function: one fused kernel, or the written-out forms of older models."""
+    eng = step.eng
+    arg = x
+    if spec.activation == "gelu_new":  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
+        cube = ops.pointwise(eng, ops.autocast_fp32(eng, x), "gelu_new")
+        inner = ops.scale(eng, ops.add(eng, x, ops.scale(eng, cube, "gelu_new"), "gelu_new"), "gelu_new")
+        del cube
+        curve = ops.shift(eng, ops.pointwise(eng, inner, "gelu_new", False), "gelu_new")
+        del inner
+        out = ops.mul(eng, ops.scale(eng, x, "gelu_new"), curve, "gelu_new")
+    elif spec.activation == "relu2":  # torch.square is on autocast's fp32 list: the result is fp32 there
+        out = ops.square(eng, ops.pointwise(eng, x, "relu", False))
+    elif spec.activation == "xielu":
+        out = _xielu(step, x)
+    else:
+        out = ops.pointwise(eng, x, spec.activation, spec.activation != "relu")
+    del arg
+    return out
+
+
+def _xielu(step: Step, x: Tensor) -> Tensor:
+    """XIELUActivation._xielu_python: both branches are computed whole, expm1 in fp32 under autocast."""
+    eng = step.eng
+    squared = ops.pointwise(eng, ops.scale(eng, x, "xielu"), "xielu")
+    positive = ops.add(eng, squared, ops.scale(eng, x, "xielu"), "xielu")
+    del squared
+    condition = eng.empty(x.numel, "int8", "xielu")
+    least = ops.pointwise(eng, x, "xielu")
+    curve = ops.pointwise(eng, ops.autocast_fp32(eng, least), "xielu", False)
+    negative = ops.scale(eng, ops.add(eng, curve, x, "xielu"), "xielu")
+    negative = ops.add(eng, negative, ops.scale(eng, x, "xielu"), "xielu")
+    dtype = ops.promote(positive.dtype, negative.dtype)
+    out = eng.empty(x.numel, dtype, "xielu")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [ops.unary(eng, ops._grad(grads), "xielu_grad"), ops.unary(eng, ops._grad(grads), "xielu_grad")]
+
+    eng.link(out, (positive, negative), backward, (condition,))
+    return out
+
+
+def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
+    """A mixture of experts: router, sorted tokens, grouped products, weighted sum (integrations/moe.py)."""
+    eng, t = step.eng, step.tokens
+    arg = x
+    pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
+    weights = _route(step, held, spec, x)
+    order = eng.empty(2 * pairs, INT64, "router")
+    chosen = _gather_tokens(step, x, pairs * spec.hidden_size)
+    gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
+    down = _adapted_parameter(step, held, spec.down_name, held.experts[1])
+    fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size, spec.bias)
+    gate, up = ops.split(eng, fused, (pairs * spec.intermediate_size, pairs * spec.intermediate_size))
+    del fused
+    hidden = _gate_experts(step, spec, gate, up)
+    del gate, up
+    out = _grouped(step, hidden, down, pairs, spec.hidden_size, spec.intermediate_size, spec.bias)
+    del hidden
+    weighted = ops.mul(eng, out, weights, "experts")
+    del out
+    result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
+    del weighted, order, chosen
+    if spec.shared is not None:
+        shared = mlp(step, held, spec.shared, x)
+        if spec.shared_gate is not None:
+            logits = linears.forward(step, held.linears[spec.shared_gate.name], x)
+            shared = ops.mul(eng, ops.pointwise(eng, logits, "sigmoid", False), shared, "experts")
+        result = ops.add(eng, result, shared, "experts")
+    del arg
+    return result
+
+
+def _gate_experts(step: Step, spec: Experts, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up; gpt_oss clamps both and writes its swish out."""
+    eng = step.eng
+    if spec.activation != "clamped_swiglu":
+        return ops.mul(eng, ops.pointwise(eng, gate, spec.activation), up, "experts")
+    gate = ops.pointwise(eng, gate, "clamp")
+    up = ops.pointwise(eng, up, "clamp")
+    glu = ops.mul(eng, gate, ops.pointwise(eng, ops.scale(eng, gate, "experts"), "sigmoid", False), "experts")
+    return ops.mul(eng, ops.shift(eng, up, "experts"), glu, "experts")
+
+
+def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor) -> Tensor:
+    """baddbmm(weight, B, A) over all experts, made whole in every forward (peft lora.ParamWrapper, factors proxy)."""
+    pair = next((p for key, p in held.expert_adapters.items() if key.endswith(name)), None)
+    if pair is None:
+        return weight
+    eng = step.eng
+    a, b = (ops.cast(eng, t, weight.dtype, "lora_factor") for t in pair)
+    rank = step.train.lora.r if step.train.lora else 1
+    numels, dtype, flops = (b.numel, a.numel), weight.dtype, 2.0 * weight.numel * rank
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        eng.kernel("bmm", dtype, 2 * ops._grad(grads).nbytes, 2 * flops)
+        return [eng.empty(numels[0], dtype, "lora_b_grad"), eng.empty(numels[1], dtype, "lora_a_grad")]
+
+    made = eng.begin((b, a), backward, (a, b))
+    out = eng.empty(weight.numel, weight.dtype, "lora_weight")
+    eng.kernel("bmm", dtype, 2 * out.nbytes, flops)
+    eng.finish(made, out)
+    return out
+
+
+def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
+    """Router logits, softmax in fp32, the top-k weights."""
+    eng, t = step.eng, step.tokens
+    if spec.router_is_linear:
+        logits = linears.forward(step, held.linears[spec.router.name], x)
+    else:
+        assert held.router is not None
+        source = ops.cast(eng, x, FP32, "router") if spec.router_fp32 else x
+        weight = ops.cast(eng, held.router, FP32, "router") if spec.router_fp32 else held.router
+        logits = ops.linear(eng, source, weight, t, spec.num_experts, spec.hidden_size, op="router")
+    probs = ops.softmax_fp32(eng, logits, casts_inside=False, writes_product=True)
+    top = eng.empty(t * spec.top_k, FP32, "router")
+    index = eng.empty(t * spec.top_k, INT64, "router")
+    full = probs.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [eng.empty(full, FP32, "router_grad")]
+
+    eng.link(top, (probs,), backward, (index,))
+    if spec.activation == "clamped_swiglu":  # gpt_oss keeps its router in the model's dtype
+        return ops.cast(eng, top, x.dtype, "router")
+    return top
+
+
+def _gather_tokens(step: Step, x: Tensor, numel: Size) -> Tensor:
+    """hidden_states[perm // top_k]: a copy per chosen expert; the backward scatters into zeros."""
+    eng = step.eng
+    out = eng.empty(numel, x.dtype, "experts")
+    eng.kernel("elementwise", x.dtype, 2 * out.nbytes)
+    small = x.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [eng.empty(small, ops._grad(grads).dtype, "experts_grad")]
+
+    eng.link(out, (x,), backward)
+    return out
+
+
+def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, bias: bool = False) -> Tensor:
+    """torch._grouped_mm over experts: like a linear, one product per expert; a bias is gathered per row first."""
+    eng = step.eng
+    x = ops.autocast_half(eng, x)
+    w = ops.autocast_half(eng, weight, cache=True)
+    gathered = eng.empty(rows * n, x.dtype, "experts") if bias else None
+    out = eng.empty(rows * n, x.dtype, "experts")
+    flops = ops.matmul_flops(rows, n, k)
+    eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, flops)
+    del gathered
+    need_x, need_w = x.requires_grad, w.requires_grad
+    x_numel, w_numel, dtype = x.numel, w.numel, x.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        eng.kernel("matmul", dtype, ops._grad(grads).nbytes, flops * (int(need_x) + int(need_w)))
+        return [
+            eng.empty(x_numel, dtype, "experts_grad") if need_x else None,
+            eng.empty(w_numel, dtype, "weight_grad") if need_w else None,
+        ]
+
+    saved = ((x,) if need_w else ()) + ((w,) if need_x else ())
+    eng.link(out, (x, w), backward, saved)
+    return out
+
+
+def _sum_pairs(step: Step, x: Tensor, numel: Size, dtype: str) -> Tensor:
+    """Undo the sort and sum each token's experts: an index copy, then a reduction."""
+    eng = step.eng
+    unsorted = ops.unary(eng, x, "experts")
+    eng.link(unsorted, (x,), lambda node, grads: [ops.unary(eng, ops._grad(grads), "experts_grad")])
+    out = eng.empty(numel, x.dtype, "experts")
+    eng.kernel("reduce", x.dtype, unsorted.nbytes + out.nbytes)
+    eng.link(out, (unsorted,), lambda node, grads: [ops._grad(grads).view(unsorted_numel)])
+    unsorted_numel = unsorted.numel
+    del unsorted
+    return ops.cast(eng, out, dtype, "experts")
