@@ -216,6 +216,8 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     scores = ops.add(eng, scores, mask, "scores", scores_numel)
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
+    if spec.dropout:
+        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
     returned = ops.unary(eng, probs, "probabilities", source)
     out = ops.bmm(eng, probs, values, step.tokens * spec.q_size, flops, "attention")
     out = ops.cast(eng, out, source, "attention")
