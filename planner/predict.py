@@ -178,6 +178,8 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
         reasons.append(("offloading keeps some inputs on the GPU until their copy is done", 0.03))
     if training.quantization.kind in ("gptq4", "gptq8", "awq4"):
         reasons.append(("group size of the quantized checkpoint", 0.02))
+    if training.uses_own_modules:
+        reasons.append(("the framework's own modules are approximated by those of transformers", 0.15))
     own_attention = any(
         not layer.attention.sdpa and not layer.attention.logit_softcap and layer.attention.position != "none"
         for layer, _ in model.distinct_layers()

@@ -528,6 +528,7 @@ _FUSED_QKV = (("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("W_p
 _LITGPT = Stack(
     "litgpt",
     (
+        _d("versions", Versions(bitsandbytes=(0, 49)), f"{_LIT}:pyproject.toml (bitsandbytes below 0.50)"),
         _d("base_dtype", "bf16", f"{_LIT_LORA} (quantization needs a true precision)", quantization=BNB_4BIT),
         _d("base_dtype", "fp32", f"{_LIT}:litgpt/utils.py (bf16-mixed)"),
         _d("autocast", "bf16", f"{_LIT}:litgpt/utils.py (bf16-mixed)", base_dtype="fp32"),

@@ -192,6 +192,11 @@ class TrainingSpec:
         return bool((steps > 1).any()) if hasattr(steps, "shape") else bool(steps > 1)
 
     @property
+    def uses_own_modules(self) -> bool:
+        """Whether the framework trains its own modules instead of transformers' classes (litgpt: its head is untied)."""
+        return self.untied_head
+
+    @property
     def rows_tokens(self) -> Any:
         """Tokens in one micro batch: micro_batch_size * seq_len (may be an array)."""
         return self.micro_batch_size * self.seq_len

@@ -196,8 +196,8 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
 
 def _broadcasts_heads(step: Step, spec: Attention) -> bool:
     """Falcon hands SDPA one key/value head beside many query heads; no fused kernel takes that (sdp_utils.cpp)."""
-    own_classes = step.train.untied_head  # litgpt's own modules expand the heads instead
-    return step.model.model_type == "falcon" and spec.num_kv_heads == 1 and not own_classes
+    own = step.train.uses_own_modules  # litgpt's modules expand the heads instead
+    return step.model.model_type == "falcon" and spec.num_kv_heads == 1 and not own
 
 
 def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

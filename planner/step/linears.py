@@ -73,11 +73,11 @@ def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, in
     return tensors if quant.kind == "awq4" else [*tensors, ("g_idx", spec.in_features * 4)]
 
 
-def is_quantized(spec: Linear, quant: QuantizationSpec, adapted: bool) -> bool:
-    """Whether the library that quantizes would convert this module."""
+def is_quantized(spec: Linear, quant: QuantizationSpec, adapted: bool, own_modules: bool = False) -> bool:
+    """Whether the library that quantizes would convert this module; `own_modules`: the framework's, all nn.Linear."""
     if quant.kind == "none" or quant.quantized_modules == "none":
         return False
-    if spec.cls == "subclass" and quant.kind in ("nf4", "fp4", "int8"):
+    if spec.cls == "subclass" and quant.kind in ("nf4", "fp4", "int8") and not own_modules:
         return False  # bitsandbytes converts exactly nn.Linear and Conv1D (transformers integrations/bitsandbytes.py)
     if quant.quantized_modules == "adapted-only" and not adapted:
         return False
@@ -90,7 +90,7 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     held = LinearWeights(spec)
     quant = train.quantization
     trainable = train.method == "full"
-    if is_quantized(spec, quant, adapted):
+    if is_quantized(spec, quant, adapted, train.uses_own_modules):
         held.kind = quant.kind
         held.packed = [eng.empty(n, "int8", f"weight_{name}") for name, n in quantized_bytes(spec, quant)]
     else:
