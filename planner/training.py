@@ -193,7 +193,7 @@ class TrainingSpec:
 
     @property
     def uses_own_modules(self) -> bool:
-        """Whether the framework trains its own modules instead of transformers' classes (litgpt: its head is untied)."""
+        """Whether the framework trains its own modules, not transformers' classes (litgpt: its head is untied)."""
         return self.untied_head
 
     @property
