@@ -47,10 +47,8 @@ def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
     """The activation function: one fused kernel, or the written-out forms of older models."""
     eng = step.eng
     arg = x
-    if (
     if spec.activation == "gelu_new" and not step.train.uses_own_modules:
         # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
-    ):  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
         cube = ops.pointwise(eng, ops.autocast_fp32(eng, x), "gelu_new")
         inner = ops.scale(eng, ops.add(eng, x, ops.scale(eng, cube, "gelu_new"), "gelu_new"), "gelu_new")
         del cube
