@@ -12,8 +12,8 @@ class Step:
     """One configuration being run on the symbolic engine."""
 
     __slots__ = (
-        "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "lora_dropout",
-        "mask", "model", "norm_dtype", "parameters", "seq", "tokens", "train", "unquantized_dtype",
+        "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
+        "lora_dropout", "mask", "model", "norm_dtype", "parameters", "seq", "tokens", "train", "unquantized_dtype",
     )  # fmt: skip
 
     def __init__(
@@ -37,16 +37,22 @@ class Step:
         self.norm_dtype = FP32 if train.fp32_norms_only else self.unquantized_dtype
         self.parameters: list[Tensor] = []
         """Trainable leaves, in creation order."""
+        self.factors: list[Size] = []
+        """Rows + columns of each of them (0: a vector)."""
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
         self.cache: list[tuple[int, Tensor]] = []
         """(layer, keys and values) of classes that cache them while training."""
         self.backward_began = False
 
-    def trainable(self, numel: Size, dtype: str, op: str) -> Tensor:
-        """Allocate a trainable parameter and remember it for the optimizer."""
+    def trainable(self, numel: Size, dtype: str, op: str, factors: Size = 0) -> Tensor:
+        """Allocate a trainable parameter and remember it for the optimizer.
+
+        `factors`: rows + columns of a matrix, what a factored second moment keeps; 0 for a vector.
+        """
         leaf = self.eng.parameter(numel, dtype, op, trainable=True)
         self.parameters.append(leaf)
+        self.factors.append(factors)
         return leaf
 
     def arch_4bit_forward(self, m: Size, n: int, k: int, itemsize: int) -> list[Size]:
@@ -69,3 +75,9 @@ class Step:
         flat = out.reshape(-1)
         flat[:] = [values[int(rows)] for rows in m.ravel().tolist()]
         return out
+
+    def weight(self, numel: Size, factors: Size = 0) -> Tensor:
+        """Allocate an unquantized base weight: frozen, or trainable in full fine-tuning."""
+        if self.train.method == "full":
+            return self.trainable(numel, self.unquantized_dtype, "weight", factors)
+        return self.eng.parameter(numel, self.unquantized_dtype, "weight")

@@ -89,17 +89,14 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     eng, train = step.eng, step.train
     held = LinearWeights(spec)
     quant = train.quantization
-    trainable = train.method == "full"
     if is_quantized(spec, quant, adapted, train.uses_own_modules):
         held.kind = quant.kind
         held.packed = [eng.empty(n, "int8", f"weight_{name}") for name, n in quantized_bytes(spec, quant)]
     else:
-        make = step.trainable if trainable else eng.parameter
-        held.weight = make(spec.weight_elements, step.unquantized_dtype, "weight")
+        held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
     held.dtype = train.base_dtype
     if spec.bias:
-        make = step.trainable if trainable else eng.parameter
-        held.bias = make(spec.out_features, step.unquantized_dtype, "weight")
+        held.bias = step.weight(spec.out_features)
     return held
 
 
@@ -111,8 +108,8 @@ def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
         parts = tuple(spec.parts[i] for i in lora.target_slices if i < len(spec.parts))
     held.rank = lora.r
     for width in parts:
-        a = step.trainable(lora.r * spec.in_features, lora.dtype, "adapter")
-        b = step.trainable(width * lora.r, lora.dtype, "adapter")
+        a = step.trainable(lora.r * spec.in_features, lora.dtype, "adapter", lora.r + spec.in_features)
+        b = step.trainable(width * lora.r, lora.dtype, "adapter", width + lora.r)
         held.lora.append((a, b, lora.r, width))
     if lora.use_dora:
         held.dora = step.trainable(spec.out_features, lora.dtype, "adapter")

@@ -27,6 +27,7 @@ class OptimizerState:
         self.step = step
         self.eng = step.eng
         self.groups: list[tuple[int, list[Tensor]]] = []
+        self.factors = {id(leaf): n for leaf, n in zip(step.parameters, step.factors, strict=True)}
         position = 0
         for layer, number in owners:
             if number:
@@ -42,7 +43,8 @@ class OptimizerState:
         """Bytes of each state tensor of one parameter, as they lie on the GPU."""
         name, n = self.step.train.optimizer, leaf.numel
         if name == "adafactor":
-            return [4 * (n // 16 + 16)]  # factored second moments: one row and one column vector
+            factors = self.factors.get(id(leaf), 0)
+            return [4 * factors] if not isinstance(factors, int) or factors else [4 * n]
         if name in ("adamw", "adamw-fused", "adamw-bf16-states"):
             steps = [4] if name == "adamw-fused" else []  # a fused step counter lies on the GPU, foreach's does not
             return [leaf.nbytes, leaf.nbytes, *steps]
@@ -80,9 +82,17 @@ class OptimizerState:
         for layer, leaves in self.groups:
             self.eng.enter("optimizer", layer)
             for leaf in leaves:
+                if self.step.train.optimizer == "adafactor":
+                    self._adafactor_temporaries(leaf)
                 states = STATES[self.step.train.optimizer]
                 moved = (3 + 2 * states) * leaf.nbytes
                 self.eng.kernel("optimizer", leaf.dtype, moved, count=1)
+
+    def _adafactor_temporaries(self, leaf: Tensor) -> None:
+        """transformers' Adafactor: last update, grad**2, new update; plus fp32 copies of 16-bit tensors."""
+        copies = 3 if leaf.dtype == FP32 else 5
+        held = [self.eng.empty(leaf.numel, FP32, "optimizer_temporary") for _ in range(copies)]
+        del held
 
     def parameter_count(self) -> Size:
         """Trainable parameters of the whole model."""

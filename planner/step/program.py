@@ -114,7 +114,7 @@ class _Run:
         self._begin("load", -1)
         table = model.token_embedding
         tables = [table] + ([model.position_embedding] if model.position_embedding else [])
-        loaded = [self._table(t.num_parameters, trainable) for t in tables]
+        loaded = [self._table(t.num_parameters, trainable, t.rows + t.width) for t in tables]
         self.embedding = loaded[0]
         self.tables = loaded
         self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm, model.final_norm) if n is not None}
@@ -140,10 +140,10 @@ class _Run:
     def _count(self, layer: int) -> None:
         self.owners.append((layer, len(self.step.parameters) - self._before))
 
-    def _table(self, elements: int, trainable: bool) -> Tensor:
+    def _table(self, elements: int, trainable: bool, factors: int) -> Tensor:
         dtype = self.step.embedding_dtype
         if trainable:
-            return self.step.trainable(elements, dtype, "weight")
+            return self.step.trainable(elements, dtype, "weight", factors)
         return self.eng.parameter(elements, dtype, "weight")
 
     def _norm(self, spec: Norm) -> tuple[Tensor | None, Tensor | None]:
@@ -173,14 +173,14 @@ class _Run:
     def _load_experts(self, held: LayerWeights) -> None:
         spec = held.spec.experts
         assert spec is not None
-        dtype, step = self.step.unquantized_dtype, self.step
-        make = step.trainable if step.train.method == "full" else step.eng.parameter
-        each = spec.num_experts * spec.hidden_size * spec.intermediate_size
-        held.experts = [make(2 * each, dtype, "weight"), make(each, dtype, "weight")]
+        weight, number = self.step.weight, spec.num_experts
+        each = number * spec.hidden_size * spec.intermediate_size
+        wide, narrow, hidden = 2 * spec.intermediate_size, spec.intermediate_size, spec.hidden_size
+        held.experts = [weight(2 * each, number * (wide + hidden)), weight(each, number * (narrow + hidden))]
         if spec.bias:
-            make(spec.num_experts * (2 * spec.intermediate_size + spec.hidden_size), dtype, "weight")
+            weight(number * (2 * spec.intermediate_size + spec.hidden_size))
         if not spec.router_is_linear:
-            held.router = make(spec.router.num_parameters, dtype, "weight")
+            held.router = weight(spec.router.num_parameters, spec.router.in_features + spec.router.out_features)
 
     def _load_head(self, trainable: bool) -> linears.LinearWeights:
         model, step = self.step.model, self.step
@@ -188,7 +188,9 @@ class _Run:
         if model.tied and not step.train.untied_head:
             held.weight = self.embedding
         elif trainable:
-            held.weight = step.trainable(model.head.weight_elements, step.embedding_dtype, "weight")
+            held.weight = step.trainable(
+                model.head.weight_elements, step.embedding_dtype, "weight", model.vocab_size + model.hidden_size
+            )
         elif self._quantizes_head():
             held = linears.load_base(step, model.head, False)
         else:
