@@ -19,7 +19,7 @@ import gc
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +91,7 @@ def trace(
     training: TrainingSpec,
     *,
     layers: int | None = None,
+    keep: Sequence[int] | None = None,
     arch: Architecture | None = None,
     real: bool = False,
 ) -> TraceResult:
@@ -99,7 +100,8 @@ def trace(
     Args:
         config: a Hugging Face model config.
         training: the settings of the run.
-        layers: decoder layers to keep; None for the model's own depth.
+        layers: how many decoder layers to keep, the first ones; None for the model's own depth.
+        keep: instead, which decoder layers to keep.
         arch: the GPU whose kernels are imitated.
         real: run real CPU tensors instead of fake ones (tests; small models only).
     """
@@ -108,15 +110,13 @@ def trace(
     gc.collect()
     gc.disable()
     try:
-        return _trace(config, training, layers, arch, real)
+        model, notes = fake_model.build(config, training, layers, keep)
+        return _trace(model, notes, training, arch, real)
     finally:
         gc.enable()
 
 
-def _trace(
-    config: dict[str, Any], training: TrainingSpec, layers: int | None, arch: Architecture, real: bool
-) -> TraceResult:
-    model, notes = fake_model.build(config, training, layers)
+def _trace(model: nn.Module, notes: list[str], training: TrainingSpec, arch: Architecture, real: bool) -> TraceResult:
     host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
     tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops, cuda_semantics.LATE_OPS)
     with ExitStack() as stack:
