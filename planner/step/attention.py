@@ -9,7 +9,7 @@ from planner import cuda_rules
 from planner.model import Attention, Norm
 from planner.step import linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Shape, Size, Tensor
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
 
@@ -206,23 +206,29 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     arg = (q, k, v)
     source = q.dtype
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    flops = 2.0 * scores_numel * spec.head_dim
+    score_shape, value_shape = _eager_shapes(step, spec)
     mask = eng.empty(step.seq * step.seq, q.dtype, "attention_mask")
     groups = spec.num_heads // spec.num_kv_heads
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
     scaled = ops.scale(eng, q, "attention")
     keys, values = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
-    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), scores_numel, flops, "scores")
+    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), score_shape, "scores")
     scores = ops.add(eng, scores, mask, "scores", scores_numel)
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
     if spec.dropout:
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
     returned = ops.unary(eng, probs, "probabilities", source)
-    out = ops.bmm(eng, probs, values, step.tokens * spec.q_size, flops, "attention")
+    out = ops.bmm(eng, probs, values, value_shape, "attention")
     out = ops.cast(eng, out, source, "attention")
     del arg, returned, scaled, keys, values
     return ops.contiguous(eng, out, "attention")
+
+
+def _eager_shapes(step: Step, spec: Attention) -> tuple[Shape, Shape]:
+    """Batched products of a whole score matrix: q k^T and probabilities times v, for every row and head."""
+    matrices, s = step.batch * spec.num_heads, step.seq
+    return (matrices, s, s, spec.head_dim), (matrices, s, spec.v_head_dim or spec.head_dim, s)
 
 
 def _flash_dtype(step: Step) -> str:
@@ -287,9 +293,8 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     if spec.scores_fp32:
         q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    v_dim = spec.v_head_dim or spec.head_dim
-    flops = 2.0 * scores_numel * spec.head_dim
-    scores = ops.bmm(eng, q, k, scores_numel, flops, "scores")
+    score_shape, value_shape = _eager_shapes(step, spec)
+    scores = ops.bmm(eng, q, k, score_shape, "scores")
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
@@ -302,7 +307,7 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     probs = ops.cast(eng, probs, values, "probabilities")
     if spec.dropout:
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
-    out = ops.bmm(eng, probs, v, step.tokens * spec.num_heads * v_dim, 2.0 * scores_numel * v_dim, "attention")
+    out = ops.bmm(eng, probs, v, value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out
     return held
@@ -315,8 +320,8 @@ def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -
     k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
     rows = step.batch * spec.num_heads * step.seq
     scores_numel = rows * step.seq
-    flops = 2.0 * scores_numel * spec.head_dim
-    scores = ops.scale(eng, ops.bmm(eng, q, k, scores_numel, flops, "scores"), "scores")
+    score_shape, value_shape = _eager_shapes(step, spec)
+    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores"), "scores")
     assert step.mask is not None
     scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
     sink = eng.empty(rows, scores.dtype, "scores")
@@ -325,7 +330,7 @@ def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -
     wide = ops.add(eng, wide, eng.empty(rows, wide.dtype, "scores"), "scores", wide.numel)
     probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
     kept = ops.narrow(eng, probs, scores_numel, "scores_grad")
-    out = ops.bmm(eng, kept, v, step.tokens * spec.q_size, flops, "attention")
+    out = ops.bmm(eng, kept, v, value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out, index, wide, scores, probs, kept
     return held
@@ -364,6 +369,12 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
 def _fused_rotary(step: Step, x: Tensor) -> Tensor:
     """A Triton rotary: in place on q and k, forward and backward (Liger, unsloth, fms fast rope)."""
     out = x.view()
-    step.eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
-    step.eng.link(out, (x,), lambda node, grads: [grads[0]])
+    eng = step.eng
+    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        eng.kernel("elementwise", ops._grad(grads).dtype, 2 * ops._grad(grads).nbytes)
+        return [grads[0]]
+
+    eng.link(out, (x,), backward)
     return out

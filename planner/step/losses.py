@@ -104,7 +104,12 @@ def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor)
     losses = eng.empty(t, FP32, "loss")
     rows = fused_chunk_rows(t, v, h)
     chunk = eng.workspace(rows * v * FUSED_CHUNK_BYTES, "logits_chunk")
-    eng.kernel("matmul", hidden.dtype, 3 * t * h * ITEMSIZE[hidden.dtype], 2 * ops.matmul_flops(t, v, h))
+    chunks = t / rows
+    eng.matmul("matmul", hidden.dtype, rows, v, h, chunks)
+    eng.kernel("softmax", FP32, t * v * (3 * ITEMSIZE[hidden.dtype] + 2 * ITEMSIZE[FP32]), count=2 * chunks)
+    eng.matmul("matmul", hidden.dtype, rows, h, v, chunks)
+    if grad_weight is not None:
+        eng.matmul("matmul", hidden.dtype, v, h, rows, chunks)
     product = eng.empty(rows * h, hidden.dtype, "logits_chunk")
     del chunk, product
     loss = eng.empty(1, FP32, "loss")

@@ -20,6 +20,17 @@ STATES: dict[str, int] = {
 """Parameter-sized state tensors of each optimizer."""
 
 
+TENSORS_PER_LAUNCH = 30
+"""Tensors that one multi-tensor kernel takes (ATen/native/cuda/MultiTensorApply.cuh depth_to_max_tensors, 5 lists)."""
+FOREACH_PASSES: dict[str, tuple[int, int]] = {"adamw": (20, 9), "adamw-bf16-states": (20, 9), "sgd": (3, 1)}
+"""Optimizer -> parameter-sized reads and writes, and kernels, of its foreach step.
+
+AdamW (torch/optim/adam.py _multi_tensor_adam): decay 2, lerp 3, mul 2, addcmul 3, sqrt 2, divisions 4, addcdiv 4.
+"""
+LAUNCHES: dict[str, int] = {"adafactor": 20, "adamw-8bit": 1, "lion-8bit": 1, "lion": 1}
+"""Kernels per tensor where an optimizer goes through them one by one (bitsandbytes: one; adafactor.py: about 20)."""
+
+
 class OptimizerState:
     """The state of every trainable parameter, laid out layer by layer."""
 
@@ -68,6 +79,8 @@ class OptimizerState:
 
     def run_step(self) -> None:
         """The optimizer step: foreach AdamW holds one copy of all parameters (sqrt of the second moment)."""
+        if self.step.train.max_grad_norm and not self.step.train.optimizer_in_backward:
+            self._clip()
         if self.step.train.optimizer in ("adamw", "adamw-bf16-states") and not self.step.train.optimizer_in_backward:
             held: list[tuple[int, list[Tensor]]] = []
             for layer, leaves in self.groups:
@@ -84,15 +97,30 @@ class OptimizerState:
             for leaf in leaves:
                 if self.step.train.optimizer == "adafactor":
                     self._adafactor_temporaries(leaf)
-                states = STATES[self.step.train.optimizer]
-                moved = (3 + 2 * states) * leaf.nbytes
-                self.eng.kernel("optimizer", leaf.dtype, moved, count=1)
+                self._update(leaf)
 
     def _adafactor_temporaries(self, leaf: Tensor) -> None:
         """transformers' Adafactor: last update, grad**2, new update; plus fp32 copies of 16-bit tensors."""
         copies = 3 if leaf.dtype == FP32 else 5
         held = [self.eng.empty(leaf.numel, FP32, "optimizer_temporary") for _ in range(copies)]
         del held
+
+    def _update(self, leaf: Tensor) -> None:
+        """One tensor's share of the update: bytes read and written, and its part of the launches."""
+        name = self.step.train.optimizer
+        if name in FOREACH_PASSES:
+            passes, kernels = FOREACH_PASSES[name]
+            self.eng.kernel("optimizer", leaf.dtype, passes * leaf.nbytes, count=kernels / TENSORS_PER_LAUNCH)
+            return
+        launches = 1 / TENSORS_PER_LAUNCH if name == "adamw-fused" else LAUNCHES.get(name, 1)
+        self.eng.kernel("optimizer", leaf.dtype, 3 * leaf.nbytes + 2 * sum(self.state_bytes(leaf)), count=launches)
+
+    def _clip(self) -> None:
+        """clip_grad_norm_: every gradient is read for its norm, then scaled in place (foreach)."""
+        for layer, leaves in self.groups:
+            self.eng.enter("optimizer", layer)
+            for leaf in leaves:
+                self.eng.kernel("optimizer", leaf.dtype, 3 * leaf.nbytes, count=2 / TENSORS_PER_LAUNCH)
 
     def parameter_count(self) -> Size:
         """Trainable parameters of the whole model."""
