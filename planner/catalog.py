@@ -141,6 +141,8 @@ def _gpu(gpu_id: str, row: Mapping[str, Any]) -> Gpu:
         fp16_flops_per_s=row.get("fp16_tflops", 0) * 1e12,
         bf16_flops_per_s=row.get("bf16_tflops", 0) * 1e12,
         bf16_native=row.get("bf16_native"),
+        measured_matmul_flops_per_s=row.get("measured_matmul_tflops", 0) * 1e12,
+        measured_bandwidth_bytes_per_s=row.get("measured_bandwidth_gb_s", 0) * 1e9,
         sm_count=int(row.get("sm_count", 0)),
         l2_bytes=int(row.get("l2_mib", 0) * MiB),
         tdp_w=float(row.get("tdp_w", 0)),

@@ -26,6 +26,10 @@ class Gpu:
     fp16_flops_per_s: float = 0.0
     bf16_flops_per_s: float = 0.0
     bf16_native: bool | None = None
+    measured_matmul_flops_per_s: float = 0.0
+    """Best dense 16-bit product in a public microbenchmark."""
+    measured_bandwidth_bytes_per_s: float = 0.0
+    """Device memory in a public microbenchmark."""
     sm_count: int = 0
     l2_bytes: int = 0
     tdp_w: float = 0.0

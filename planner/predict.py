@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from planner import allocator, cuda_rules, memory
+from planner import allocator, cuda_rules, memory, timing
+from planner.calibration import Coefficients, priors
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.records import record
@@ -58,6 +59,13 @@ class Prediction:
     warnings: tuple[str, ...]
     uncertainty: tuple[tuple[str, float], ...]
     """(reason, relative share) of the interval of the allocated figure."""
+    time: timing.StepTime | None = None
+    """None without a GPU, or where no source states the card's rates."""
+
+    @property
+    def step_s(self) -> timing.Seconds | None:
+        """Seconds of one optimizer step."""
+        return self.time.step_s if self.time else None
 
     @property
     def capacity_bytes(self) -> int:
@@ -88,8 +96,12 @@ def predict(
     gpu: Gpu | None = None,
     *,
     warnings: tuple[str, ...] = (),
+    coefficients: Coefficients | None = None,
 ) -> Prediction:
-    """Predict the memory of one training step and, with a GPU, whether the run fits.
+    """Predict the memory of one training step and, with a GPU, whether the run fits and how long a step takes.
+
+    Args:
+        coefficients: of the time model; the card's priors by default.
 
     Raises:
         PlannerError: for settings that exclude each other or that the model does not have.
@@ -113,7 +125,16 @@ def predict(
         verdict=_verdict(gpu, allocated, out_of_memory) if gpu else None,
         warnings=(*warnings, *training_warnings(model, training, gpu)),
         uncertainty=reasons,
+        time=_time(run.record, training, gpu, coefficients),
     )
+
+
+def _time(
+    record: Record, training: TrainingSpec, gpu: Gpu | None, coefficients: Coefficients | None
+) -> timing.StepTime | None:
+    if gpu is None or not timing.predictable(gpu):
+        return None
+    return timing.step_time(record, training, gpu, coefficients or priors(gpu))
 
 
 def _with_allocator(

@@ -480,8 +480,8 @@ class _Run:
         if row["outcome"] == "ok" and self._confident(row, "time"):
             self._time(row, predicted)
 
-    def _predicted(self, row: Row) -> Predicted:
-        options = row_options(row)
+    def _predicted(self, row: Row, **changed: Any) -> Predicted:
+        options = {**row_options(row), **changed}
         key = repr((sorted(options.items(), key=lambda item: item[0]), row["model"], row["gpu"]))
         if key not in self.known:
             try:
@@ -512,17 +512,26 @@ class _Run:
         self.verdicts[f"{row['outcome']}_{'right' if right else 'wrong'}"] += 1
 
     def _time(self, row: Row, predicted: Predicted) -> None:
-        step: Range | None = getattr(predicted, "step_s", None)
         try:
             seconds = published_step_s(row)
+            length = timed_length(row)
+            if length is not None:
+                note = f"time scored at the mean of {length} tokens a row: their padding is not stated"
+                self.flagged.append(Skipped(row["id"], note))
+                predicted = self._predicted(row, seq_len=length, padded=False)
         except NotScored as reason:
             self.skipped.append(Skipped(row["id"], str(reason)))
             return
         if seconds is None:
             return
+        step: Range | None = getattr(predicted, "step_s", None)
         if not row["gpu"]:
             self.skipped.append(Skipped(row["id"], "time without a named card"))
-        elif step is not None:
+        elif step is None:
+            self.skipped.append(
+                Skipped(row["id"], f"no source states the rates of {one_line(row['gpu'], 40)}: no time")
+            )
+        else:
             self.comparisons.append(_comparison(row, "time", step, step.low, step.high, seconds, seconds))
 
 
@@ -549,6 +558,15 @@ def published_step_s(row: Row) -> float | None:
     if micro:
         return micro * (_whole(row, "grad_accum") or 1)
     raise NotScored("speed in tokens of unknown number per step")
+
+
+def timed_length(row: Row) -> int | None:
+    """Tokens per row that the time was spent on where they differ from the memory peak's; None where they do not.
+
+    Only the longest batch decides memory; an average step is as long as the average row.
+    """
+    mean = _decimal(row, "mean_tokens_per_row")
+    return round(mean) if mean and not row["seq_len"] else None
 
 
 def _tokens_per_row(row: Row) -> float | None:

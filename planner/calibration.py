@@ -1,0 +1,145 @@
+"""Coefficients of the time model: what each is, its value for a card, its uncertainty, bounds and origin.
+
+All but the host's costs are dimensionless, so that they carry over between cards. Priors come from data sheets and
+public microbenchmarks and are wide; a calibration on the hardware replaces them. Fitting is `calibrate`'s work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from planner.errors import InvalidInput
+from planner.hardware import Gpu
+from planner.records import record
+
+FORMULA_VERSION = 1
+"""Raised when `planner.timing` changes what a coefficient means: older calibrations then no longer apply."""
+
+Origin = Literal["microbenchmark", "library source", "assumed", "fitted"]
+
+
+@record
+class Coefficient:
+    """One number of the time model."""
+
+    name: str
+    value: float
+    standard_error: float
+    unit: str
+    low: float
+    high: float
+    """Physical bounds: a fit stays inside them."""
+    origin: Origin
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise InvalidInput(f"coefficient {self.name} is {self.value}; must be between {self.low} and {self.high}")
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error as a share of the value."""
+        return self.standard_error / self.value if self.value else 0.0
+
+
+class Coefficients(Mapping[str, Coefficient]):
+    """The coefficients that one prediction used, by name."""
+
+    def __init__(self, items: Mapping[str, Coefficient]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, name: str) -> Coefficient:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def value(self, name: str) -> float:
+        """The number alone."""
+        return self._items[name].value
+
+
+_FRACTION = ("share of the data sheet's rate", 0.01, 1.0)
+_MATMUL = ("share of the reached matrix-product rate", 0.01, 1.0)
+_SECONDS = ("s", 0.0, 1e-2)
+_BYTES = "share of the reached bandwidth"
+
+# name, value, standard error, (unit, low, high), origin, source
+_PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], ...] = (
+    ("matmul", 0.82, 0.08, _FRACTION, "microbenchmark",
+     "stas00/ml-engineering MAMF tables: best shapes reach 0.80 to 0.87 on A100 and H100"),
+    ("matmul_fp32", 0.88, 0.08, _FRACTION, "microbenchmark",
+     "Jia et al. 2019 (arXiv 1903.07486): cuBLAS single precision 7.2 of 8.1 TFLOPS on a T4"),
+    ("tile_reuse_half", 40.0, 20.0, ("elements", 1.0, 200.0), "assumed",
+     "operand reuse at which a tile reaches half its rate: 64 x 64 tiles then run at 0.65 of 256 x 128"),
+    ("matmul_k_half", 96.0, 48.0, ("elements", 1.0, 1000.0), "assumed",
+     "inner dimension that a tile's prologue and epilogue cost"),
+    ("bandwidth", 0.85, 0.05, _FRACTION, "microbenchmark",
+     "BabelStream triad: 0.83 to 0.90 of the data sheet on V100, A100 and H100"),
+    ("dequantize", 0.80, 0.15, (_BYTES, 0.05, 1.0), "assumed",
+     "4-bit look-up kernel since bitsandbytes 0.48: near the memory's rate (bitsandbytes PR 1747)"),
+    ("flash_forward", 0.76, 0.10, _MATMUL, "microbenchmark",
+     "Dao 2023 (FlashAttention-2) figure 5: 0.66 of an A100's data sheet, long causal sequences, head size 128"),
+    ("flash_backward", 0.65, 0.10, _MATMUL, "microbenchmark", "Dao 2023 figure 6: 0.56 of an A100's data sheet"),
+    ("flash_hopper", 0.55, 0.10, ("share of the Ampere rate", 0.1, 1.0), "microbenchmark",
+     "Dao 2023 figure 7: FlashAttention-2 reaches 335 of 989 TFLOPS on an H100, it uses no Hopper instructions"),
+    ("flash_length_half", 600.0, 200.0, ("tokens", 0.0, 4000.0), "microbenchmark",
+     "Dao 2023 figure 5: half the long-sequence rate at about 600 causal tokens"),
+    ("cudnn_forward", 0.68, 0.12, _MATMUL, "assumed", "above FlashAttention-2 on Hopper"),
+    ("cudnn_backward", 0.56, 0.12, _MATMUL, "assumed", "as the forward, less the recomputed scores"),
+    ("efficient_forward", 0.40, 0.12, _MATMUL, "microbenchmark",
+     "Dao 2023 figure 5: xFormers' CUTLASS kernel, about 100 TFLOPS on an A100"),
+    ("efficient_backward", 0.25, 0.08, _MATMUL, "microbenchmark", "Dao 2023 figure 6: about 70 TFLOPS on an A100"),
+    ("efficient_fp32", 0.50, 0.15, _MATMUL, "assumed", "SIMT variant of the CUTLASS kernel, on fp32 inputs"),
+    ("kernel_latency", 2.5e-6, 1e-6, _SECONDS, "microbenchmark", "an empty kernel occupies the device 2 to 3 us"),
+    ("launch_forward", 11e-6, 4e-6, _SECONDS, "assumed",
+     "Python, dispatcher and autograd record per kernel of transformers and PEFT modules in eager mode"),
+    ("launch_backward", 7e-6, 3e-6, _SECONDS, "assumed", "autograd's C++ engine and dispatcher per kernel"),
+    ("launch_optimizer", 15e-6, 8e-6, _SECONDS, "assumed", "Python of the optimizer per kernel"),
+    ("framework_step", 6e-3, 4e-3, ("s", 0.0, 1.0), "assumed",
+     "data collation, logging and callbacks per optimizer step of a training loop"),
+    ("compiled_traffic", 0.45, 0.15, ("share of eager element-wise traffic", 0.05, 1.0), "assumed",
+     "torch.compile fuses element-wise chains: what is left is the chains' ends"),
+    ("host_link", 22e9, 5e9, ("bytes/s", 1e9, 5e11), "assumed", "pinned copies over PCIe 4.0 x16"),
+)  # fmt: skip
+
+_OLD_DEQUANTIZE = {(6, 0): 1.7, (7, 5): 1.5, (8, 0): 1.7, (9, 0): 1.7}
+"""Compute capability -> how much slower 4-bit dequantization was before bitsandbytes 0.48 (PR 1747: 1.36 to 2.07
+times on P100, A100, H100; 1.25 to 1.8 on T4; elsewhere 1.3 to 1.6 for small sizes only)."""
+
+
+THROTTLES_W = 75
+"""Boards up to this power lower their clocks under sustained load (Jia et al. 2019 on the T4's 70 W): a short
+microbenchmark says less about training there."""
+
+
+def priors(gpu: Gpu) -> Coefficients:
+    """Coefficients of an uncalibrated card: its own published microbenchmarks where there are any, else the class's."""
+    items = {
+        name: Coefficient(
+            name=name, value=value, standard_error=error, unit=unit, low=low, high=high, origin=origin, source=source
+        )
+        for name, value, error, (unit, low, high), origin, source in _PRIORS
+    }
+    for name, measured, nominal in (
+        ("matmul", gpu.measured_matmul_flops_per_s, max(gpu.bf16_flops_per_s, gpu.fp16_flops_per_s)),
+        ("bandwidth", gpu.measured_bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),
+    ):
+        if measured and nominal:
+            base = items[name]
+            share = min(measured / nominal, 1.0)
+            error = share * (0.2 if 0 < gpu.tdp_w <= THROTTLES_W else 0.05)
+            items[name] = Coefficient(
+                name=name, value=share, standard_error=error, unit=base.unit, low=base.low, high=base.high,
+                origin="microbenchmark", source=f"measured on {gpu.name} (data/gpus.json)",
+            )  # fmt: skip
+    return Coefficients(items)
+
+
+def old_dequantize_factor(capability: tuple[int, int]) -> float:
+    """How many times longer a 4-bit dequantization took before bitsandbytes 0.48."""
+    return _OLD_DEQUANTIZE.get(capability, 1.1)
