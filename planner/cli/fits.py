@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli.options import LIBRARIES, Sectioned, format_option, training_options
+from planner.cli.options import COST, LIBRARIES, Sectioned, cost_options, format_option, training_options
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
@@ -22,13 +22,14 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
 @click.option("--explain", is_flag=True, help="Every setting with its origin, model facts, sources, uncertainty.")
+@cost_options
 @click.option("--changes/--no-changes", default=True, help="Search for what would fit if it does not.")
 @format_option
 @training_options
 def fits(
     model: str, gpu: str | None, vram: str | None, margin: str, explain: bool, changes: bool, style: str, **given: Any
 ) -> int:
-    """Say whether a fine-tuning run fits on a GPU, where its memory goes and what to change if not.
+    """Say whether a fine-tuning run fits on a GPU, where memory and time go, what it costs and what to change.
 
     MODEL is an id of the catalogue (loraplan models), a model folder, a config.json, a .gguf file, or a hub id in the
     local Hugging Face cache.
@@ -43,7 +44,9 @@ def fits(
     Exit codes: 0 it fits (or no card was named), 1 it does not fit or is too
     close to call, 2 could not answer.
     """
+    wanted = {name: given.pop(name) for name in COST}
     answer = _answer(model, _card(gpu, vram), _percent(margin), given, changes)._replace(explain=explain)
+    answer = _with_cost(answer, wanted)
     _print(answer, style)
     return 0 if answer.prediction.verdict in ("fits", None) else 1
 
@@ -79,6 +82,17 @@ def _answer(model: str, card: Gpu | None, margin: float, given: dict[str, Any], 
         found = nearest_changes(prediction, catalog.gpus())
     origin = "given" if stack else "loraplan default"
     return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin)
+
+
+def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
+    """Add the whole run's hours and price, if a run was given."""
+    if all(value is None for value in wanted.values()):
+        return answer
+    from planner.cli.money import amount_of, run_plan
+
+    amount = amount_of(wanted)
+    plan, notes = run_plan(answer.prediction, amount, wanted)
+    return answer._replace(run=plan, mean_tokens=amount.mean_tokens, notes=notes)
 
 
 def _card(gpu: str | None, vram: str | None) -> Gpu | None:

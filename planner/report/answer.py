@@ -13,6 +13,7 @@ from planner.stacks import Resolved
 from planner.units import gib
 
 if TYPE_CHECKING:  # a run that fits needs no search
+    from planner.cost import RunPlan
     from planner.search import Change
 
 WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
@@ -30,6 +31,12 @@ class Answer(NamedTuple):
     """Memory of the card that the user wants kept free."""
     explain: bool = False
     stack_origin: str = "loraplan default"
+    run: RunPlan | None = None
+    """The whole run, where an amount was given."""
+    mean_tokens: float = 0.0
+    """Useful tokens per row; 0 where not given."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the run's price."""
 
 
 class Component(NamedTuple):
