@@ -253,6 +253,8 @@ class _Sums:
             launch = "launch_forward"
         self.device[part] += seconds * times
         self.host[part] += launches * self.rates.c[launch]
+        if kernel.op in ("dequantize", "int8_quantize"):
+            self.host[part] += times * self.rates.c["launch_quantized"]
         self.flops[part] += kernel.flops * times
         steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
