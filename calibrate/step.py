@@ -42,12 +42,17 @@ class Step:
             for _ in range(cublas_handles()):
                 tracker.allocate(cublas_workspace_bytes(arch.capability), "cublas workspace")
 
+    @property
+    def micro_steps(self) -> int:
+        """Micro batches run per optimizer step."""
+        return min(self.training.gradient_accumulation_steps, 2)
+
     # --- the step ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Run one optimizer step (at most two micro steps: more look the same)."""
         self.optimizer.zero_grad(set_to_none=True)
-        for _ in range(min(self.training.gradient_accumulation_steps, 2)):
+        for _ in range(self.micro_steps):
             self._micro_step()
         self._enter("optimizer", "optimizer")
         with torch.no_grad():
