@@ -129,8 +129,12 @@ class Step:
 
         def hook(module: nn.Module, args: Any) -> None:
             labels.modules.append(name)
-            if layer is not None and labels.phase == "forward":
+            if layer is None:
+                return
+            if labels.phase == "forward":
                 labels.segment = f"layer.{layer} forward"
+            elif labels.phase == "recompute":  # a reentrant checkpoint reruns the layer before any of its nodes
+                labels.segment = f"layer.{layer} backward"
 
         return hook
 
@@ -167,9 +171,12 @@ class Step:
 
     def _labelled_checkpoint(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         labels = self.tracker.labels
+        offloads = self.training.gradient_checkpointing == "offload"
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             flag = torch.is_autocast_enabled("cuda")
+            if not offloads and args and isinstance(args[0], torch.Tensor):
+                self.tracker.mark_checkpoint(args[0])
 
             def labelled(*inner: Any, **named: Any) -> Any:
                 if labels.phase != "backward":
@@ -198,7 +205,9 @@ class Step:
                 return tensor.detach().clone()
 
         def to_device(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.clone()
+            loaded = tensor.clone()
+            tracker.mark_checkpoint(loaded)
+            return loaded
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
