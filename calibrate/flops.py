@@ -30,8 +30,8 @@ def formula(func: Any) -> Formula | None:
 
 def _times_weight(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """bitsandbytes: A [..., k] times the transpose of a packed weight whose shape [n, k] is the third argument."""
-    n, k = args[2]
-    return 2 * (args[0].numel() // k) * n * k
+    n, _ = args[2]
+    return 2 * int(args[0].numel()) * int(n)
 
 
 def _times_int8(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
@@ -64,4 +64,3 @@ _OWN: dict[str, Formula] = {
     "aten.mv": _times_vector,
     "aten.dot": _times_vector,
 }
-

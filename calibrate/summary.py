@@ -65,6 +65,7 @@ class Summary:
     traced: tuple[int, ...]
     """Depths that were run."""
     static_bytes: int
+    """Alive before the step: weights, adapters, optimizer state, workspaces."""
     parameters: int
     trainable_parameters: int
     segments: tuple[Segment, ...]
@@ -138,7 +139,7 @@ def of_trace(result: TraceResult) -> Summary:
     return Summary(
         layers=result.layers,
         traced=(result.layers,),
-        static_bytes=sum(rounded(e.nbytes) for e in result.events if e.step == 0),
+        static_bytes=segments[0].start,
         parameters=result.parameters,
         trainable_parameters=result.trainable_parameters,
         segments=tuple(segments),
@@ -180,7 +181,8 @@ def _levels(result: TraceResult) -> dict[str, _Level]:
 def _alive_at(result: TraceResult, moments: set[int]) -> dict[int, tuple[Counts, Counts]]:
     """Bytes alive right after some events, by category and by module."""
     lives = ledger._Lifetimes(result)
-    owners, modules = dict.fromkeys(CATEGORIES, 0), {}
+    owners: Counts = dict.fromkeys(CATEGORIES, 0)
+    modules: Counts = {}
     labels: dict[int, tuple[str, str]] = {}
     found = {}
     for index, event in enumerate(result.events):

@@ -149,9 +149,7 @@ def _trace(
             step.run()
         result = _result(tracker, step.num_layers, notes)
     micro_steps = step.micro_steps
-    result.segment_flops = {
-        key[1:]: number // micro_steps for key, number in tracker.flops.items() if key[0] == STEPS
-    }
+    result.segment_flops = {key[1:]: number // micro_steps for key, number in tracker.flops.items() if key[0] == STEPS}
     result.parameters, result.trainable_parameters = counts
     return result
 

@@ -3,7 +3,8 @@
 A wrong device aborts the interpreter and a strange config may run for ever, so the caller only trusts that line.
 
     request   {"config": {...}, "training": {...}, "layers": "auto" | "full" | N, "arch": {...}, "events": false}
-    answer    {"summary": {...}, "events": [[storage, bytes], ...]}   or   {"error": {"type": "...", "message": "..."}}
+    answer    {"model": {...}, "summary": {...}, "events": [[storage, bytes], ...]}
+              or {"error": {"type": "...", "message": "..."}}
 
 `config` is a Hugging Face config, `training` what TrainingSpec.describe() prints, `arch` fields of
 planner.cuda_rules.Architecture. Lines that start with "progress: " go to stderr.
@@ -30,18 +31,28 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from calibrate.trace import quiet, trace, training_from_dict
 
     config, training = request["config"], training_from_dict(request["training"])
-    arch = Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in request["arch"].items()})
+    facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request["arch"].items()}
+    arch = Architecture(**facts)
     layers = request["layers"]
     with quiet():
         if layers == "auto" and not request["events"]:
             _say("tracing a few layers")
-            return {"summary": summary.summarise(config, training, arch=arch).describe()}
+            return {"model": _facts(config), "summary": summary.summarise(config, training, arch=arch).describe()}
         _say("tracing every layer" if not isinstance(layers, int) else f"tracing {layers} layers")
         result = trace(config, training, layers=layers if isinstance(layers, int) else None, arch=arch)
-        found: dict[str, Any] = {"summary": summary.of_trace(result).describe()}
+        found: dict[str, Any] = {"model": _facts(config), "summary": summary.of_trace(result).describe()}
         if request["events"]:
             found["events"] = [[e.id, e.nbytes] for e in result.events]
         return found
+
+
+def _facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Sizes as the model's own config class names them."""
+    from calibrate.fake_model import model_config
+
+    cfg = model_config(config).get_text_config()
+    sizes = {name: getattr(cfg, name, 0) for name in ("hidden_size", "vocab_size", "max_position_embeddings")}
+    return {"model_type": cfg.model_type, **{k: v if isinstance(v, int) else 0 for k, v in sizes.items()}}
 
 
 def failure(error: BaseException) -> dict[str, Any]:

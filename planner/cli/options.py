@@ -48,6 +48,18 @@ def format_option(command: _Command) -> _Command:
     )(command)
 
 
+def trace_options(command: _Command) -> _Command:
+    """Add the options of commands that may run a trace (parameters `time_limit` and `use_cache`)."""
+    limit = click.option(
+        "--time-limit", type=click.FloatRange(1, 86400), default=600.0, show_default=True, metavar="SECONDS",
+        help="Give up a trace after this long.",
+    )  # fmt: skip
+    cache = click.option(
+        "--cache/--no-cache", "use_cache", default=True, help="Reuse a trace of the same run and library releases."
+    )
+    return limit(cache(command))
+
+
 _DTYPES = {
     "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "no": "none",
 }  # fmt: skip

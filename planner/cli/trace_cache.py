@@ -44,7 +44,10 @@ def _release(name: str) -> str:
 def _sources() -> str:
     """A hash of the code that traces: a changed rule must not meet an old answer."""
     root = Path(planner.__file__).resolve().parent.parent
-    files = [*sorted((root / "calibrate").glob("*.py")), *(root / "planner" / n for n in ("cuda_rules.py", "memory.py"))]
+    files = [
+        *sorted((root / "calibrate").glob("*.py")),
+        *(root / "planner" / n for n in ("cuda_rules.py", "memory.py")),
+    ]
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())

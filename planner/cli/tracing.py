@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import click
+
 import planner
 from planner.cli import trace_cache
-from planner.errors import InvalidInput, MissingDependency, PlannerError, one_line
+from planner.errors import Contradiction, InvalidInput, MissingDependency, PlannerError, UnknownName, one_line
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -143,9 +145,8 @@ def _read(output: str, code: int, tail: deque[str]) -> dict[str, Any]:
     error = answer.get("error")
     if error is None:
         return answer
-    kinds = {kind.__name__: kind for kind in (InvalidInput, *PlannerError.__subclasses__())}
-    message = one_line(str(error.get("message", "")), 600)
-    raise kinds.get(str(error.get("type")), TraceFailed)(message)
+    kinds: dict[str, type[PlannerError]] = {k.__name__: k for k in (Contradiction, InvalidInput, UnknownName)}
+    raise kinds.get(str(error.get("type")), TraceFailed)(one_line(str(error.get("message", "")), 600))
 
 
 @contextmanager
@@ -160,7 +161,7 @@ def _progress(state: list[str]) -> Iterator[None]:
     def show() -> None:
         while not done.wait(0.5):
             text = f"trace: {state[0]}, {time.monotonic() - started:.0f} s"
-            print(f"\r\x1b[K{text[:78]}", end="", file=sys.stderr, flush=True)
+            click.echo(f"\r\x1b[K{text[:78]}", nl=False, err=True, color=True)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -169,4 +170,4 @@ def _progress(state: list[str]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        click.echo("\r\x1b[K", nl=False, err=True, color=True)
