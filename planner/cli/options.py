@@ -65,6 +65,16 @@ def cost_options(command: _Command) -> _Command:
     )):  # fmt: skip
         command = click.option(flag, type=kind, metavar=metavar, default=None, help=text)(command)
     return command
+def trace_options(command: _Command) -> _Command:
+    """Add the options of commands that may run a trace (parameters `time_limit` and `use_cache`)."""
+    limit = click.option(
+        "--time-limit", type=click.FloatRange(1, 86400), default=600.0, show_default=True, metavar="SECONDS",
+        help="Give up a trace after this long.",
+    )  # fmt: skip
+    cache = click.option(
+        "--cache/--no-cache", "use_cache", default=True, help="Reuse a trace of the same run and library releases."
+    )
+    return limit(cache(command))
 
 
 _DTYPES = {

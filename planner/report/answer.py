@@ -10,6 +10,7 @@ from planner.memory import Moment
 from planner.predict import CONTEXT_BYTES, Prediction
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved
+from planner.training import TrainingSpec
 from planner.units import gib
 
 if TYPE_CHECKING:  # a run that fits needs no search
@@ -72,8 +73,12 @@ def model_name(answer: Answer) -> str:
 
 def run_words(answer: Answer) -> str:
     """Describe the run in a line: model, method, adapter, length, batch."""
-    t = answer.prediction.training
-    words = [model_name(answer), t.method]
+    return training_words(model_name(answer), answer.prediction.training)
+
+
+def training_words(name: str, t: TrainingSpec) -> str:
+    """Describe the training of the model called `name` in a line."""
+    words = [name, t.method]
     if t.quantization.kind != "none" and t.quantization.kind != "nf4":
         words.append(t.quantization.kind)
     if t.lora is not None:
@@ -108,6 +113,7 @@ _OUTSIDE = {
     "embedding": "in the embeddings",
     "forward": "in the forward, outside the layers",
     "loss": "in the forward, at the head and loss",
+    "head backward": "at the start of the backward, in the loss and head",
     "backward": "in the backward, outside the layers",
     "optimizer": "in the optimizer step",
 }
