@@ -47,6 +47,8 @@ class TraceResult:
     peak_event: int
     segment_peaks: dict[str, int]
     """Highest live bytes inside each segment of the last step."""
+    segment_peak_events: dict[str, int]
+    """The event that reaches it."""
     blocks: list[Block]
     events: list[Event]
     layers: int
@@ -199,6 +201,7 @@ def _result(tracker: Tracker, layers: int, notes: list[str]) -> TraceResult:
     live = static = 0
     peaks = dict.fromkeys(range(1, STEPS + 1), 0)
     segments: dict[str, int] = {}
+    reached: dict[str, int] = {}
     peak_event = 0
     for index, event in enumerate(tracker.events):
         live += event.nbytes
@@ -209,13 +212,15 @@ def _result(tracker: Tracker, layers: int, notes: list[str]) -> TraceResult:
             peaks[event.step] = live
             if event.step == STEPS:
                 peak_event = index
-        if event.step == STEPS:
-            segments[event.segment] = max(segments.get(event.segment, 0), live)
+        if event.step == STEPS and live > segments.get(event.segment, 0):
+            segments[event.segment] = live
+            reached[event.segment] = index
     return TraceResult(
         static_bytes=static,
         step_peaks=list(peaks.values()),
         peak_event=peak_event,
         segment_peaks=segments,
+        segment_peak_events=reached,
         blocks=tracker.blocks,
         events=list(tracker.events),
         layers=layers,
