@@ -115,7 +115,7 @@ class Versions:
     """Library releases that change the answer, as (major, minor) tuples."""
 
     torch: tuple[int, int] = (2, 13)
-    transformers: tuple[int, int] = (5, 23)
+    transformers: tuple[int, int] = (5, 24)
     peft: tuple[int, int] = (0, 21)
     bitsandbytes: tuple[int, int] = (0, 50)
 
