@@ -106,6 +106,7 @@ class QuantizationSpec:
     def __post_init__(self) -> None:
         choice("quantization", self.kind)
         choice("dtype", self.compute_dtype)
+        _positive("group_size", self.group_size, highest=2**20)
         if self.double_quant and self.kind not in ("nf4", "fp4"):
             raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")
 

@@ -327,6 +327,7 @@ BAD_CALLS = [
     (("fits", SMALL, "--method", "lora", "--kbit-prep"), "--kbit-prep"),
     (("fits", SMALL, "-q", "int8", "--double-quant"), "int8"),
     (("fits", SMALL, "--group-size", "64"), "--group-size"),
+    (("fits", SMALL, "-q", "gptq4", "--group-size", "0"), "0"),
     (("fits", SMALL, "--checkpointing", "none", "--reentrant"), "--reentrant"),
     (("fits", SMALL, "--format", "xml"), "xml"),
     (("fits", SMALL, "--no-such-option"), "--no-such-option"),
@@ -512,7 +513,7 @@ def test_a_pipe_gets_no_colour_and_no_progress(run):
     assert result.stderr == ""
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly():
+def test_a_reader_that_leaves_ends_the_command_with_one_line():
     script = (
         "import subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE);"
     )
@@ -532,8 +533,18 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         assert done.returncode == 2, args
-        assert b"Traceback" not in done.stderr
-        assert b"Exception ignored" not in done.stderr
+        assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("args", [("gpus", "--format", "json"), ("fits", SMALL), ("fits", "no-such")])
+def test_a_closed_stdout_is_one_line(args):
+    """`>&-` leaves Python without a stream object."""
+    script = 'exec "$@" >&-'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *COMMAND, *args], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output is closed; redirect it to a file or to /dev/null\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
