@@ -65,6 +65,8 @@ def cost_options(command: _Command) -> _Command:
     )):  # fmt: skip
         command = click.option(flag, type=kind, metavar=metavar, default=None, help=text)(command)
     return command
+
+
 def trace_options(command: _Command) -> _Command:
     """Add the options of commands that may run a trace (parameters `time_limit` and `use_cache`)."""
     limit = click.option(
