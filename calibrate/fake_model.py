@@ -213,7 +213,9 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
     if names == ("all-linear",):
         return "all-linear"
     found: set[str] = set()
-    kinds = (nn.Linear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, Conv1D)
     for wanted in names:
         if wanted not in ("attention", "mlp", "all-linear"):
             found.add(wanted)

@@ -140,6 +140,7 @@ def _trace(
         if not real:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(cuda_semantics.transformers_as_on_device(padded=training.padded))
+            stack.enter_context(cuda_semantics.grouped_mm_dtypes())
         stack.enter_context(cuda_semantics.cuda_autocast_lists(arch.autocast_lists))
         stack.enter_context(fake_model.quantized_parameters())
         _load(model, training, tracker, real=real)

@@ -13,7 +13,8 @@ class Step:
 
     __slots__ = (
         "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
-        "lora_dropout", "mask", "model", "norm_dtype", "parameters", "seq", "tokens", "train", "unquantized_dtype",
+        "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens", "train",
+        "unquantized_dtype",
     )  # fmt: skip
 
     def __init__(
@@ -41,6 +42,8 @@ class Step:
         """Rows + columns of each of them (0: a vector)."""
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
+        self.probabilities: Tensor | None = None
+        """Attention probabilities that the running layer is going to return beside its output."""
         self.cache: list[tuple[int, Tensor]] = []
         """(layer, keys and values) of classes that cache them while training."""
         self.backward_began = False
