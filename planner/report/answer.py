@@ -138,6 +138,15 @@ def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
     return f"{_OUTSIDE.get(moment.phase, moment.phase)}, {where}"
 
 
+def via_words(answer: Answer) -> str:
+    """Say what answered: empty for loraplan's own program, else the libraries that were traced."""
+    p = answer.prediction
+    if p.via == "program":
+        return ""
+    releases = ", ".join(f"{name} {one_line(release, 30)}" for name, release in p.libraries)
+    return f"via trace: the libraries themselves, all {p.model.num_layers} layers ({releases})"
+
+
 def peak_words(answer: Answer) -> str:
     """Say in words where in the step this answer's peak is."""
     p = answer.prediction
