@@ -541,7 +541,12 @@ def test_a_closed_stdout_is_one_line(args):
     """`>&-` leaves Python without a stream object."""
     script = 'exec "$@" >&-'
     done = subprocess.run(
-        ["sh", "-c", script, "sh", *COMMAND, *args], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60, check=False
+        ["sh", "-c", script, "sh", *COMMAND, *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr == "error: standard output is closed; redirect it to a file or to /dev/null\n"
