@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from planner import families, lora, sources, stacks
 from planner.cli.options import flag_of
-from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import lacks_bf16
@@ -32,7 +32,10 @@ def load_model(source: str, *, offline: bool = False) -> LoadedModel:
         PlannerError: no such model, an unreadable file, or a family that is not known.
     """
     loaded = sources.load_config(source, offline=offline)
-    spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    try:
+        spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    except UnknownFamily as error:
+        spec = _from_class(loaded, error)
     warnings = [*loaded.warnings, *spec.notes]
     if loaded.exact_parameters:
         spec = replace(spec, exact_parameters=loaded.exact_parameters)
@@ -47,6 +50,15 @@ def load_model(source: str, *, offline: bool = False) -> LoadedModel:
             "planned as if loaded from 16-bit weights"
         )
     return LoadedModel(spec, loaded, tuple(dict.fromkeys(warnings)))
+
+
+def _from_class(loaded: LoadedConfig, error: UnknownFamily) -> ModelSpec:
+    """Read a model outside the registry from transformers' class; without transformers, the error stands."""
+    try:
+        from calibrate.meta_spec import spec_from_class
+    except (ImportError, OSError):  # OSError: a torch whose libraries do not load
+        raise error from None
+    return spec_from_class(loaded.config, model_id=loaded.model_id)
 
 
 def infer_method(given: Mapping[str, Any]) -> str:
