@@ -217,6 +217,8 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     )
     if own_attention:
         reasons.append(("the class's own attention keeps score matrices whose lifetimes are modelled coarsely", 0.2))
+    if model.derived:
+        reasons.append(("a class outside the registry: operations are taken from a common decoder layer", 0.10))
     if model.remote_code:
         reasons.append(("the model's own code is not in transformers", 0.05))
     if any(layer.experts is not None for layer, _ in model.distinct_layers()):

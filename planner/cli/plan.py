@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from planner import families, lora, sources, stacks
 from planner.cli.options import LIBRARIES, flag_of
-from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import lacks_bf16
@@ -40,7 +40,10 @@ def read_model(loaded: LoadedConfig) -> LoadedModel:
     Raises:
         PlannerError: a family that is not known, or an impossible value.
     """
-    spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    try:
+        spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    except UnknownFamily as error:
+        spec = _from_class(loaded, error)
     warnings = [*loaded.warnings, *spec.notes]
     if loaded.exact_parameters:
         spec = replace(spec, exact_parameters=loaded.exact_parameters)
@@ -55,6 +58,15 @@ def read_model(loaded: LoadedConfig) -> LoadedModel:
             "planned as if loaded from 16-bit weights"
         )
     return LoadedModel(spec, loaded, tuple(dict.fromkeys(warnings)))
+
+
+def _from_class(loaded: LoadedConfig, error: UnknownFamily) -> ModelSpec:
+    """Read a model outside the registry from transformers' class; without transformers, the error stands."""
+    try:
+        from calibrate.meta_spec import spec_from_class
+    except (ImportError, OSError):  # OSError: a torch whose libraries do not load
+        raise error from None
+    return spec_from_class(loaded.config, model_id=loaded.model_id)
 
 
 def infer_method(given: Mapping[str, Any]) -> str:
