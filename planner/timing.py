@@ -91,7 +91,7 @@ class StepTime:
     """Model FLOPs and what checkpointing computes again."""
     peak_flops_per_s: float
     coefficients: Coefficients
-    uncertainty: tuple[tuple[str, float], ...]
+    uncertainty: tuple[tuple[str, Number], ...]
     """(coefficient, relative share) of the interval."""
 
     @property
@@ -116,6 +116,21 @@ class _Price(NamedTuple):
     compute: Number
     memory: Number
     latency: Number
+
+
+class WholeStep(NamedTuple):
+    """Seconds of one optimizer step."""
+
+    device: Number
+    host: Number
+    wait: Number
+    """Device idle time, waiting for the host to launch."""
+    total: Number
+    """Expected, with the training loop's own work."""
+    spread: Number
+    """Half of the 90 % interval over the expected value."""
+    shares: tuple[tuple[str, Number], ...]
+    """(coefficient, relative share) of the interval."""
 
 
 class Rates:
@@ -262,32 +277,18 @@ class _Sums:
         line = self.classes[class_of(kernel.op, segment.layer)]
         for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
             line[place] += amount * steps
-        name = self._coefficient(kernel, bound)
-        self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * steps
+        for name, share in shares_of(self.rates, kernel, bound):
+            self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
 
     def _price(self, kernel: Kernel) -> _Price:
-        tokens = self.training.seq_len
         key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count)
-        try:
-            found = self.known.get(key)
-        except TypeError:  # arrays of a sweep
-            return self.rates.price(kernel, tokens)
+        found = self.known.get(key)
         if found is None:
-            found = self.known[key] = self.rates.price(kernel, tokens)
+            found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
         return found
 
-    def _coefficient(self, kernel: Kernel, bound: Number) -> str:
-        """The coefficient that most of a kernel's time is proportional to."""
-        if kernel.shape is not None:
-            simt = self.rates.product(kernel.dtype) == self.rates.product(FP32)
-            return ("matmul_fp32" if simt else "matmul") if _mostly(bound) else "bandwidth"
-        if kernel.op.startswith(_FUSED):
-            family = "flash" if kernel.op.startswith("flash") else "efficient"
-            return f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}"
-        return {"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth")
-
-    def result(self, coefficients: Coefficients) -> StepTime:
-        """Put the sums together."""
+    def whole_step(self, coefficients: Coefficients) -> WholeStep:
+        """One optimizer step: what the device and the host take, the wait between them, and how sure that is."""
         steps = self.accumulation
         micro = ("forward", "recomputation", "backward")
         device = sum(self.device[p] for p in micro) * steps + self.device["optimizer"]
@@ -297,6 +298,14 @@ class _Sums:
         total = device + wait + overhead
         shares = _uncertainty(self.by_coefficient, wait, overhead, total, coefficients)
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
+        return WholeStep(device, host, wait, total, spread, shares)
+
+    def result(self, coefficients: Coefficients) -> StepTime:
+        """Put the sums together."""
+        steps = self.accumulation
+        micro = ("forward", "recomputation", "backward")
+        device, host, wait, total, spread, shares = self.whole_step(coefficients)
+        overhead = self.rates.c["framework_step"]
         lower = _maximum(_maximum(self.compute, self.memory), host)
         parts = {p: self.device[p] + wait * self.host[p] / _maximum(host, 1e-12) for p in PARTS}
         return StepTime(
@@ -339,6 +348,17 @@ class _Sums:
         return LedgerLine(name=name, seconds=seconds, flops=flops, bytes=moved, launches=launches, bound=bound)
 
 
+def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
+    """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
+    if kernel.shape is not None:
+        simt = rates.product(kernel.dtype) == rates.product(FP32)
+        return ("matmul_fp32" if simt else "matmul", bound), ("bandwidth", 1.0 - bound)
+    if kernel.op.startswith(_FUSED):
+        family = "flash" if kernel.op.startswith("flash") else "efficient"
+        return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
+    return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
+
+
 def part_of(phase: str, recomputed: bool) -> str | None:
     """The part of the step a kernel belongs to; None before the step begins."""
     if recomputed:
@@ -367,13 +387,14 @@ def class_of(op: str, layer: int) -> str:
 
 def _uncertainty(
     by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Coefficients
-) -> tuple[tuple[str, float], ...]:
+) -> tuple[tuple[str, Number], ...]:
     """Relative standard error of the step that each coefficient's own error causes (its share of the time)."""
     amounts = {**by_coefficient, "launch_forward": wait, "framework_step": overhead}
-    shares = [("formulas", FORMULA_ERROR)]
+    shares: list[tuple[str, Number]] = [("formulas", FORMULA_ERROR)]
     for name, seconds in amounts.items():
-        share = _mean(seconds / total) * coefficients[name].relative_error
-        if share > 0.001:
+        share = seconds / total * coefficients[name].relative_error
+        share = share * (share > 0.001)
+        if _some(share):
             shares.append((name, share))
     return tuple(shares)
 

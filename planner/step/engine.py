@@ -525,5 +525,4 @@ class Engine:
 
 
 def _same(a: Size, b: Size) -> bool:
-    equal = a == b
-    return bool(equal if isinstance(equal, bool) else equal.all())
+    return bool(a == b)
