@@ -1,6 +1,6 @@
 """The peak of a program over all cells of a sweep: levels as polynomials, of which only those that can be highest count.
 
-A level is a sum of amounts, so every moment of the step is one row of factors over the monomials of the grid. The
+A level is a sum of sizes, so every moment of the step is one row of factors over the monomials of the grid. The
 rows that another row exceeds in every cell are dropped; what is left is one small matrix product per part of the
 grid. All numbers are whole and below 2**53, so the product in float64 is exact.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.errors import InvalidInput
 from planner.memory import BLOCK
-from planner.step.amounts import Amount, Grid, Monomial, terms_of
+from planner.step.polynomials import Polynomial, Grid, Monomial, terms_of
 from planner.step.engine import Record
 
 EXACT = 2**53
@@ -74,7 +74,7 @@ class Levels:
             if number is not None:
                 changes.append(-number)
                 continue
-            key = size.number if isinstance(size, Amount) else (size,)
+            key = size.number if isinstance(size, Polynomial) else (size,)
             number = numbers.get(key)
             if number is None:
                 number = numbers[key] = len(sizes) + 1

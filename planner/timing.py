@@ -7,6 +7,7 @@ shapes), the card's data sheet, `planner.calibration`'s coefficients. Seconds ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from planner.calibration import Coefficients, old_dequantize_factor
@@ -161,8 +162,11 @@ class Rates:
 
     def product(self, dtype: str) -> float:
         """FLOP/s that a large product reaches."""
-        simt = self.peak(dtype) == self.gpu.fp32_flops_per_s
-        return self.peak(dtype) * self.c["matmul_fp32" if simt else "matmul"]
+        return self.peak(dtype) * self.c["matmul_fp32" if self.simt(dtype) else "matmul"]
+
+    def simt(self, dtype: str) -> bool:
+        """Whether products of `dtype` run without matrix units, at the rate of fp32."""
+        return self.peak(dtype) == self.gpu.fp32_flops_per_s
 
     def _tile_rates(self) -> tuple[tuple[int, int, float], ...]:
         """(rows, columns, rate relative to the largest tile): a larger tile uses each loaded operand more often."""
@@ -215,9 +219,27 @@ class Rates:
         if kernel.op == "host_transfer":
             return _Price(0.0, kernel.bytes / self.c["host_link"], latency)
         traffic = kernel.bytes / self.bytes_per_s
-        if self.compiled and kernel.op != "optimizer":
-            return _Price(0.0, traffic * self.c["compiled_traffic"], latency * COMPILED_LAUNCHES)
-        return _Price(0.0, traffic, latency)
+        if self.latency_share(kernel) != 1.0:
+            traffic = traffic * self.c["compiled_traffic"]
+        return _Price(0.0, traffic, latency * self.latency_share(kernel))
+
+    def latency_share(self, kernel: Kernel) -> float:
+        """Share of the recorded kernels that run: torch.compile merges element-wise ones."""
+        own = kernel.shape is not None or kernel.op.startswith((*_FUSED, "dequantize", "host_transfer", "optimizer"))
+        return COMPILED_LAUNCHES if self.compiled and not own else 1.0
+
+    def launched(self, kernel: Kernel) -> float:
+        """Share of the recorded launches that the host still makes."""
+        fused = self.compiled and kernel.shape is None and kernel.op != "optimizer"
+        return COMPILED_LAUNCHES if fused else 1.0
+
+    def host_s(self, op: str, part: str, launches: Number, calls: Number) -> Number:
+        """Seconds the host takes to launch kernels of an operation that is called `calls` times."""
+        name = {"optimizer": "launch_optimizer", "backward": "launch_backward"}.get(part, "launch_forward")
+        seconds = launches * self.c[name]
+        if op in ("dequantize", "int8_quantize"):
+            seconds += calls * self.c["launch_quantized"]
+        return seconds
 
 
 def predictable(gpu: Gpu | None) -> bool:
@@ -228,13 +250,13 @@ def predictable(gpu: Gpu | None) -> bool:
 def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients) -> StepTime:
     """Price the kernels of one recorded step (second step: optimizer state exists) on `gpu`."""
     rates = Rates(gpu, coefficients, training)
-    sums = _Sums(rates, training)
+    sums = Sums(rates, training)
     for kernel in run.kernels:
         sums.add(kernel, run)
     return sums.result(coefficients)
 
 
-class _Sums:
+class Sums:
     """Seconds, FLOPs, bytes and launches added up by part of the step and by class of operation."""
 
     def __init__(self, rates: Rates, training: TrainingSpec) -> None:
@@ -261,15 +283,9 @@ class _Sums:
         times = segment.repeat
         price = self._price(kernel)
         seconds = _maximum(price.compute, price.memory) + price.latency
-        fused = self.rates.compiled and kernel.shape is None and kernel.op != "optimizer"
-        launches = kernel.count * (COMPILED_LAUNCHES if fused else 1) * times
-        launch = "launch_optimizer" if part == "optimizer" else "launch_backward"
-        if part in ("forward", "recomputation"):
-            launch = "launch_forward"
+        launches = kernel.count * self.rates.launched(kernel) * times
         self.device[part] += seconds * times
-        self.host[part] += launches * self.rates.c[launch]
-        if kernel.op in ("dequantize", "int8_quantize"):
-            self.host[part] += times * self.rates.c["launch_quantized"]
+        self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
         self.flops[part] += kernel.flops * times
         steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
@@ -289,8 +305,11 @@ class _Sums:
             found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
         return found
 
-    def whole_step(self, coefficients: Coefficients) -> WholeStep:
-        """One optimizer step: what the device and the host take, the wait between them, and how sure that is."""
+    def whole_step(self, coefficients: Mapping[str, Any]) -> WholeStep:
+        """One optimizer step: what the device and the host take, the wait between them, and how sure that is.
+
+        `coefficients`: by name, what has a `relative_error`.
+        """
         steps = self.accumulation
         micro = ("forward", "recomputation", "backward")
         device = sum(self.device[p] for p in micro) * steps + self.device["optimizer"]
@@ -353,8 +372,7 @@ class _Sums:
 def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
     """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
     if kernel.shape is not None:
-        simt = rates.product(kernel.dtype) == rates.product(FP32)
-        return ("matmul_fp32" if simt else "matmul", bound), ("bandwidth", 1.0 - bound)
+        return ("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)
     if kernel.op.startswith(_FUSED):
         family = "flash" if kernel.op.startswith("flash") else "efficient"
         return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
@@ -388,7 +406,7 @@ def class_of(op: str, layer: int) -> str:
 
 
 def _uncertainty(
-    by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Coefficients
+    by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Mapping[str, Any]
 ) -> tuple[tuple[str, Number], ...]:
     """Relative standard error of the step that each coefficient's own error causes (its share of the time)."""
     amounts = {**by_coefficient, "launch_forward": wait, "framework_step": overhead}

@@ -54,7 +54,7 @@ def choice(what: str, value: str) -> Any:
 
 
 def _positive(name: str, value: Any, lowest: int = 1, highest: int = 2**40) -> None:
-    if hasattr(value, "extremes"):  # an amount of a sweep (planner.step.amounts) is checked by its extremes
+    if hasattr(value, "extremes"):  # a polynomial of a sweep is checked by its extremes
         low, high = value.extremes()
     elif isinstance(value, bool) or not isinstance(value, int):
         raise InvalidInput(f"{name} must be a whole number, not {one_line(value)!r}")
@@ -123,7 +123,7 @@ class Versions:
 
 @record
 class TrainingSpec:
-    """One fine-tuning configuration. In a sweep `micro_batch_size`, `seq_len` and LoRA rank are amounts of many cells."""
+    """One fine-tuning configuration. In a sweep `micro_batch_size`, `seq_len` and LoRA rank are polynomials (planner.step.polynomials)."""
 
     method: Method = "qlora"
     lora: LoraSpec | None = None
@@ -198,7 +198,7 @@ class TrainingSpec:
 
     @property
     def rows_tokens(self) -> Any:
-        """Tokens in one micro batch: micro_batch_size * seq_len (may be an amount of a sweep)."""
+        """Tokens in one micro batch: micro_batch_size * seq_len (a polynomial in a sweep)."""
         return self.micro_batch_size * self.seq_len
 
     def describe(self) -> dict[str, Any]:

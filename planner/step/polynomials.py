@@ -1,10 +1,10 @@
 """Sizes of a whole sweep at once: integer polynomials in micro batch, length and rank, evaluated only when needed.
 
-The program of a step runs on them as on ints: `+ - * //` give new amounts, and comparisons give plain bools as long as
+The program of a step runs on them as on ints: `+ - * //` give new polynomials, and comparisons give plain bools as long as
 all active cells agree. Where they do not, `Mixed` says which cells part ways, and the sweep runs the program once for
 each side: a rounding, a threshold or a choice of kernel is therefore exact in every cell.
 
-Equal amounts are one object (hash-consing), so that a program asks for each operation once. Values are int64 arrays
+Equal polynomials are one object (hash-consing), so that a program asks for each operation once. Values are int64 arrays
 [pairs, ranks] of length 1 where they do not depend on an axis; what could pass 2**62 is refused.
 """
 
@@ -19,7 +19,7 @@ from planner.errors import InvalidInput
 Monomial = tuple[int, ...]
 """Numbers of the atoms that are multiplied, sorted; () is the constant term."""
 Number = Union[int, float]
-Operand = Union["Amount", int, float]
+Operand = Union["Polynomial", int, float]
 
 LARGEST = 2**62
 """int64 would overflow silently above 2**63."""
@@ -57,7 +57,7 @@ class Grid:
         self.active_pairs: Any = np.arange(self.pairs)
         self.active_ranks: Any = np.arange(self.ranks)
         self.atoms: list[_Atom] = []
-        self.known: dict[Any, Amount] = {}
+        self.known: dict[Any, Polynomial] = {}
         self.results: dict[tuple[Any, ...], Any] = {}
         """Memo of every operation by the numbers of its operands."""
         self.compared: dict[tuple[Any, ...], bool] = {}
@@ -77,17 +77,17 @@ class Grid:
             return low  # a constant needs no symbol
         return self.atom(("axis", name), name, low, high, lambda: values)
 
-    def atom(self, key: tuple[Any, ...], name: str, low: Number, high: Number, compute: Callable[[], Any]) -> Amount:
-        """Return the amount that is one atom; `key` says what it is made of."""
+    def atom(self, key: tuple[Any, ...], name: str, low: Number, high: Number, compute: Callable[[], Any]) -> Polynomial:
+        """Return the polynomial that is one atom; `key` says what it is made of."""
         found = self.results.get(key)
         if found is None:
             self.atoms.append(_Atom(name, low, high, compute))
             found = self.results[key] = self.make({(len(self.atoms) - 1,): 1})
-        result: Amount = found
+        result: Polynomial = found
         return result
 
     def make(self, terms: dict[Monomial, Number]) -> Any:
-        """Return the one amount with these terms; a number where nothing depends on the cells.
+        """Return the one polynomial with these terms; a number where nothing depends on the cells.
 
         Raises:
             InvalidInput: it could pass 2**62.
@@ -100,7 +100,7 @@ class Grid:
         key = frozenset(terms.items())
         found = self.known.get(key)
         if found is None:
-            found = self.known[key] = Amount(self, terms, len(self.known))
+            found = self.known[key] = Polynomial(self, terms, len(self.known))
         return found
 
     def bounds(self, terms: Mapping[Monomial, Number]) -> tuple[Number, Number]:
@@ -126,7 +126,7 @@ class Grid:
         if found is None:
             most = math.prod(self.atoms[number].high for number in monomial)
             found = self._atom_value(monomial[0])
-            if most > LARGEST:  # only FLOPs come here: amounts of bytes are refused before
+            if most > LARGEST:  # only FLOPs come here: bytes are refused before
                 found = found.astype(self.np.float64)
             for number in monomial[1:]:
                 found = found * self._atom_value(number)
@@ -148,7 +148,7 @@ class Grid:
         return values
 
 
-class Amount:
+class Polynomial:
     """A polynomial over the grid's atoms; behaves as an int towards the program."""
 
     __slots__ = ("_value", "grid", "high", "low", "number", "terms")
@@ -187,7 +187,7 @@ class Amount:
     # --- arithmetic -------------------------------------------------------------------------------------------
 
     def _memo(self, name: str, other: Operand, build: Callable[[Operand], Any]) -> Any:
-        key = (name, self.number, other.number if isinstance(other, Amount) else (other, type(other)))
+        key = (name, self.number, other.number if isinstance(other, Polynomial) else (other, type(other)))
         results = self.grid.results
         found = results.get(key)
         if found is None:
@@ -246,10 +246,10 @@ class Amount:
         high: Number,
         compute: Callable[[Any, Any], Any],
         bound: Callable[[Any, Any], Any],
-    ) -> Amount:
-        """An atom made of this amount and another: `bound` gives its extremes from theirs."""
-        least, most = other.exact_extremes() if isinstance(other, Amount) else (other, other)
-        key = (name, self.number, other.number if isinstance(other, Amount) else (other, type(other)))
+    ) -> Polynomial:
+        """An atom made of this polynomial and another: `bound` gives its extremes from theirs."""
+        least, most = other.exact_extremes() if isinstance(other, Polynomial) else (other, other)
+        key = (name, self.number, other.number if isinstance(other, Polynomial) else (other, type(other)))
         return self.grid.atom(
             key, name, bound(low, most), bound(high, least), lambda: compute(self.value, value_of(other))
         )
@@ -258,7 +258,7 @@ class Amount:
         return self._memo("/", other, self._divide)
 
     def _divide(self, other: Operand) -> Any:
-        if not isinstance(other, Amount):
+        if not isinstance(other, Polynomial):
             return self.grid.make({monomial: factor / other for monomial, factor in self.terms.items()})
         return self._atom("ratio", other, *self.exact_extremes(), lambda a, b: a / b, lambda a, b: a / b)
 
@@ -283,7 +283,7 @@ class Amount:
             Mixed: in some of them.
         """
         difference = self - other
-        if not isinstance(difference, Amount):
+        if not isinstance(difference, Polynomial):
             return bool(test(difference))
         key = (name, difference.number)
         compared = self.grid.compared
@@ -309,7 +309,7 @@ class Amount:
     def __eq__(self, other: object) -> bool:
         if other is self:
             return True
-        if not isinstance(other, (Amount, int, float)):
+        if not isinstance(other, (Polynomial, int, float)):
             return NotImplemented
         return self._holds("==", other, lambda d: d == 0)
 
@@ -321,13 +321,13 @@ class Amount:
 
 
 def terms_of(operand: Operand) -> Mapping[Monomial, Number]:
-    """The terms of an amount or a number."""
-    return operand.terms if isinstance(operand, Amount) else {(): operand}
+    """The terms of a polynomial or a number."""
+    return operand.terms if isinstance(operand, Polynomial) else {(): operand}
 
 
 def value_of(operand: Operand) -> Any:
-    """The array of an amount, or the number."""
-    return operand.value if isinstance(operand, Amount) else operand
+    """The array of a polynomial, or the number."""
+    return operand.value if isinstance(operand, Polynomial) else operand
 
 
 def evaluate(grid: Grid, terms: Mapping[Monomial, Number]) -> Any:
