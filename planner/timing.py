@@ -202,7 +202,7 @@ class Rates:
             share = self.c["efficient_fp32"]
         if kernel.op.startswith("flash"):
             if self.capability >= (9, 0):
-                share *= self.c["flash_hopper"]
+                share = share * self.c["flash_hopper"]
             share = share * tokens_per_row / (tokens_per_row + self.c["flash_length_half"])
         return kernel.flops / (self.product(kernel.dtype) * share)
 
@@ -238,7 +238,7 @@ class Rates:
         name = {"optimizer": "launch_optimizer", "backward": "launch_backward"}.get(part, "launch_forward")
         seconds = launches * self.c[name]
         if op in ("dequantize", "int8_quantize"):
-            seconds += calls * self.c["launch_quantized"]
+            seconds = seconds + calls * self.c["launch_quantized"]
         return seconds
 
 
