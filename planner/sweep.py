@@ -16,7 +16,14 @@ from planner.calibration import Coefficients, priors
 from planner.errors import InvalidInput, MissingDependency
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import architecture
+from planner.predict import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    Verdict,
+    architecture,
+    predict,
+    uncertainty,
+)
 from planner.records import record
 from planner.step import program
 from planner.step.engine import Record
@@ -27,7 +34,7 @@ from planner.timing import predictable
 from planner.training import TrainingSpec
 
 MOST_CELLS = 5_000_000
-"""Cells of one evaluation; larger grids are evaluated piece by piece (`pieces`)."""
+"""Cells of one evaluation; larger grids are evaluated piece by piece."""
 
 
 @record
@@ -76,6 +83,97 @@ class Cells(NamedTuple):
     """Half of the 90 % interval over step_s: low = step_s / (1 + spread), high = step_s * (1 + spread)."""
 
 
+VERDICTS: tuple[Verdict, ...] = ("fits", "too close to call", "does not fit")
+"""A verdict's number in `Judged.verdict`."""
+
+
+class Surplus(NamedTuple):
+    """The allocator's cache over what is allocated above the static bytes, as a share of the latter."""
+
+    expected: float
+    high: float
+    basis: str
+
+
+ASSUMED_SURPLUS = {"none": Surplus(0.07, 0.25, "assumed"), "": Surplus(0.30, 1.0, "assumed")}
+"""Without a replay, by checkpointing: what replays of 180 drawn cells of five models span (0.01 to 0.17 without
+checkpointing, 0.09 to 1.05 with it, the largest for steps of few tokens)."""
+ANCHOR_SPREAD = 2.0
+"""Upper end of the surplus over that of the replayed cell: see tests/test_sweep.py."""
+
+
+class Judged(NamedTuple):
+    """Memory on the device and verdict in every cell: arrays like those of `Cells`."""
+
+    reserved_bytes: Any
+    device_low_bytes: Any
+    device_bytes: Any
+    device_high_bytes: Any
+    headroom_bytes: Any
+    verdict: Any
+    """Numbers of VERDICTS."""
+    surplus: Surplus
+
+
+def replayed_surplus(model: ModelSpec, cells: Cells) -> Surplus:
+    """Replay the allocator in one cell, of those that fit the largest card the one that takes most."""
+    import numpy as np
+
+    roomiest = max(range(len(cells.cards)), key=lambda number: cells.cards[number].free_bytes)
+    peaks = cells.allocated_bytes[roomiest]
+    room = cells.cards[roomiest].free_bytes - CONTEXT_BYTES[1]
+    fitting = np.where(peaks <= room, peaks, -1)
+    place = np.unravel_index(fitting.argmax() if fitting.max() > 0 else peaks.argmin(), peaks.shape)
+    training = at(cells, tuple(int(index) for index in place))
+    found = predict(model, training, replace(cells.cards[roomiest], memory_bytes=2**60, used_by_others_bytes=0))
+    above = found.allocated.expected - found.breakdown.static_bytes
+    share = (found.reserved.expected - found.allocated.expected) / max(above, 1)
+    return Surplus(share, ANCHOR_SPREAD * share, "replayed in one cell")
+
+
+def assumed_surplus(training: TrainingSpec) -> Surplus:
+    """The surplus where no cell is replayed."""
+    return ASSUMED_SURPLUS["none" if training.gradient_checkpointing == "none" else ""]
+
+
+def at(cells: Cells, place: Sequence[int]) -> TrainingSpec:
+    """The settings of one cell."""
+    axes, training = cells.axes, cells.training
+    batch, length, rank, steps = (getattr(axes, name)[i] for name, i in zip(NUMBERS, place, strict=True))
+    return replace(
+        training,
+        micro_batch_size=batch,
+        seq_len=length,
+        lora=replace(training.lora, r=rank) if training.lora is not None else None,
+        gradient_accumulation_steps=steps,
+    )
+
+
+def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
+    """Estimate reserved and device memory from the surplus, and say what fits.
+
+    The allocator is not replayed in every cell. What is allocated is exact, so "does not fit" is `predict`'s verdict.
+    "fits" also wants room for the whole expected cache, which `predict` lets shrink: where only that is missing, this
+    says "too close to call" and `predict` may say "fits".
+    """
+    import numpy as np
+
+    share = sum(part for _, part in uncertainty(model, cells.training))
+    peak = cells.allocated_bytes
+    low, most = (peak * (1 - share)).astype(np.int64), (peak * (1 + share)).astype(np.int64)
+    above = peak - cells.static_bytes
+    expected = peak + (surplus.expected * above).astype(np.int64)
+    high = np.maximum(((peak + surplus.high * above) * (1 + share + FRAGMENTATION)).astype(np.int64), most)
+    free = np.array([card.free_bytes for card in cells.cards], dtype=np.int64).reshape(-1, 1, 1, 1, 1)
+    rooms = [free - context for context in CONTEXT_BYTES]
+    verdict = np.where((most > rooms[2]) | (expected > rooms[1]), 1, 0)
+    verdict = np.where((low > rooms[0]) | (peak > rooms[1]), 2, verdict).astype(np.int8)
+    reserved = np.where(peak <= rooms[1], np.minimum(expected, rooms[1]), expected)  # the cache cannot outgrow it
+    high = np.where(most <= rooms[1], np.maximum(reserved, np.minimum(high, rooms[2])), high)
+    device = reserved + CONTEXT_BYTES[1]
+    return Judged(reserved, low + CONTEXT_BYTES[0], device, high + CONTEXT_BYTES[2], free - device, verdict, surplus)
+
+
 def require_numpy() -> Any:
     """Return numpy.
 
@@ -92,12 +190,10 @@ def require_numpy() -> Any:
 class Sweeper:
     """Evaluates choices of settings of one model on the same axes: they share what they have in common."""
 
-    def __init__(
-        self, model: ModelSpec, axes: Axes, coefficients: Mapping[str, Coefficients] | None = None
-    ) -> None:
+    def __init__(self, model: ModelSpec, axes: Axes, coefficients: Mapping[str, Coefficients] | None = None) -> None:
         np = require_numpy()
         if axes.size > MOST_CELLS:
-            raise InvalidInput(f"{axes.size:,} cells at once; at most {MOST_CELLS:,} (planner.sweep.pieces splits axes)")
+            raise InvalidInput(f"{axes.size:,} cells at once; at most {MOST_CELLS:,}: split an axis")
         self.np, self.model, self.axes = np, model, axes
         self.coefficients = dict(coefficients or {})
         """By GPU id; the card's priors where it has none."""
@@ -153,7 +249,7 @@ class Sweeper:
                 self._fill_times(made, numbers, run, training, some)
 
     def _symbolic(self, training: TrainingSpec, steps: int) -> TrainingSpec:
-        grid = self.grid
+        grid: Any = self.grid
         lora = replace(training.lora, r=grid.rank) if training.lora is not None else None
         return replace(
             training, micro_batch_size=grid.batch, seq_len=grid.length, lora=lora, gradient_accumulation_steps=steps
@@ -173,9 +269,7 @@ class Sweeper:
                 continue
             yield run.record
 
-    def _fill_times(
-        self, made: Cells, numbers: Sequence[int], run: Record, training: TrainingSpec, some: Any
-    ) -> None:
+    def _fill_times(self, made: Cells, numbers: Sequence[int], run: Record, training: TrainingSpec, some: Any) -> None:
         np, grid = self.np, self.grid
         kinds: dict[Any, list[int]] = {}
         for number in numbers:

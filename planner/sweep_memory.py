@@ -1,4 +1,4 @@
-"""The peak of a program over all cells of a sweep: levels as polynomials, of which only those that can be highest count.
+"""The peak of a program over all cells of a sweep: levels are polynomials, and only those that can be highest count.
 
 A level is a sum of sizes, so every moment of the step is one row of factors over the monomials of the grid. The
 rows that another row exceeds in every cell are dropped; what is left is one small matrix product per part of the
@@ -11,8 +11,8 @@ from typing import Any
 
 from planner.errors import InvalidInput
 from planner.memory import BLOCK
-from planner.step.polynomials import Polynomial, Grid, Monomial, terms_of
 from planner.step.engine import Record
+from planner.step.polynomials import Grid, Monomial, Polynomial, terms_of
 
 EXACT = 2**53
 """Whole numbers up to here are exact in float64, in any order of additions."""

@@ -123,7 +123,7 @@ class Versions:
 
 @record
 class TrainingSpec:
-    """One fine-tuning configuration. In a sweep `micro_batch_size`, `seq_len` and LoRA rank are polynomials (planner.step.polynomials)."""
+    """One fine-tuning configuration. In a sweep the sizes and the LoRA rank are polynomials of its cells."""
 
     method: Method = "qlora"
     lora: LoraSpec | None = None

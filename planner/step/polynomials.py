@@ -1,8 +1,8 @@
 """Sizes of a whole sweep at once: integer polynomials in micro batch, length and rank, evaluated only when needed.
 
-The program of a step runs on them as on ints: `+ - * //` give new polynomials, and comparisons give plain bools as long as
-all active cells agree. Where they do not, `Mixed` says which cells part ways, and the sweep runs the program once for
-each side: a rounding, a threshold or a choice of kernel is therefore exact in every cell.
+The program of a step runs on them as on ints: `+ - * //` give new polynomials, and comparisons give plain bools as
+long as all active cells agree. Where they do not, `Mixed` says which cells part ways, and the sweep runs the program
+once for each side: a rounding, a threshold or a choice of kernel is therefore exact in every cell.
 
 Equal polynomials are one object (hash-consing), so that a program asks for each operation once. Values are int64 arrays
 [pairs, ranks] of length 1 where they do not depend on an axis; what could pass 2**62 is refused.
@@ -18,14 +18,14 @@ from planner.errors import InvalidInput
 
 Monomial = tuple[int, ...]
 """Numbers of the atoms that are multiplied, sorted; () is the constant term."""
-Number = Union[int, float]
+Number = int | float
 Operand = Union["Polynomial", int, float]
 
 LARGEST = 2**62
 """int64 would overflow silently above 2**63."""
 
 
-class Mixed(Exception):  # noqa: N818 - a signal to the sweep, not an error
+class Mixed(Exception):
     """A comparison that does not come out equally in all active cells: [pairs, ranks] of bool, 1 where independent."""
 
     def __init__(self, holds: Any) -> None:
@@ -77,7 +77,9 @@ class Grid:
             return low  # a constant needs no symbol
         return self.atom(("axis", name), name, low, high, lambda: values)
 
-    def atom(self, key: tuple[Any, ...], name: str, low: Number, high: Number, compute: Callable[[], Any]) -> Polynomial:
+    def atom(
+        self, key: tuple[Any, ...], name: str, low: Number, high: Number, compute: Callable[[], Any]
+    ) -> Polynomial:
         """Return the polynomial that is one atom; `key` says what it is made of."""
         found = self.results.get(key)
         if found is None:
@@ -265,7 +267,7 @@ class Polynomial:
     def next_power_of_two(self) -> Any:
         """The smallest power of two that is not smaller."""
         np = self.grid.np
-        low, high = self.exact_extremes()
+        low, high = (int(bound) for bound in self.exact_extremes())
 
         def compute() -> Any:
             _, exponent = np.frexp((self.value - 1).astype(np.float64))  # exact: below 2**53 by the bounds
