@@ -148,6 +148,7 @@ class Rates:
             dequantize /= old_dequantize_factor(self.capability)
         self.dequantize_bytes_per_s = self.bytes_per_s * dequantize
         self.compiled = training.compile
+        self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
         self._tiles = self._tile_rates()
 
     def peak(self, dtype: str) -> float:
@@ -157,6 +158,8 @@ class Rates:
             return 2 * (gpu.fp16_flops_per_s or gpu.fp32_flops_per_s)
         if dtype == "bf16" and gpu.bf16_native is False:
             return gpu.fp32_flops_per_s
+        if dtype == FP32 and self.tf32:
+            return gpu.tf32_flops_per_s
         half = gpu.bf16_flops_per_s if dtype == "bf16" else gpu.fp16_flops_per_s
         return (half if dtype in ("bf16", "fp16") else 0.0) or gpu.fp32_flops_per_s
 

@@ -22,6 +22,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
 @click.option("--explain", is_flag=True, help="Every setting with its origin, model facts, sources, uncertainty.")
+@click.option("--explain-time", is_flag=True, help="Where the time of a step goes, by class of operation.")
 @cost_options
 @click.option(
     "--via",
@@ -40,6 +41,7 @@ def fits(
     vram: str | None,
     margin: str,
     explain: bool,
+    explain_time: bool,
     via: str,
     changes: bool,
     style: str,
@@ -64,7 +66,8 @@ def fits(
     """
     wanted = {name: given.pop(name) for name in COST}
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing)._replace(explain=explain)
+    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing)
+    answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
     return 0 if answer.prediction.verdict in ("fits", None) else 1

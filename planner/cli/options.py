@@ -169,6 +169,7 @@ TRAINING: dict[str, tuple[Option, ...]] = {
         Option(("--padded/--no-padded",), "padded", _FLAG, "Rows carry a padding mask."),
         Option(("--kernels",), "kernels", Word("kernels", CHOICES["kernels"]), "Fused kernels."),
         Option(("--compile/--no-compile",), "compile", _FLAG, "torch.compile."),
+        Option(("--tf32/--no-tf32",), "tf32", _FLAG, "fp32 products on TF32 tensor cores."),
         Option(("--autocast",), "autocast", _dtype("autocast", ("none", "bf16", "fp16")), "Mixed precision."),
     ),
     "Loss and optimizer": (
