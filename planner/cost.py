@@ -64,10 +64,7 @@ class Price:
         notes = []
         if self.date:
             age = (today - datetime.date.fromisoformat(self.date)).days
-            if age > Number = Any
-"""int or float, or a numpy array in a table."""
-
-PRICE_MAX_AGE_DAYS:
+            if age > PRICE_MAX_AGE_DAYS:
                 notes.append(f"the price of {self.instance_type} was read {age} days ago ({self.date}): check it")
         if self.gpu_count > 1:
             notes.append(f"{self.instance_type} has {self.gpu_count} cards; the run uses one and pays for all")
@@ -97,7 +94,7 @@ def useful_tokens_per_step(time: StepTime, mean_tokens: float, seq_len: int) -> 
 
 
 def optimizer_steps(amount: Amount, rows_per_step: Number, tokens_per_step: Number) -> Number:
-    """Optimizer steps of a run, for numbers or arrays; rows are counted epoch by epoch as transformers' Trainer does."""
+    """Optimizer steps of a run, for numbers or arrays; rows are counted per epoch as transformers' Trainer does."""
     if amount.rows:
         return ceiling(ceiling(amount.rows / rows_per_step) * amount.epochs)
     return ceiling(amount.tokens / tokens_per_step)

@@ -137,8 +137,12 @@ def assumed_surplus(training: TrainingSpec) -> Surplus:
 
 
 def at(cells: Cells, place: Sequence[int]) -> TrainingSpec:
-    """The settings of one cell."""
-    axes, training = cells.axes, cells.training
+    """The settings of one cell: positions of micro batch, length, rank and accumulation."""
+    return at_place(cells.training, cells.axes, place)
+
+
+def at_place(training: TrainingSpec, axes: Axes, place: Sequence[int]) -> TrainingSpec:
+    """`training` with the numbers at one place of the axes."""
     batch, length, rank, steps = (getattr(axes, name)[i] for name, i in zip(NUMBERS, place, strict=True))
     return replace(
         training,
@@ -286,7 +290,7 @@ class Sweeper:
     def _clock(self, made: Cells, members: Sequence[int], training: TrainingSpec) -> Clock:
         """The clock of these cards; its prices serve every choice with the same rates."""
         cards = [made.cards[number] for number in members]
-        key = (tuple(card.gpu_id for card in cards), training.compile, training.versions.bitsandbytes)
+        key = (tuple(card.gpu_id for card in cards), training.compile, training.tf32, training.versions.bitsandbytes)
         if key not in self.clocks:
             rates = CardRates([(card, self._coefficients(card)) for card in cards], training)
             self.clocks[key] = Clock(self.grid, rates)

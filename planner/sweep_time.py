@@ -63,7 +63,7 @@ class CardRates(Rates):
 def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> tuple[object, ...]:
     """What must be equal for two cards to be stacked: the rules that their prices follow."""
     rates = Rates(gpu, coefficients, training)
-    return (rates.capability >= (9, 0), *(rates.simt(dtype) for dtype in ("bf16", "fp16", "int8")))
+    return (rates.capability >= (9, 0), *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")))
 
 
 class _Group:

@@ -35,6 +35,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
+    "yaml": ("cli",),
+    "pyarrow": ("report",),
+    "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
