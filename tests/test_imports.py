@@ -23,8 +23,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("step", "allocator"),
     ("memory", "calibration"),
     ("timing",),
+    ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
-    ("search", "validation", "traced"),
+    ("search", "validation", "traced", "sweep"),
     ("catalog",),
     ("sources",),
     ("report",),
@@ -34,6 +35,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
+    "yaml": ("cli",),
+    "pyarrow": ("report",),
+    "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),

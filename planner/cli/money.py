@@ -9,6 +9,7 @@ from typing import Any
 
 from planner import catalog, cost
 from planner.errors import Contradiction, InvalidInput, one_line
+from planner.hardware import Gpu
 from planner.predict import Prediction
 from planner.units import MiB, parse_count
 
@@ -43,7 +44,7 @@ def run_plan(
         return None, ()
     if prediction.gpu is None or prediction.time is None:
         return None, ("no hours and no cost: the card's rates are not known",)
-    price = price_of(prediction, wanted)
+    price = price_of(prediction.gpu, wanted)
     training = prediction.training
     made = cost.plan(
         prediction.time, prediction.gpu, amount, micro_batch_size=training.micro_batch_size, seq_len=training.seq_len,
@@ -53,7 +54,7 @@ def run_plan(
     return made, notes
 
 
-def price_of(prediction: Prediction, wanted: dict[str, Any]) -> cost.Price | None:
+def price_of(gpu: Gpu, wanted: dict[str, Any]) -> cost.Price | None:
     """The user's price, else the cheapest machine with this card.
 
     Raises:
@@ -64,8 +65,7 @@ def price_of(prediction: Prediction, wanted: dict[str, Any]) -> cost.Price | Non
     if wanted["price"] is not None:
         return cost.Price(usd_per_hour=wanted["price"], source="given")
     table = read_dbu_table(wanted["dbu_table"]) if wanted["dbu_table"] is not None else None
-    assert prediction.gpu is not None
-    return cost.cheapest(prediction.gpu, catalog.instances(), dbu=table, dbu_rate=wanted["dbu_rate"] or 0.0)
+    return cost.cheapest(gpu, catalog.instances(), dbu=table, dbu_rate=wanted["dbu_rate"] or 0.0)
 
 
 def read_dbu_table(path: str) -> dict[str, float]:

@@ -153,8 +153,7 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
     """Whether SDPA gets a 4-D mask for a sliding window: the length reaches the window (masking_utils.py)."""
     if not spec.sliding_window or step.train.attention != "sdpa":
         return False
-    reaches = step.seq >= spec.sliding_window
-    return bool(reaches if isinstance(reaches, bool) else reaches.any())
+    return bool(step.seq >= spec.sliding_window)
 
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
@@ -260,7 +259,7 @@ def _attention_flops(step: Step, spec: Attention) -> Size:
     """Causal scores and values: 2 products of b*H*s*s*d, half of them masked away."""
     v_dim = spec.v_head_dim or spec.head_dim
     window = spec.sliding_window
-    keys = step.seq if not window or hasattr(step.seq, "shape") else min(window, step.seq)
+    keys = min(window, step.seq) if window else step.seq
     share = 0.5 if keys is step.seq else 1.0
     return 2.0 * step.batch * step.seq * keys * spec.num_heads * (spec.head_dim + v_dim) * share
 

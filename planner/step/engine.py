@@ -4,9 +4,9 @@ Layers are written against it as PyTorch modules are written against torch. A st
 reference to it goes, as in PyTorch, so the lifetime of a tensor is what the code says: local variables, saved
 tensors of autograd nodes, gradient buffers. (This relies on CPython's reference counting.)
 
-Sizes are bytes or elements; they may be ints or numpy integer arrays of one common shape (a sweep): the structure of
-a step does not depend on them. The backward order, the in-place accumulation of gradients and the moments at which
-inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
+Sizes are bytes or elements: ints, or in a sweep polynomials (planner.step.polynomials) that stand for all cells in
+which the step has the same structure. The backward order, the in-place accumulation of gradients and the moments at
+which inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 Size = Any
-"""int, or a numpy integer array in a sweep."""
+"""int, or a Polynomial in a sweep."""
 
 FP32, BF16, FP16, INT8, INT64 = "fp32", "bf16", "fp16", "int8", "int64"
 ITEMSIZE: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int64": 8}
@@ -578,5 +578,4 @@ class Engine:
 
 
 def _same(a: Size, b: Size) -> bool:
-    equal = a == b
-    return bool(equal if isinstance(equal, bool) else equal.all())
+    return bool(a == b)

@@ -219,8 +219,7 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
 
 
 def _larger(a: Tensor, b: Tensor) -> bool:
-    more = a.numel >= b.numel
-    return bool(more if isinstance(more, bool) else more.all())
+    return bool(a.numel >= b.numel)
 
 
 def square(eng: Engine, x: Tensor) -> Tensor:

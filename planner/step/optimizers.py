@@ -143,12 +143,7 @@ class OptimizerState:
 
 
 def _where(condition: Size, yes: Size, no: Size) -> Size:
-    """Choose element by element; plain ints stay ints."""
-    if isinstance(condition, bool):
-        return yes if condition else no
-    import numpy as np
-
-    return np.where(condition, yes, no)
+    return yes if condition else no
 
 
 __all__ = ["FP32", "ITEMSIZE", "STATES", "OptimizerState"]
