@@ -134,7 +134,7 @@ def _trace(
 
 
 def _load(model: nn.Module, training: TrainingSpec, tracker: Tracker, *, real: bool) -> None:
-    make = fake_model.random_maker if real else fake_model.fake_maker
+    make = fake_model.RandomMaker() if real else fake_model.fake_maker
     for name, tensor in fake_model.materialise(model, training, make):
         path, _, leaf = name.rpartition(".")
         tracker.labels.modules[:] = [path]
