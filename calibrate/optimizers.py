@@ -14,9 +14,7 @@ PAGED_MIN_ELEMENTS = 100_000
 """bitsandbytes keeps smaller states on the device even in paged optimizers (optim/optimizer.py get_state_buffer)."""
 
 
-def make_optimizer(
-    training: TrainingSpec, parameters: list[torch.nn.Parameter], tracker: Tracker | None = None
-) -> Any:
+def make_optimizer(training: TrainingSpec, parameters: list[torch.nn.Parameter], tracker: Tracker | None = None) -> Any:
     """Return the optimizer; its states appear in the tracker, if there is one, when the first step makes them."""
     name = training.optimizer
     if name in ("adamw", "adamw-bf16-states"):

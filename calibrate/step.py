@@ -62,8 +62,12 @@ class Step(TrainingStep):
 
         def hook(module: nn.Module, args: Any) -> None:
             labels.modules.append(name)
-            if layer is not None and labels.phase == "forward":
+            if layer is None:
+                return
+            if labels.phase == "forward":
                 labels.segment = f"layer.{layer} forward"
+            elif labels.phase == "recompute":  # a reentrant checkpoint reruns the layer before any of its nodes
+                labels.segment = f"layer.{layer} backward"
 
         return hook
 
@@ -100,9 +104,12 @@ class Step(TrainingStep):
 
     def _labelled_checkpoint(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         labels = self.tracker.labels
+        offloads = self.training.gradient_checkpointing == "offload"
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             flag = torch.is_autocast_enabled("cuda")
+            if not offloads and args and isinstance(args[0], torch.Tensor):
+                self.tracker.mark_checkpoint(args[0])
 
             def labelled(*inner: Any, **named: Any) -> Any:
                 if labels.phase != "backward":
@@ -131,7 +138,9 @@ class Step(TrainingStep):
                 return tensor.detach().clone()
 
         def to_device(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.clone()
+            loaded = tensor.clone()
+            tracker.mark_checkpoint(loaded)
+            return loaded
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):

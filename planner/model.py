@@ -270,6 +270,20 @@ class Table:
 
 
 @record
+class UnreadModel:
+    """What is known of a model whose structure no family here describes: sizes that its own class reports."""
+
+    model_id: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_parameters: int
+    max_position_embeddings: int = 0
+    exact_parameters: int = 0
+
+
+@record
 class ModelSpec:
     """A decoder-only language model.
 

@@ -207,7 +207,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     source = q.dtype
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
-    mask = eng.empty(step.seq * step.seq, q.dtype, "attention_mask")
+    mask = eng.empty(step.seq * step.seq, q.dtype, "attention_bias")
     groups = spec.num_heads // spec.num_kv_heads
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
     scaled = ops.scale(eng, q, "attention")
