@@ -88,9 +88,10 @@ class MemoryBreakdown:
     segments: tuple[SegmentPeak, ...]
 
 
-def rounded(nbytes: Any) -> Any:
-    """Round a request up to whole blocks of 512 bytes."""
-    return -(-nbytes // BLOCK) * BLOCK
+def rounded(nbytes: Any, block: int = BLOCK) -> Any:
+    """Round a request up to whole blocks; a release (negative) gives back as many blocks as its request took."""
+    taken = nbytes > 0 if isinstance(nbytes, int) else bool((nbytes > 0).any())
+    return -(-nbytes // block) * block if taken else nbytes // block * block
 
 
 def peak_bytes(record: Record, block: int = BLOCK) -> Any:
@@ -100,7 +101,7 @@ def peak_bytes(record: Record, block: int = BLOCK) -> Any:
     for segment in record.segments:
         start, inner = level, level
         for _, size in record.events[segment.start : segment.end]:
-            level = level + (-(-size // block) * block if block > 1 else size)
+            level = level + (rounded(size, block) if block > 1 else size)
             inner = _maximum(inner, level)
         extra = (segment.repeat - 1) * (level - start)
         peak = _maximum(peak, inner + _maximum(extra, 0 * extra))
@@ -127,7 +128,7 @@ def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: 
     for segment in record.segments:
         start, inner, position = level, level, segment.start
         for offset, (_, size) in enumerate(record.events[segment.start : segment.end]):
-            level += -(-size // block) * block
+            level += rounded(size, block)
             if level > inner:
                 inner, position = level, segment.start + offset
         extra = (segment.repeat - 1) * (level - start)
@@ -159,7 +160,7 @@ def _ledger(record: Record, at: Segment, position: int, repetitions: int, block:
     layers_back = _layers_backward_begins(record)
     for _, events, times in _until(record, at, position, repetitions):
         for index, size in events:
-            totals[category(record, index, layers_back)] += -(-size // block) * block * times
+            totals[category(record, index, layers_back)] += rounded(size, block) * times
     return tuple((name, totals[name]) for name in CATEGORIES if totals[name])
 
 

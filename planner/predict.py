@@ -210,7 +210,9 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     if training.uses_own_modules:
         reasons.append(("the framework's own modules are approximated by those of transformers", 0.15))
     own_attention = any(
-        not layer.attention.sdpa and not layer.attention.logit_softcap and layer.attention.position != "none"
+        not layer.attention.has_sdpa(training.versions.transformers)
+        and not layer.attention.logit_softcap
+        and layer.attention.position != "none"
         for layer, _ in model.distinct_layers()
     )
     if own_attention:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import stat
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -186,10 +187,13 @@ def read_measurements(path: Path) -> list[dict[str, str]]:
         InvalidInput: naming the line, if the file, its header or a number in it cannot be read.
     """
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # opening a pipe waits for a writer, maybe for ever
+            raise InvalidInput(f"{one_line(str(path))!r} is a pipe; write the table to a file and pass that")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InvalidInput(f"cannot read {one_line(str(path))!r}: {error.strerror or error}; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"cannot read {one_line(str(path))!r}: {reason}; check the path") from None
     return parse_measurements(data, one_line(path.name, 60))
 
 
