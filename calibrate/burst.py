@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -54,10 +55,11 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     began = time.perf_counter()
-    device = open_device(request["device"])
+    threads = int(request.get("threads", 1))
+    device = open_device(request["device"], threads)
     torch.manual_seed(int(request.get("seed", 0)))
-    if device.kind == "cpu" and request.get("threads"):
-        torch.set_num_threads(int(request["threads"]))
+    if device.kind == "cpu":
+        torch.set_num_threads(threads)
     sampler = MemorySampler(device.used_bytes)
     burst = _Burst(request, device, sampler)
     try:
@@ -121,7 +123,7 @@ class _Burst:
         """Load, adapt, warm up, time, then look closer in untimed steps."""
         step = self._load()
         self.found["trainable_parameters"] = sum(p.numel() for p in step.trainable)
-        self.found["warmup_s"] = [self._timed(step)[0] for _ in range(int(self.request.get("warmup", 2)))]
+        self.found["warmup_s"] = [self._timed(step)[1] for _ in range(int(self.request.get("warmup", 2)))]
         self._phase_peaks(step)
         self._timed_steps(step)
         if self.request.get("profile", True):
@@ -148,19 +150,25 @@ class _Burst:
         gc.freeze()  # later collections need not walk the model
         return step
 
+    @property
+    def ran(self) -> Callable[[], float]:
+        """Clock of the time this thread ran: on one thread of a busy CPU what a free one would have taken."""
+        one = self.device.kind == "cpu" and int(self.request.get("threads", 1)) == 1
+        return time.thread_time if one else time.perf_counter
+
     def _mark(self, name: str) -> None:
         self.device.synchronize()
         self.found["memory"][name] = {**self.device.peak(), "used": self.device.used_bytes()}
         self.device.reset_peak()
 
-    def _timed(self, step: Any) -> tuple[float, list[float]]:
-        """Seconds of one step, and of its forward, backward and optimizer as the device saw them."""
-        clock = _PhaseClock(step, self.device)
+    def _timed(self, step: Any) -> tuple[float, float, list[float]]:
+        """One step: seconds on the wall, seconds this thread ran, seconds of its phases as the device saw them."""
+        clock = _PhaseClock(step, self.device, self.ran)
         self.device.synchronize()
-        start = time.perf_counter()
+        start, ran = time.perf_counter(), self.ran()
         step.run()
         self.device.synchronize()
-        return time.perf_counter() - start, clock.seconds(start)
+        return time.perf_counter() - start, self.ran() - ran, clock.seconds()
 
     def _phase_peaks(self, step: Any) -> None:
         """Peaks inside the phases of one untimed step."""
@@ -184,14 +192,14 @@ class _Burst:
         timed = [self._timed(step) for _ in range(int(self.request.get("steps", 5)))]
         wall, after = time.perf_counter() - wall, self.device.state()
         self._mark("steady step")
-        self.found["steps_s"] = [seconds for seconds, _ in timed]
-        self.found["phases_s"] = [phases for _, phases in timed]
+        self.found["steps_s"] = [seconds for seconds, _, _ in timed]
+        self.found["steps_ran_s"] = [ran for _, ran, _ in timed]
+        self.found["phases_s"] = [phases for _, _, phases in timed]
         self.found["state_before"], self.found["state_after"] = before, after
         self.found["timed_wall_s"] = wall
         busy, own = (_difference(before, after, key) for key in ("busy_s", "own_s"))
         if busy is not None and own is not None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            self.found["others_cpu_share"] = max(busy - own, 0.0) / (wall * cores)
+            self.found["others_cpu_share"] = max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
 
 
 def _refuse(training: Any) -> None:
@@ -211,16 +219,17 @@ def _difference(before: dict[str, Any], after: dict[str, Any], key: str) -> floa
 class _PhaseClock:
     """When the phases of a step begin: the host's clock on a CPU, events of the stream on a GPU (no waiting)."""
 
-    def __init__(self, step: Any, device: Device) -> None:
+    def __init__(self, step: Any, device: Device, clock: Callable[[], float]) -> None:
         self.marks: list[tuple[str, Any]] = []
         self.cuda = device.kind == "cuda"
+        self.clock = clock
         step._enter = self._enter
 
     def _enter(self, phase: str, segment: str) -> None:
         if phase == "loss":
             return
         if not self.cuda:
-            self.marks.append((phase, time.perf_counter()))
+            self.marks.append((phase, self.clock()))
             return
         import torch
 
@@ -228,7 +237,7 @@ class _PhaseClock:
         event.record()
         self.marks.append((phase, event))
 
-    def seconds(self, start: float) -> list[float]:
+    def seconds(self) -> list[float]:
         """Seconds in forward, backward and optimizer, in the order of PHASES."""
         spent = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from planner import processor
 from planner.errors import InvalidInput, MissingDependency, one_line
 
 SAMPLE_S = 0.02
@@ -62,14 +63,14 @@ class Device(Protocol):
         """Memory of the device."""
 
 
-def open_device(name: str) -> Device:
-    """Return the device `cpu`, `cuda` or `cuda:N`.
+def open_device(name: str, threads: int = 1) -> Device:
+    """Return the device `cpu` (of which `threads` threads are used), `cuda` or `cuda:N`.
 
     Raises:
         InvalidInput: for another name, or a GPU that this machine does not have.
     """
     if name == "cpu":
-        return CpuDevice()
+        return CpuDevice(threads)
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name)
     if match is None:
         raise InvalidInput(f"--device is {one_line(name)!r}; write cpu, cuda or cuda:0")
@@ -90,16 +91,16 @@ class CpuDevice:
     name = "cpu"
     kind = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self.notes: list[str] = []
-        self._began = time.monotonic()
 
     def identity(self) -> dict[str, Any]:
-        info = cpu_info()
+        info = processor.facts(self.threads)
         with suppress(OSError):
             info["host"] = host_id(platform.node(), Path("/etc/machine-id").read_text(encoding="ascii"))
         info.setdefault("host", host_id(platform.node(), info["name"]))
-        return {"kind": "cpu", **info, "memory_bytes": self.capacity_bytes()}
+        return {"kind": "cpu", **info}
 
     def state(self) -> dict[str, Any]:
         found: dict[str, Any] = {"load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else []}
@@ -126,7 +127,7 @@ class CpuDevice:
         return found * 1024 if found else None
 
     def capacity_bytes(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return processor.memory_bytes()
 
 
 def _status_kib(key: str) -> int:
@@ -145,55 +146,6 @@ def _busy_seconds() -> float | None:
         idle = ticks[3] + ticks[4]
         return (sum(ticks[:8]) - idle) / os.sysconf("SC_CLK_TCK")
     return None
-
-
-FLOPS_PER_CYCLE = {"avx512f": 64, "avx2": 32, "avx": 16, "asimd": 16, "": 8}
-"""fp32 FLOPs of a core per cycle by vector unit: lanes x 2 (multiply-add) x 2 (units; some AVX-512 cores have one)."""
-BYTES_PER_CYCLE = 32
-"""Bytes a core could move per cycle: the scale of the CPU's bandwidth coefficient, above what any memory reaches."""
-ASSUMED_HZ = 2.5e9
-"""Clock where the system does not state one."""
-
-
-def cpu_info() -> dict[str, Any]:
-    """Name, cores, clock and the nominal rates that the coefficients are shares of; from /proc/cpuinfo, no measuring.
-
-    fp32 FLOP/s = cores * clock * FLOPS_PER_CYCLE; bf16 twice that only where the CPU has bf16 instructions, else the
-    same (the library converts); bytes/s = cores * clock * BYTES_PER_CYCLE.
-    """
-    text = ""
-    with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    name = _first(r"^model name\s*:\s*(.+)$", text) or platform.processor() or platform.machine()
-    flags = set((_first(r"^(?:flags|Features)\s*:\s*(.+)$", text) or "").split())
-    hertz = _clock(name, text)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    vector = next((flag for flag in FLOPS_PER_CYCLE if flag in flags), "")
-    native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    fp32 = cores * hertz * FLOPS_PER_CYCLE[vector]
-    return {
-        "name": " ".join(name.split()),
-        "cores": cores,
-        "clock_hz": hertz,
-        "vector": vector or "unknown",
-        "bf16_native": native,
-        "fp32_flops_per_s": fp32,
-        "bf16_flops_per_s": fp32 * (2 if native else 1),
-        "bandwidth_bytes_per_s": cores * hertz * BYTES_PER_CYCLE,
-    }
-
-
-def _first(pattern: str, text: str) -> str:
-    found = re.search(pattern, text, re.MULTILINE)
-    return found[1].strip() if found else ""
-
-
-def _clock(name: str, text: str) -> float:
-    stated = re.search(r"@\s*([\d.]+)\s*GHz", name)
-    if stated:
-        return float(stated[1]) * 1e9
-    running = _first(r"^cpu MHz\s*:\s*([\d.]+)$", text)
-    return round(float(running), -2) * 1e6 if running else ASSUMED_HZ
 
 
 # --- NVIDIA --------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ public microbenchmarks and are wide; a calibration on the hardware replaces them
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from planner.errors import InvalidInput
-from planner.hardware import Gpu
+from planner.hardware import CPU, Gpu
 from planner.records import record
 
 FORMULA_VERSION = 1
@@ -109,6 +110,26 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
     ("host_link", 22e9, 5e9, ("bytes/s", 1e9, 5e11), "assumed", "pinned copies over PCIe 4.0 x16"),
 )  # fmt: skip
 
+# name, value, standard error; one thread of an AVX-512 Xeon with MKL and oneDNN products was looked at for the scale
+_CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
+    ("matmul", 0.3, 0.15, "oneDNN bf16 products, converted where the CPU has no bf16 instructions"),
+    ("matmul_fp32", 0.7, 0.2, "MKL sgemm; the nominal rate supposes two multiply-add units and no lower AVX clock"),
+    ("tile_reuse_half", 12.0, 6.0, "narrow blocks fill few vector lanes"),
+    ("matmul_k_half", 10.0, 5.0, "short inner products of adapters"),
+    ("bandwidth", 0.1, 0.05, "share of 32 bytes per cycle, from cache or memory"),
+    ("dequantize", 0.4, 0.2, "bitsandbytes' CPU kernels"),
+    ("flash_forward", 0.5, 0.25, "aten/src/ATen/native/cpu/FlashAttentionKernel.cpp on 16-bit inputs"),
+    ("flash_backward", 0.25, 0.15, "the same kernel's backward"),
+    ("efficient_fp32", 0.15, 0.08, "the same kernel on fp32 inputs"),
+    ("flash_length_half", 0.0, 0.0, "blocks are short: no start-up to amortise"),
+    ("kernel_latency", 0.0, 0.0, "an operation costs its dispatch only"),
+    ("launch_forward", 10e-6, 6e-6, "Python, dispatcher and autograd record per operation"),
+    ("launch_backward", 8e-6, 5e-6, "autograd's engine and dispatcher per operation"),
+    ("launch_quantized", 30e-6, 20e-6, "a Python custom operator and a ctypes call"),
+    ("launch_optimizer", 20e-6, 15e-6, "per operation over a list of tensors"),
+)  # fmt: skip
+"""Where a CPU's coefficients differ: all assumed. An error of 0: not a coefficient of a CPU."""
+
 _OLD_DEQUANTIZE = {(6, 0): 1.7, (7, 5): 1.5, (8, 0): 1.7, (9, 0): 1.7}
 """Compute capability -> how much slower 4-bit dequantization was before bitsandbytes 0.48 (PR 1747: 1.36 to 2.07
 times on P100, A100, H100; 1.25 to 1.8 on T4; elsewhere 1.3 to 1.6 for small sizes only)."""
@@ -127,6 +148,10 @@ def priors(gpu: Gpu) -> Coefficients:
         )
         for name, value, error, (unit, low, high), origin, source in _PRIORS
     }
+    if gpu.vendor == CPU:
+        for name, value, error, source in _CPU_PRIORS:
+            items[name] = replace(items[name], value=value, standard_error=error, origin="assumed", source=source)
+        return Coefficients(items)
     for name, measured, nominal in (
         ("matmul", gpu.measured_matmul_flops_per_s, max(gpu.bf16_flops_per_s, gpu.fp16_flops_per_s)),
         ("bandwidth", gpu.measured_bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),
