@@ -39,15 +39,19 @@ OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def main() -> int:
     """Read one request from stdin, run it, write one JSON line to the real stdout."""
+    answer(json.loads(sys.stdin.read()))
+    return 0
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Run one request in this process and write its result."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # from here on whatever a library prints is chatter
-    request = json.loads(sys.stdin.read())
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     result = {"protocol": PROTOCOL, **run(request)}
     out.write(json.dumps(result) + "\n")
     out.flush()
-    return 0
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:

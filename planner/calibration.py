@@ -6,18 +6,21 @@ public microbenchmarks and are wide; a calibration on the hardware replaces them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from planner.errors import InvalidInput
 from planner.hardware import CPU, Gpu
 from planner.records import record
+from planner.training import Versions
 
 FORMULA_VERSION = 1
 """Raised when `planner.timing` changes what a coefficient means: older calibrations then no longer apply."""
 
-Origin = Literal["microbenchmark", "library source", "assumed", "fitted"]
+Origin = Literal["microbenchmark", "library source", "assumed", "fitted", "borrowed"]
 
 
 @record
@@ -47,8 +50,11 @@ class Coefficient:
 class Coefficients(Mapping[str, Coefficient]):
     """The coefficients that one prediction used, by name."""
 
-    def __init__(self, items: Mapping[str, Coefficient]) -> None:
+    def __init__(self, items: Mapping[str, Coefficient], formula_error: float | None = None) -> None:
         self._items = dict(items)
+        self.formula_error = formula_error
+        """Relative standard error of predictions with these coefficients for models that the fit had not seen; it
+        contains the errors of the fitted ones. None: not calibrated."""
 
     def __getitem__(self, name: str) -> Coefficient:
         return self._items[name]
@@ -62,6 +68,104 @@ class Coefficients(Mapping[str, Coefficient]):
     def value(self, name: str) -> float:
         """The number alone."""
         return self._items[name].value
+
+
+@record
+class Calibration:
+    """Coefficients fitted to bursts on one device with one software stack, and how well they predict."""
+
+    gpu_id: str
+    device: Mapping[str, Any]
+    """Identity of the device as the runs recorded it."""
+    formula_version: int
+    created: str
+    versions: Mapping[str, str]
+    coefficients: Coefficients
+    """All of the device's: fitted ones, and priors that the bursts do not reach."""
+    repeatability: float
+    """Ratio - 1 within which two runs of one burst lie in 9 of 10 cases; 0: no burst was repeated."""
+    bursts: int
+    report: Mapping[str, Any]
+    """Residuals, correlations, held-out errors: what `calibrate show` prints."""
+    path: str = ""
+
+    @property
+    def label(self) -> str:
+        """A few words for a report."""
+        return f"{self.device.get('name', self.gpu_id)}, {self.bursts} bursts, {self.created[:10]}"
+
+
+class Selection(NamedTuple):
+    """The coefficients for a card, the calibration they come from (None: priors), and what to tell the user."""
+
+    coefficients: Coefficients
+    calibration: Calibration | None
+    notes: tuple[str, ...]
+    borrowed: bool = False
+
+
+BORROWED_ERROR = 0.10
+"""Relative standard error added to a dimensionless coefficient that was measured on another card: assumed."""
+BORROWED_FORMULA = 1.5
+"""Factor on the other card's held-out error: assumed."""
+STACK = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | None = None) -> Selection:
+    """The newest calibration of this card; else the dimensionless coefficients of the nearest card; else priors.
+
+    Calibrations under another FORMULA_VERSION are passed over, `versions` that differ from the fitted stack are told.
+    """
+    usable = sorted((c for c in candidates if c.formula_version == FORMULA_VERSION), key=lambda c: c.created)
+    own = [c for c in usable if matches(c, gpu)]
+    if own:
+        return Selection(own[-1].coefficients, own[-1], _stack_notes(own[-1], versions))
+    others = [c for c in usable if (c.device.get("kind") == "cpu") == (gpu.vendor == CPU)]
+    if not others:
+        return Selection(priors(gpu), None, ())
+    nearest = min(others, key=lambda c: _distance(c, gpu))
+    note = f"{gpu.name} is not calibrated: dimensionless coefficients borrowed from {nearest.label}, intervals wider"
+    return Selection(_borrow(gpu, nearest), nearest, (note, *_stack_notes(nearest, versions)), True)
+
+
+def matches(calibration: Calibration, gpu: Gpu) -> bool:
+    """Whether a calibration was made on such a card (of a CPU: the same name and number of threads)."""
+    if gpu.vendor == CPU:
+        same = calibration.device.get("name") == gpu.name
+        return calibration.gpu_id == "cpu" and same and calibration.device.get("threads") == gpu.sm_count
+    return calibration.gpu_id == gpu.gpu_id
+
+
+def _distance(calibration: Calibration, gpu: Gpu) -> tuple[float, float, str]:
+    """Compute capability first, then the ratio of bandwidths."""
+    capability = calibration.device.get("compute_capability") or (0, 0)
+    mine = gpu.compute_capability or (0, 0)
+    steps = abs(10 * (capability[0] - mine[0]) + capability[1] - mine[1])
+    theirs = calibration.device.get("bandwidth_bytes_per_s") or 1.0
+    return float(steps), abs(math.log(theirs / (gpu.bandwidth_bytes_per_s or 1.0))), calibration.gpu_id
+
+
+def _borrow(gpu: Gpu, other: Calibration) -> Coefficients:
+    items = dict(priors(gpu))
+    for name, found in other.coefficients.items():
+        if found.origin != "fitted" or found.unit in ("s", "bytes/s"):
+            continue
+        error = math.hypot(found.standard_error, BORROWED_ERROR * found.value)
+        items[name] = replace(found, standard_error=error, origin="borrowed", source=f"fitted on {other.label}")
+    wider = other.coefficients.formula_error
+    return Coefficients(items, wider * BORROWED_FORMULA if wider else None)
+
+
+def _stack_notes(calibration: Calibration, versions: Versions | None) -> tuple[str, ...]:
+    """Say which libraries differ in (major, minor) from those that the bursts ran."""
+    differing = []
+    for name in STACK if versions is not None else ():
+        fitted, planned = calibration.versions.get(name, ""), getattr(versions, name)
+        if fitted and tuple(int(part) for part in re.findall(r"\d+", fitted)[:2]) != tuple(planned):
+            differing.append(f"{name} {fitted.partition('+')[0]} (planned {planned[0]}.{planned[1]})")
+    if not differing:
+        return ()
+    return (f"the calibration was fitted with {', '.join(differing)}: step times may differ",)
 
 
 _FRACTION = ("share of the data sheet's rate", 0.01, 1.0)

@@ -379,8 +379,11 @@ def _uncertainty(
 ) -> tuple[tuple[str, float], ...]:
     """Relative standard error of the step that each coefficient's own error causes (its share of the time)."""
     amounts = {**by_coefficient, "launch_forward": wait, "framework_step": overhead}
-    shares = [("formulas", FORMULA_ERROR)]
+    held_out = coefficients.formula_error
+    shares = [("formulas", FORMULA_ERROR if held_out is None else held_out)]
     for name, seconds in amounts.items():
+        if held_out is not None and coefficients[name].origin == "fitted":
+            continue  # the error on held-out runs contains its error
         share = _mean(seconds / total) * coefficients[name].relative_error
         if share > 0.001:
             shares.append((name, share))
