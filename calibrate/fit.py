@@ -37,8 +37,8 @@ UNDETERMINED = 1.0
 STRONG = 0.9
 """Correlations above this are reported."""
 NINETY_PERCENT = 1.645
-NOT_MEASURED = ("framework_step", "compiled_traffic", "host_link")
-"""What bursts do not contain: a training framework, torch.compile, offloading."""
+NOT_MEASURED = ("compiled_traffic", "host_link")
+"""What no burst contains: torch.compile, offloading."""
 
 REMEDY: dict[str, str] = {
     "matmul": "16-bit bursts of many tokens", "matmul_fp32": "fp32 bursts of many tokens",
@@ -67,7 +67,9 @@ class Point:
         return timing.step_time(self.kernels, self.training, self.gpu, coefficients)
 
     def overhead_s(self, coefficients: Coefficients) -> float:
-        """Seconds of a training framework in `price`."""
+        """Seconds in `price` of a training framework that this run did not have."""
+        if self.measurement.request.get("source") == "trainer":
+            return 0.0
         return coefficients.value("framework_step")
 
     def predicted(self, coefficients: Coefficients) -> list[float]:

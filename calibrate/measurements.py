@@ -71,7 +71,7 @@ class Measurement:
     @property
     def thread_time(self) -> bool:
         """Whether one CPU thread's own running time counts instead of the wall clock."""
-        return self.device.get("kind") == "cpu" and self.result.get("threads") == 1
+        return self.device.get("kind") == "cpu" and self.result.get("threads") == 1 and "steps_ran_s" in self.result
 
     @property
     def disturbed(self) -> str:
