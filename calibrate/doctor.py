@@ -69,7 +69,9 @@ def _gpu(device: CudaDevice) -> Iterator[Finding]:
     nvml = device.nvml
     if nvml is None:
         yield Finding(
-            what="NVML", value="; ".join(device.notes), remedy=f"without it clocks, power and neighbours are not seen; {INSTALL}"
+            what="NVML",
+            value="; ".join(device.notes),
+            remedy=f"without it clocks, power and neighbours are not seen; {INSTALL}",
         )
     yield _torch_cuda(device.index)
     try:
@@ -143,7 +145,10 @@ def _disk() -> Finding:
     free = shutil.disk_usage(place).free
     low = free < LEAST_DISK_BYTES
     return Finding(
-        what="disk", value=f"{gib(free)} GiB free at {_home(place)}", ok=not low, remedy="free space, or set LORAPLAN_DATA" if low else ""
+        what="disk",
+        value=f"{gib(free)} GiB free at {_home(place)}",
+        ok=not low,
+        remedy="free space, or set LORAPLAN_DATA" if low else "",
     )
 
 

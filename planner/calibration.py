@@ -50,8 +50,12 @@ class Coefficient:
 class Coefficients(Mapping[str, Coefficient]):
     """The coefficients that one prediction used, by name."""
 
-    def __init__(self, items: Mapping[str, Coefficient], formula_error: float | None = None) -> None:
+    def __init__(
+        self, items: Mapping[str, Coefficient], formula_error: float | None = None, label: str = "not calibrated"
+    ) -> None:
         self._items = dict(items)
+        self.label = label
+        """Where they come from, for a report."""
         self.formula_error = formula_error
         """Relative standard error of predictions with these coefficients for models that the fit had not seen; it
         contains the errors of the fitted ones. None: not calibrated."""
@@ -92,7 +96,14 @@ class Calibration:
     @property
     def label(self) -> str:
         """A few words for a report."""
-        return f"{self.device.get('name', self.gpu_id)}, {self.bursts} bursts, {self.created[:10]}"
+        return describe(self.gpu_id, self.device, self.bursts, self.created)
+
+
+def describe(gpu_id: str, device: Mapping[str, Any], bursts: int, created: str) -> str:
+    """A few words that name a calibration in reports."""
+    threads = device.get("threads")
+    on = f" ({threads} thread{'s' if threads != 1 else ''})" if threads else ""
+    return f"{device.get('name', gpu_id)}{on}, {bursts} bursts, {created[:10]}"
 
 
 class Selection(NamedTuple):
@@ -153,7 +164,7 @@ def _borrow(gpu: Gpu, other: Calibration) -> Coefficients:
         error = math.hypot(found.standard_error, BORROWED_ERROR * found.value)
         items[name] = replace(found, standard_error=error, origin="borrowed", source=f"fitted on {other.label}")
     wider = other.coefficients.formula_error
-    return Coefficients(items, wider * BORROWED_FORMULA if wider else None)
+    return Coefficients(items, wider * BORROWED_FORMULA if wider else None, f"borrowed from {other.label}")
 
 
 def _stack_notes(calibration: Calibration, versions: Versions | None) -> tuple[str, ...]:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from planner import catalog
-from planner.calibration import FORMULA_VERSION, Calibration, Coefficient, Coefficients, Selection, matches, priors
+from planner.calibration import (
+    FORMULA_VERSION,
+    Calibration,
+    Coefficient,
+    Coefficients,
+    Selection,
+    describe,
+    matches,
+    priors,
+)
 from planner.calibration import select as select_from
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.hardware import Gpu
@@ -158,13 +167,14 @@ def _parse(document: dict[str, Any], path: str) -> Calibration:
         )
         for row in document["coefficients"]
     }  # fmt: skip
+    label = describe(document["gpu_id"], document["device"], int(document["bursts"]), str(document["created"]))
     return Calibration(
         gpu_id=document["gpu_id"],
         device=document["device"],
         formula_version=int(document["formula_version"]),
         created=str(document["created"]),
         versions=document["versions"],
-        coefficients=Coefficients(items, float(document["formula_error"])),
+        coefficients=Coefficients(items, float(document["formula_error"]), f"calibrated on {label}"),
         repeatability=float(document["repeatability"]),
         bursts=int(document["bursts"]),
         report=document["report"],

@@ -118,6 +118,8 @@ def predict(
     breakdown = memory.breakdown(run.record, names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
+    if gpu is not None and gpu.vendor == CPU:
+        reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
     device = reserved.shifted(CONTEXT_BYTES)
     return Prediction(
         model=model,

@@ -21,7 +21,7 @@ KEYS: tuple[str, ...] = (
     "lora_dropout", "target_modules", "target_slices", "modules_to_save", "use_dora", "use_rslora",
     "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "use_reentrant",
     "attention", "padded", "kernels", "loss", "optimizer", "optimizer_in_backward", "max_grad_norm", "keeps_outputs",
-    "outputs_to_fp32", "compile", "untied_head",
+    "outputs_to_fp32", "compile", "tf32", "untied_head",
 )  # fmt: skip
 """Option keys in the order they are resolved: a default may depend on keys to its left only."""
 
@@ -35,7 +35,7 @@ QUANTIZATION_KEYS = frozenset(
 )
 _BOOLEANS = frozenset(
     {"double_quant", "kbit_preparation", "fp32_norms_only", "use_dora", "use_rslora", "use_reentrant", "padded"}
-    | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "untied_head"}
+    | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "tf32", "untied_head"}
 )
 _CHOSEN = {
     "method": "method", "quantization": "quantization", "base_dtype": "dtype", "compute_dtype": "dtype",
@@ -325,6 +325,7 @@ _NEUTRAL: tuple[Default, ...] = (
     _d("keeps_outputs", False, ""),
     _d("outputs_to_fp32", False, ""),
     _d("compile", False, ""),
+    _d("tf32", False, ""),
     _d("untied_head", False, ""),
 )
 
@@ -537,6 +538,7 @@ _LITGPT = Stack(
         _d("adapter_dtype", "fp16", f"{_FABRIC}/half.py (casts every parameter)", base_dtype="fp16"),
         _d("adapter_dtype", "fp32", f"{_LIT}:litgpt/utils.py (bf16-mixed)"),
         _d("skip_modules", (), f"{_FABRIC}/bitsandbytes.py (the head is quantized too)"),
+        _d("tf32", True, f"{_LIT}:litgpt/__main__.py set_float32_matmul_precision"),
         _d("r", 8, _LIT_LORA),
         _d("lora_alpha", 16.0, _LIT_LORA),
         _d("lora_dropout", 0.05, _LIT_LORA),

@@ -135,6 +135,7 @@ class Rates:
         self.dequantize_bytes_per_s = self.bytes_per_s * dequantize
         self.compiled = training.compile
         self.splits = (1,) if gpu.synchronous else SPLITS
+        self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
         self._tiles = self._tile_rates()
 
     def peak(self, dtype: str) -> float:
@@ -144,12 +145,14 @@ class Rates:
             return 2 * (gpu.fp16_flops_per_s or gpu.fp32_flops_per_s)
         if dtype == "bf16" and gpu.bf16_native is False:
             return gpu.fp32_flops_per_s
+        if dtype == FP32 and self.tf32:
+            return gpu.tf32_flops_per_s
         half = gpu.bf16_flops_per_s if dtype == "bf16" else gpu.fp16_flops_per_s
         return (half if dtype in ("bf16", "fp16") else 0.0) or gpu.fp32_flops_per_s
 
     def product(self, dtype: str) -> float:
         """FLOP/s that a large product reaches."""
-        simt = dtype == FP32 or (self.peak(dtype) == self.gpu.fp32_flops_per_s and not self.gpu.synchronous)
+        simt = dtype == FP32 if self.gpu.synchronous else self.peak(dtype) == self.gpu.fp32_flops_per_s
         return self.peak(dtype) * self.c["matmul_fp32" if simt else "matmul"]
 
     def _tile_rates(self) -> tuple[tuple[int, int, float], ...]:

@@ -153,6 +153,8 @@ class TrainingSpec:
     """Gradient clipping; 0 switches it off."""
     kernels: Kernels = "none"
     compile: bool = False
+    tf32: bool = False
+    """fp32 products run on tensor cores (torch.set_float32_matmul_precision "high"; off in PyTorch by default)."""
     untied_head: bool = False
     """The stack keeps its own head weight even where the model ties it (litgpt)."""
     optimizer_in_backward: bool = False

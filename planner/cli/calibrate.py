@@ -93,9 +93,7 @@ def doctor(device: str, style: str) -> int:
 @click.option("--check", is_flag=True, help="Run shapes that the fitting grid does not have (calibrate validate).")
 @click.option("--share", is_flag=True, help="Go on although other processes use the GPU.")
 @click.option("--bursts", type=click.IntRange(1), help="At most so many bursts.")
-def run(
-    device: str, budget: str, out: Path | None, threads: int, check: bool, share: bool, bursts: int | None
-) -> int:
+def run(device: str, budget: str, out: Path | None, threads: int, check: bool, share: bool, bursts: int | None) -> int:
     """Run bursts of real training steps, as many as the budget allows, each in a process of its own.
 
     The same command with the same --out goes on where it stopped. On a CPU a burst has one thread by default and its

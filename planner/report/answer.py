@@ -31,6 +31,7 @@ class Answer(NamedTuple):
     margin_bytes: int = 0
     """Memory of the card that the user wants kept free."""
     explain: bool = False
+    explain_time: bool = False
     stack_origin: str = "loraplan default"
     run: RunPlan | None = None
     """The whole run, where an amount was given."""

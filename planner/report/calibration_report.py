@@ -140,7 +140,9 @@ def _burst_rows(rows: Sequence[Mapping[str, Any]]) -> Rows:
     found: Rows = []
     for row in rows:
         error = 100 * (row["predicted_s"] / row["measured_s"] - 1)
-        found.append([row["model"], row["what"], number(row["measured_s"]), number(row["predicted_s"]), round(error, 1)])
+        found.append(
+            [row["model"], row["what"], number(row["measured_s"]), number(row["predicted_s"]), round(error, 1)]
+        )
     return found
 
 
@@ -161,7 +163,9 @@ def check_report(found: Mapping[str, Any], c: Calibration, style: str, rows: boo
             f"  step time: mean error {total['mean_error_pct']:.1f} %, bias {total['bias_pct']:+.1f} %, "
             f"worst {total['worst_pct']:+.1f} %"
         )
-        lines.append(f"  {found['inside']} of {total['bursts']} inside the interval (+/- {found['interval_pct']:.0f} %)")
+        lines.append(
+            f"  {found['inside']} of {total['bursts']} inside the interval (+/- {found['interval_pct']:.0f} %)"
+        )
     if found["repeats"]:
         lines.append(
             f"  {found['repeats_within']} of {found['repeats']} repeats within {found['repeat_interval_pct']:.0f} %"
@@ -185,9 +189,7 @@ def comparison(first: Calibration, second: Calibration, style: str) -> str:
     if style == "json":
         keys = ("name", "first", "second", "ratio", "standard_errors")
         found = [dict(zip(keys, row, strict=True)) for row in rows]
-        return json_text(
-            {"schema_version": 1, "first": _short(first), "second": _short(second), "coefficients": found}
-        )
+        return json_text({"schema_version": 1, "first": _short(first), "second": _short(second), "coefficients": found})
     return tables(style, headers, rows)
 
 

@@ -42,6 +42,8 @@ def render(answer: Answer) -> str:
         blocks.append(_changes(answer))
     elif answer.prediction.verdict in ("does not fit", "too close to call"):
         blocks.append("no single change or combination that was tried makes it fit\n")
+    if answer.explain_time and not answer.explain and answer.prediction.time is not None:
+        blocks.append(ledger_block(answer.prediction.time))
     if answer.explain:
         blocks += _explanation(answer)
     else:

@@ -386,8 +386,8 @@ def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: 
     source = x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(_grad(grads).numel, source, "softmax_grad")  # a structured kernel: its output exists first
         product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
-        out = eng.empty(_grad(grads).numel, source, "softmax_grad")
         eng.kernel("softmax", FP32, 2 * _grad(grads).nbytes + out.nbytes)
         del product
         return [out]
@@ -401,8 +401,8 @@ def softmax_same(eng: Engine, x: Tensor, *, writes_product: bool) -> Tensor:
     out = unary(eng, x, "softmax")
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         out = unary(eng, _grad(grads), "softmax_grad")
+        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         del product
         return [out]
 
