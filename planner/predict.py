@@ -6,11 +6,12 @@ Three numbers, never mixed: *allocated* is torch.cuda.max_memory_allocated, *res
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, priors
-from planner.hardware import Gpu
+from planner.hardware import CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.records import record
 from planner.step import program, sequence
@@ -84,6 +85,8 @@ class Prediction:
 def architecture(gpu: Gpu | None, training: TrainingSpec) -> cuda_rules.Architecture:
     """The facts about card and libraries that decide which kernels run; an A100's where nothing is known."""
     versions = training.versions
+    if gpu is not None and gpu.vendor == CPU:
+        return replace(cuda_rules.Architecture.plain(), torch=versions.torch, bitsandbytes=versions.bitsandbytes)
     known = gpu is not None and gpu.compute_capability is not None
     return cuda_rules.Architecture(
         capability=gpu.compute_capability if known and gpu and gpu.compute_capability else (8, 0),
@@ -115,6 +118,8 @@ def predict(
     breakdown = memory.breakdown(run.record, names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
+    if gpu is not None and gpu.vendor == CPU:
+        reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
     device = reserved.shifted(CONTEXT_BYTES)
     return Prediction(
         model=model,

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from planner.cli.options import COST, Sectioned, Word, cost_options, format_option, trace_options, training_options
+from planner.cli.options import (
+    COST,
+    Sectioned,
+    Word,
+    calibration_option,
+    cost_options,
+    format_option,
+    trace_options,
+    training_options,
+)
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
@@ -18,12 +27,13 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 
 @click.command(cls=Sectioned)
 @click.argument("model")
-@click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), or local for this machine's.")
+@click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), local for this machine's, or cpu.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
 @click.option("--explain", is_flag=True, help="Every setting with its origin, model facts, sources, uncertainty.")
 @click.option("--explain-time", is_flag=True, help="Where the time of a step goes, by class of operation.")
 @cost_options
+@calibration_option
 @click.option(
     "--via",
     type=Word("way to answer", ("program", "trace")),
@@ -42,6 +52,7 @@ def fits(
     margin: str,
     explain: bool,
     explain_time: bool,
+    calibration: str | None,
     via: str,
     changes: bool,
     style: str,
@@ -66,7 +77,7 @@ def fits(
     """
     wanted = {name: given.pop(name) for name in COST}
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing)
+    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing, calibration)
     answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
@@ -81,8 +92,15 @@ class Tracing(NamedTuple):
 
 
 def _answer(
-    model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool, tracing: Tracing | None
+    model: str,
+    card: Gpu | None,
+    margin: float,
+    given: dict[str, Any],
+    search: bool,
+    tracing: Tracing | None,
+    calibration: str | None,
 ) -> Answer:
+    from planner import calibration_files
     from planner.cli.plan import configure, load_model, training_settings
     from planner.predict import predict
     from planner.report.answer import Answer
@@ -96,7 +114,9 @@ def _answer(
     loaded = load_model(model)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
-    prediction = predict(loaded.spec, training, card, warnings=notes)
+    chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
+    coefficients, told = (chosen.coefficients, chosen.notes) if chosen else (None, ())
+    prediction = predict(loaded.spec, training, card, warnings=(*notes, *told), coefficients=coefficients)
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in ("fits", None):
         from planner import catalog
@@ -150,6 +170,10 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
         from planner.cli.local_gpu import local_gpu
 
         return local_gpu(gpu.partition(":")[2])
+    if gpu.lower() == "cpu":
+        from planner import processor
+
+        return processor.as_gpu(processor.facts())
     from planner import catalog
 
     return catalog.gpu(gpu)

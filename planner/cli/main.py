@@ -20,6 +20,7 @@ _COMMANDS = {
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),
+    "calibrate": ("planner.cli.calibrate", "calibrate"),
 }
 """Command -> module and attribute; a command's module is imported only when the command is used or listed."""
 

@@ -48,6 +48,14 @@ def format_option(command: _Command) -> _Command:
     )(command)
 
 
+def calibration_option(command: _Command) -> _Command:
+    """Add `--calibration` (parameter `calibration`)."""
+    return click.option(
+        "--calibration", metavar="FILE|none",
+        help="Coefficients of the times: a calibration (file or id), or none; by default the newest of the card.",
+    )(command)  # fmt: skip
+
+
 COST = ("tokens", "rows", "epochs", "mean_tokens", "price", "dbu_table", "dbu_rate")
 """Parameters that `cost_options` adds."""
 

@@ -158,6 +158,8 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
     """The kernel torch's scaled_dot_product_attention picks (planner.cuda_rules.sdpa_kernel)."""
+    if not step.arch.sdpa_kernels:
+        return "flash"  # a CPU has one fused kernel, for every dtype and mask (cpu/FlashAttentionKernel.cpp)
     if _broadcasts_heads(step, spec):
         return "math"
     masked = step.mask is not None or needs_window_mask(step, spec)

@@ -61,6 +61,10 @@ class Step:
     def arch_4bit_forward(self, m: Size, n: int, k: int, itemsize: int) -> list[Size]:
         """Buffers of a 4-bit forward product: empty where bitsandbytes' fused kernel runs."""
         nested = self.train.quantization.double_quant
+        if not self.arch.gemm_4bit_dequantizes:  # a CPU dequantizes for any number of rows (backends/default/ops.py)
+            return [
+                size for _, size in cuda_rules.gemm_4bit_temporaries(n, k, double_quant=nested, compute_bytes=itemsize)
+            ]
         buffers = cuda_rules.gemm_4bit_temporaries(n, k, double_quant=nested, compute_bytes=itemsize)
         if not cuda_rules.gemm_4bit_dequantizes(m, n, k, compute_bytes=itemsize, arch=self.arch):
             return []
