@@ -18,6 +18,8 @@ class Entry(NamedTuple):
 
     value: Any
     line: int
+    place: str = ""
+    """"file:line" of an entry that comes from another file than its document (files joined into one)."""
 
 
 class Unread(NamedTuple):
@@ -57,7 +59,9 @@ class Document(NamedTuple):
     def where(self, key: str) -> str:
         """Return "file:line" of a key."""
         entry = self.entries.get(key)
-        return f"{self.name}:{entry.line}" if entry is not None and entry.line else self.name
+        if entry is None or not entry.line:
+            return self.name
+        return entry.place or f"{self.name}:{entry.line}"
 
 
 def flatten(root: Node, path: str, kind: str) -> Document:

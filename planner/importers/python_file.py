@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -149,27 +150,12 @@ class _Reader:
     """Finds calls in a tree and evaluates literals, following names that have exactly one literal value."""
 
     def __init__(self, tree: ast.Module) -> None:
-        self.nodes = []
+        self.nodes: list[ast.AST] = []
         for node in ast.walk(tree):  # iterative: depth is no danger
             self.nodes.append(node)
             if len(self.nodes) > 50 * MAX_NODES:
                 break
-        self.names: dict[str, ast.expr | None] = {}
-        for node in self.nodes:
-            self._learn(node)
-
-    def _learn(self, node: ast.AST) -> None:
-        targets: list[ast.expr] = []
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.NamedExpr)):
-            targets = [node.target]
-        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) else None
-        for target in targets:
-            for name in ast.walk(target):
-                if isinstance(name, ast.Name):
-                    single = value if isinstance(target, ast.Name) and name.id not in self.names else None
-                    self.names[name.id] = single  # a name that is assigned twice has no one value
+        self.names = _single_values(self.nodes)
 
     def calls(self) -> Iterator[tuple[str, ast.Call, tuple[str, ...]]]:
         """Yield section, call and positional names, in the order of the text."""
@@ -211,6 +197,24 @@ class _Reader:
                 return Unread("a dict with computed keys")
             result[key.value] = self.value(item, depth + 1)
         return result
+
+
+def _single_values(nodes: list[ast.AST]) -> dict[str, ast.expr]:
+    """Return the names that are bound exactly once in the whole file, by a plain assignment, with what they get."""
+    times: Counter[str] = Counter()
+    values: dict[str, ast.expr] = {}
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            times[node.id] += 1
+        elif isinstance(node, ast.arg):
+            times[node.arg] += 1  # a parameter hides the name of a constant
+        elif isinstance(node, ast.alias):
+            times[node.asname or node.name] += 1
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            values[node.target.id] = node.value
+    return {name: value for name, value in values.items() if times[name] == 1}
 
 
 def _called(func: ast.expr) -> str | None:

@@ -54,6 +54,8 @@ def _number(raw: Any, low: float, high: float) -> float:
             raw = float(raw)
         except ValueError:
             raw = None
+    if isinstance(raw, int) and raw.bit_length() > 256:
+        raw = None
     if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not math.isfinite(raw) or not low <= raw <= high:
         raise ValueError(f"must be a number from {low:g} to {high:g}")
     return float(raw)

@@ -160,9 +160,9 @@ def _key_text(value: Any) -> str:
 
 
 def _scalar(event: Any) -> Any:
-    """Return the value of a scalar: quoted text as it is, plain text by the rules of YAML 1.1."""
+    """Return the value of a scalar: quoted text as it is, plain text (no style) by the rules of YAML 1.1."""
     text = event.value
-    if event.style is not None or event.tag == "tag:yaml.org,2002:str":
+    if event.style or event.tag == "tag:yaml.org,2002:str":
         return text
     if text in _NULL:
         return None
