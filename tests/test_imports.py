@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predict", "cost"),
     ("search", "validation", "traced"),
     ("catalog",),
-    ("sources",),
+    ("sources", "importers"),
+    ("lint",),
     ("report",),
     ("cli",),
 )
@@ -35,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LAZY = {
     "numpy": ("",),
     "huggingface_hub": ("sources",),
+    "yaml": ("importers",),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
     "matplotlib": ("report",),
