@@ -86,7 +86,7 @@ class Stack:
 
 
 class Setting(NamedTuple):
-    """A resolved value and where it came from: "given", "file NAME:LINE KEY", "stack NAME: SOURCE", "loraplan default"."""
+    """A resolved value and where it came from: "given", "file NAME:LINE KEY", "stack NAME: SOURCE", ... ."""
 
     value: object
     origin: str

@@ -16,6 +16,7 @@ EXIT_NO_ANSWER = 2
 _COMMANDS = {
     "fits": ("planner.cli.fits", "fits"),
     "trace": ("planner.cli.trace", "trace"),
+    "lint": ("planner.cli.lint", "lint"),
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),

@@ -1,4 +1,4 @@
-"""A job read from configs, against what the user typed and the model has: the options that remain, with their origin."""
+"""A job read from configs against what the user typed and what the model has: the options that remain, with origins."""
 
 from __future__ import annotations
 

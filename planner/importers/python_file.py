@@ -217,7 +217,7 @@ def _single_values(nodes: list[ast.AST]) -> dict[str, ast.expr]:
     return {name: value for name, value in values.items() if times[name] == 1}
 
 
-def _called(func: ast.expr) -> str | None:
+def _called(func: ast.expr) -> str:
     """Return the name of a recognised call: its last part, or its last two when the call is a method."""
     if isinstance(func, ast.Name):
         return func.id
@@ -228,7 +228,7 @@ def _called(func: ast.expr) -> str | None:
         if isinstance(func.value, ast.Attribute):
             pair = f"{func.value.attr}.{func.attr}"
             return pair if pair in CALLS else func.attr
-    return None
+    return ""
 
 
 def _huge(value: object) -> bool:

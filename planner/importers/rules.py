@@ -16,7 +16,7 @@ from planner.importers.frameworks import Framework
 from planner.importers.values import option_value
 from planner.training import Versions
 
-OFF = (None, False, 0, "", "none", "None", "no", [], {})
+OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", "no", [], {})
 """Values by which a key says that its feature is not used."""
 
 
@@ -29,6 +29,8 @@ class Value(NamedTuple):
     """Stated by the file; else the framework's default."""
     keys: tuple[str, ...] = ()
     line: int = 0
+    adapts: bool = False
+    """The framework looks at the card first ("auto")."""
 
 
 class Missing(NamedTuple):
@@ -162,7 +164,8 @@ class _View:
             return Value(value, f"file {self.document.where(key)} {one_line(key, 60)}", True, tuple(stated), entry.line)
         where = next((self.framework.defaults[key].source for key in keys if key in self.framework.defaults), "")
         source = row.get("source") or where or self.framework.source
-        return Value(value, f"{self.framework.title} default: {source}", False, tuple(keys))
+        adapts = bool(row.get("soft"))
+        return Value(value, f"{self.framework.title} default: {source}", False, tuple(keys), adapts=adapts)
 
     def _row(self, option: str, row: Mapping[str, Any]) -> tuple[Any, list[Missing], list[str]]:
         """Return a row's value (None: it has none), what it leaves out, and the keys it was made from."""

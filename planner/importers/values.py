@@ -1,4 +1,4 @@
-"""A value of a foreign config as an option of `planner.stacks`: one conversion per kind of option, strict about type."""
+"""A value of a foreign config as an option of `planner.stacks`: one strict conversion per kind of option."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _WHOLE = {
 """Options that are whole numbers, with their bounds."""
 _NUMBERS = {"lora_alpha": (0.0, 1e9), "lora_dropout": (0.0, 0.999_999), "max_grad_norm": (0.0, 1e9)}
 _FLAGS = frozenset(
-    ("double_quant", "use_dora", "use_rslora", "use_reentrant", "padded", "compile", "optimizer_in_backward")
-    + ("kbit_preparation", "fp32_norms_only")
+    {"double_quant", "use_dora", "use_rslora", "use_reentrant", "padded", "compile", "optimizer_in_backward"}
+    | {"kbit_preparation", "fp32_norms_only"}
 )
 _LISTS = frozenset(("target_modules", "modules_to_save", "skip_modules"))
 MAX_NAMES = 500

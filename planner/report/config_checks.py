@@ -93,20 +93,21 @@ def annotation(check: Check, card: Gpu) -> str:
     in properties too, so that a file's name or a model's cannot start a command of its own.
     """
     if check.answer is None:
-        return _command("error", check.file, 1, "loraplan: no answer", check.error)
+        return command("error", check.file, 1, "loraplan: no answer", check.error)
     p = check.answer.prediction
     size = f"{gib(p.device.expected)} GiB (up to {gib(p.device.high)}) of {gib(p.capacity_bytes)} on {card.name}"
     kind, title = {
         "fits": ("notice", "fits"),
         "too close to call": ("error", "too close to call"),
     }.get(p.verdict or "", ("error", "does not fit"))
-    lines = [_command(kind, check.file, check.line, f"loraplan: {title}", f"{run_words(check.answer)}: peak {size}")]
+    lines = [command(kind, check.file, check.line, f"loraplan: {title}", f"{run_words(check.answer)}: peak {size}")]
     for warning in p.warnings:
-        lines.append(_command("warning", check.file, check.line, "loraplan", one_line(warning, 500)))
+        lines.append(command("warning", check.file, check.line, "loraplan", one_line(warning, 500)))
     return "".join(lines)
 
 
-def _command(kind: str, file: str, line: int, title: str, message: str) -> str:
+def command(kind: str, file: str, line: int, title: str, message: str) -> str:
+    """Return a workflow command that annotates a line of a file; its parts cannot end it or start another."""
     return f"::{kind} file={_property(file)},line={line},title={_property(title)}::{_data(message)}\n"
 
 
