@@ -48,7 +48,7 @@ AT_IMPORT = {"click": ("cli",)}
 
 HEAVY = (
     "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "matplotlib", "pydantic", "tabulate",
-    "calibrate",
+    "calibrate", "planner.importers",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
 

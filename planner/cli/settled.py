@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner import lora, stacks
 from planner.errors import Contradiction, InvalidInput, one_line
-from planner.importers.values import is_pattern
 from planner.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -87,6 +86,8 @@ def _translate_targets(values: dict[str, Any], origins: dict[str, str], model: M
     targets = values.get("target_modules")
     if not targets:
         return
+    from planner.importers.values import is_pattern  # a run without --from reads no importer
+
     found: list[str] = []
     for target in targets:
         found += matching(model, target) if is_pattern(target) else [target]
