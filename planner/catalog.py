@@ -264,6 +264,16 @@ def _model_index() -> tuple[dict[str, str], dict[str, str]]:
     return full, {name: found[0] for name, found in short.items() if len(found) == 1}
 
 
+# --- training frameworks ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def framework_tables() -> dict[str, dict[str, Any]]:
+    """Return the key maps of the training frameworks by file name (data/frameworks, data/README.md), words included."""
+    names = sorted(name for name in os.listdir(data_path("frameworks")) if name.endswith(".json"))
+    return {name[:-5]: _load("frameworks", name) for name in names}
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 

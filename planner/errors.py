@@ -28,6 +28,10 @@ class Contradiction(PlannerError):
     """Two settings that exclude each other."""
 
 
+class NotPlanned(PlannerError):
+    """A job that can be read but is of a kind that is not planned here (several GPUs, reinforcement learning)."""
+
+
 class MissingDependency(PlannerError):
     """An optional library that this answer needs; the message names the extra to install."""
 

@@ -86,10 +86,15 @@ class Stack:
 
 
 class Setting(NamedTuple):
-    """A resolved value and where it came from: "given", "stack NAME: SOURCE" or "loraplan default"."""
+    """A resolved value and where it came from: "given", "file NAME:LINE KEY", "stack NAME: SOURCE", ... ."""
 
     value: object
     origin: str
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user stated it, typed or in a config file."""
+        return self.origin == "given" or self.origin.startswith("file ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +120,7 @@ class Resolved:
 
     def defaults_used(self) -> dict[str, Setting]:
         """The settings that apply and that the user did not give, in a fixed order."""
-        return {k: s for k, s in self.settings.items() if s.origin != "given" and self.applies(k)}
+        return {k: s for k, s in self.settings.items() if not s.is_given and self.applies(k)}
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return value and origin of every setting as plain JSON values."""

@@ -64,7 +64,11 @@ class CardRates(Rates):
 def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> tuple[object, ...]:
     """What must be equal for two cards to be stacked: the rules that their prices follow."""
     rates = Rates(gpu, coefficients, training)
-    return (gpu.synchronous, rates.capability >= (9, 0), *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")))
+    return (
+        gpu.synchronous,
+        rates.capability >= (9, 0),
+        *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")),
+    )
 
 
 class _Group:

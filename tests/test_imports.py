@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("search", "validation", "traced", "sweep"),
     ("catalog",),
     ("calibration_files",),
-    ("sources",),
+    ("sources", "importers"),
+    ("lint",),
     ("report",),
     ("cli",),
 )
@@ -36,10 +37,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
-    "yaml": ("cli",),
     "pyarrow": ("report",),
     "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
+    "yaml": ("cli", "importers"),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
     "matplotlib": ("report",),
@@ -51,7 +52,7 @@ AT_IMPORT = {"click": ("cli",)}
 
 HEAVY = (
     "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "matplotlib", "pydantic", "tabulate",
-    "calibrate",
+    "calibrate", "planner.importers",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
 

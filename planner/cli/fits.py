@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from planner.cli.from_config import model_or_config
 from planner.cli.options import (
     COST,
+    FORMATS,
     Sectioned,
     Word,
     calibration_option,
     cost_options,
-    format_option,
+    format_option_of,
     trace_options,
     training_options,
 )
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
+    from planner.importers import Job
     from planner.report.answer import Answer
     from planner.search import Change
 
@@ -26,7 +29,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config(many=True)
 @click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), local for this machine's, or cpu.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
@@ -42,7 +45,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
     help="Ask loraplan's own program, or run the real libraries under fake tensors (slower; any model they know).",
 )
 @click.option("--changes/--no-changes", default=True, help="Search for what would fit if it does not.")
-@format_option
+@format_option_of((*FORMATS, "github"))
 @trace_options
 @training_options
 def fits(
@@ -63,21 +66,28 @@ def fits(
     """Say whether a fine-tuning run fits on a GPU, where memory and time go, what it costs and what to change.
 
     MODEL is an id of the catalogue (loraplan models), a model folder, a config.json, a .gguf file, or a hub id in the
-    local Hugging Face cache.
+    local Hugging Face cache. A training config takes its place: --from qlora.yml, or the file itself; several files
+    are checked one by one, in one table.
 
     \b
     Examples:
       loraplan fits meta-llama/Llama-3.1-8B --gpu rtx-4090 --method qlora
       loraplan fits Qwen/Qwen2.5-7B --vram 16GiB -r 16 --seq-len 4096 --explain
       loraplan fits ./my-model --gpu a100-80gb --stack trl --format json
+      loraplan fits --from qlora.yml --gpu a10g
+      loraplan fits configs/*.yml --gpu a10g --margin 10 --format github
 
     \b
     Exit codes: 0 it fits (or no card was named), 1 it does not fit or is too
     close to call, 2 could not answer.
     """
+    if style == "github":
+        from planner.cli.gate import only_files
+
+        raise only_files()
     wanted = {name: given.pop(name) for name in COST}
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing, calibration)
+    answer = answer_of(model, card_of(gpu, vram), percent_of(margin), given, changes, tracing, calibration)
     answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
@@ -91,15 +101,20 @@ class Tracing(NamedTuple):
     use_cache: bool
 
 
-def _answer(
+def answer_of(
     model: str,
     card: Gpu | None,
     margin: float,
     given: dict[str, Any],
     search: bool,
-    tracing: Tracing | None,
-    calibration: str | None,
+    tracing: Tracing | None = None,
+    calibration: str | None = None,
 ) -> Answer:
+    """Answer for one run; `given` holds what the training options gave.
+
+    Raises:
+        PlannerError: the run cannot be planned.
+    """
     from planner import calibration_files
     from planner.cli.plan import configure, load_model, training_settings
     from planner.predict import predict
@@ -113,7 +128,9 @@ def _answer(
         return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
     loaded = load_model(model)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
+    job: Job | None = given.get("job")
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
+    notes = (*(str(missing) for missing in job.missing), *notes) if job else notes
     chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
     coefficients, told = (chosen.coefficients, chosen.notes) if chosen else (None, ())
     prediction = predict(loaded.spec, training, card, warnings=(*notes, *told), coefficients=coefficients)
@@ -123,7 +140,7 @@ def _answer(
         from planner.search import nearest_changes
 
         found = nearest_changes(prediction, catalog.gpus())
-    origin = "given" if stack else "loraplan default"
+    origin = job.stack_origin if job and stack == job.stack else "given" if stack else "loraplan default"
     return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin)
 
 
@@ -179,7 +196,12 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
     return catalog.gpu(gpu)
 
 
-def _percent(text: str) -> float:
+def percent_of(text: str) -> float:
+    """Return a share given in percent.
+
+    Raises:
+        InvalidInput: not a number from 0 to below 100.
+    """
     from planner.errors import InvalidInput, one_line
 
     try:

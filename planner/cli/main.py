@@ -17,6 +17,7 @@ _COMMANDS = {
     "fits": ("planner.cli.fits", "fits"),
     "trace": ("planner.cli.trace", "trace"),
     "table": ("planner.cli.table", "table"),
+    "lint": ("planner.cli.lint", "lint"),
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),

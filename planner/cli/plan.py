@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from planner import families, lora, sources, stacks
 from planner.cli.options import LIBRARIES, flag_of
+from planner.cli.settled import NOTHING, Settled, settle, without_idle
 from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.hardware import Gpu
 from planner.model import ModelSpec
@@ -97,32 +98,50 @@ def configure(
 ) -> tuple[Resolved, TrainingSpec]:
     """Resolve the given options with the framework's defaults, for this model.
 
+    The option `job` (`planner.cli.from_config`) holds what config files say: it yields to options the user typed.
+
     `lenient` accepts settings that the run has no use for: tables fill columns that do not apply. On a `card` without
     bf16 the defaults become fp16. Of a model that no family describes (None) module names are not checked here.
 
     Raises:
         PlannerError: unknown values, settings that exclude each other or that the model does not have.
     """
-    method = infer_method(given)
-    resolved = stacks.resolve(stack, method=method, given=given)
+    user = {key: value for key, value in given.items() if key != "job" and value is not None}
+    settled = settle(given.get("job"), user, stack, model)
+    resolved = _resolved(stack, settled, user)
     if not lenient:
-        _refuse_idle(resolved, given)
-    if model is not None and method != "full" and given.get("target_modules") is None:
-        resolved = _with_known_targets(model, resolved, given)
-    if given.get("method") is None:
-        implied = "--quantization none" if given.get("quantization") == "none" else ""
-        origin = f"implied by {implied}" if implied else "loraplan default"
-        resolved = replace(resolved, settings={**resolved.settings, "method": Setting(method, origin)})
+        _refuse_idle(resolved, user)
+    if settled is not NOTHING:
+        settled = without_idle(settled, resolved)
+        resolved = _resolved(stack, settled, user)
+    hard = {**settled.stated, **user}
+    if model is not None and resolved["method"] != "full" and "target_modules" not in hard:
+        resolved = _with_known_targets(model, resolved, {**settled.unasked, **hard})
     if card is not None and lacks_bf16(card):
-        resolved = _in_fp16(resolved, given, card)
+        resolved = _in_fp16(resolved, hard, card)
     training = stacks.to_training_spec(resolved)
     if model is None:
         return resolved, training
     if training.lora is not None:
         lora.saved_module_parameters(model, training.lora)  # refuses a module that the model does not have
-    if given.get("skip_modules"):
+    if user.get("skip_modules"):
         _check_skipped(model, training.quantization.skip_modules)
     return resolved, training
+
+
+def _resolved(stack: str, settled: Settled, user: Mapping[str, Any]) -> Resolved:
+    """Resolve the options of user, files and frameworks, and say where each came from."""
+    merged = {**settled.unasked, **settled.stated, **user}
+    method = infer_method(merged)
+    resolved = stacks.resolve(stack, method=method, given=merged)
+    settings = dict(resolved.settings)
+    for key, origin in settled.origins.items():
+        if key not in user and key in merged:
+            settings[key] = settings[key]._replace(origin=origin)
+    if "method" not in merged:
+        implied = "--quantization none" if merged.get("quantization") == "none" else ""
+        settings["method"] = Setting(method, f"implied by {implied}" if implied else "loraplan default")
+    return replace(resolved, settings=settings)
 
 
 _DTYPE_KEYS = ("base_dtype", "autocast", "compute_dtype", "adapter_dtype")
@@ -165,7 +184,8 @@ def _with_known_targets(model: ModelSpec, resolved: Resolved, given: Mapping[str
             continue
         found = stacks.resolve(resolved.stack, method=resolved["method"], given={**given, "target_modules": targets})
         origin = f"{name}: {model.model_type} has no {missing} ({resolved.settings['target_modules'].origin})"
-        return replace(found, settings={**found.settings, "target_modules": Setting(targets, origin)})
+        changed = {"target_modules": Setting(targets, origin), "target_slices": found.settings["target_slices"]}
+        return replace(resolved, settings={**resolved.settings, **changed})
     return resolved
 
 
