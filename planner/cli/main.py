@@ -17,6 +17,10 @@ _COMMANDS = {
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),
+    "data": ("planner.cli.data", "data"),
+    "lora": ("planner.cli.lora", "lora"),
+    "simulate": ("planner.cli.simulate", "simulate"),
+    "export": ("planner.cli.export", "export"),
 }
 """Command -> module and attribute; a command's module is imported only when the command is used or listed."""
 
