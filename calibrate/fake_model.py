@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from planner import cuda_rules
-from planner.errors import Contradiction, InvalidInput
+from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.training import LoraSpec, TrainingSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,7 +29,9 @@ DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
     """Return the transformers config object, optionally with the first `layers` decoder layers only."""
+    import transformers
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = {k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_CONFIG}
     if "text_config" in values and "hidden_size" not in values:
@@ -37,6 +39,11 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
     model_type = values.pop("model_type", None)
     if not model_type:
         raise InvalidInput("the config has no model_type; pass a Hugging Face config.json")
+    if model_type not in CONFIG_MAPPING:
+        raise UnknownName(
+            f"model_type {one_line(model_type)!r} is unknown to the installed transformers {transformers.__version__}; "
+            "install a release that has it (code that comes with a model is not run)"
+        )
     if layers is not None:
         for name in PER_LAYER_LISTS:
             if isinstance(values.get(name), list):
@@ -82,6 +89,11 @@ def build(config: dict[str, Any], training: TrainingSpec, layers: int | None = N
 def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    if type(cfg) not in AutoModelForCausalLM._model_mapping:
+        raise UnknownName(
+            f"transformers has no causal language model for model_type {one_line(cfg.model_type)!r}; "
+            "only decoder-only language models are planned"
+        )
     implementation = "eager" if training.attention == "eager" else "sdpa"
     dtype = DTYPES[training.base_dtype]
     with torch.device("meta"):

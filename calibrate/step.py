@@ -42,12 +42,17 @@ class Step:
             for _ in range(cublas_handles()):
                 tracker.allocate(cublas_workspace_bytes(arch.capability), "cublas workspace")
 
+    @property
+    def micro_steps(self) -> int:
+        """Micro batches run per optimizer step."""
+        return min(self.training.gradient_accumulation_steps, 2)
+
     # --- the step ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Run one optimizer step (at most two micro steps: more look the same)."""
         self.optimizer.zero_grad(set_to_none=True)
-        for _ in range(min(self.training.gradient_accumulation_steps, 2)):
+        for _ in range(self.micro_steps):
             self._micro_step()
         self._enter("optimizer", "optimizer")
         with torch.no_grad():
@@ -124,8 +129,12 @@ class Step:
 
         def hook(module: nn.Module, args: Any) -> None:
             labels.modules.append(name)
-            if layer is not None and labels.phase == "forward":
+            if layer is None:
+                return
+            if labels.phase == "forward":
                 labels.segment = f"layer.{layer} forward"
+            elif labels.phase == "recompute":  # a reentrant checkpoint reruns the layer before any of its nodes
+                labels.segment = f"layer.{layer} backward"
 
         return hook
 
@@ -162,9 +171,12 @@ class Step:
 
     def _labelled_checkpoint(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         labels = self.tracker.labels
+        offloads = self.training.gradient_checkpointing == "offload"
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             flag = torch.is_autocast_enabled("cuda")
+            if not offloads and args and isinstance(args[0], torch.Tensor):
+                self.tracker.mark_checkpoint(args[0])
 
             def labelled(*inner: Any, **named: Any) -> Any:
                 if labels.phase != "backward":
@@ -193,7 +205,9 @@ class Step:
                 return tensor.detach().clone()
 
         def to_device(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.clone()
+            loaded = tensor.clone()
+            tracker.mark_checkpoint(loaded)
+            return loaded
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):

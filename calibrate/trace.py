@@ -32,6 +32,7 @@ from calibrate import cuda_semantics, fake_model
 from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture
+from planner.errors import Contradiction
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 STEPS = 2
@@ -46,9 +47,16 @@ class TraceResult:
     peak_event: int
     segment_peaks: dict[str, int]
     """Highest live bytes inside each segment of the last step."""
+    segment_peak_events: dict[str, int]
+    """The event that reaches it."""
     blocks: list[Block]
     events: list[Event]
     layers: int
+    segment_flops: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    """FLOPs of one micro batch by (phase, segment, operation); calibrate.flops says what counts."""
+    trainable_parameters: int = 0
+    parameters: int = 0
+    """Elements of all base weights, a tied one once; adapters not included."""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -56,6 +64,15 @@ class TraceResult:
     def peak_bytes(self) -> int:
         """Peak of the last step, when the optimizer state exists."""
         return self.step_peaks[-1]
+
+    @property
+    def flops(self) -> dict[str, dict[str, int]]:
+        """FLOPs of one micro batch by phase (forward with the loss, recompute, backward) and operation."""
+        found: dict[str, dict[str, int]] = {"forward": {}, "recompute": {}, "backward": {}}
+        for (phase, _, op), number in self.segment_flops.items():
+            counts = found.setdefault("forward" if phase == "loss" else phase, {})
+            counts[op] = counts.get(op, 0) + number
+        return found
 
     def live_at(self, event: int) -> list[Block]:
         """Return the storages alive right after event number `event`, largest first."""
@@ -114,7 +131,9 @@ def trace(
 def _trace(
     config: dict[str, Any], training: TrainingSpec, layers: int | None, arch: Architecture, real: bool
 ) -> TraceResult:
+    refuse_unsupported(training)
     model, notes = fake_model.build(config, training, layers)
+    counts = _parameters(model)
     host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
     tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops, cuda_semantics.LATE_OPS)
     with ExitStack() as stack:
@@ -130,7 +149,43 @@ def _trace(
         for number in range(1, STEPS + 1):
             tracker.labels.step = number
             step.run()
-        return _result(tracker, step.num_layers, notes)
+        result = _result(tracker, step.num_layers, notes)
+    micro_steps = step.micro_steps
+    result.segment_flops = {key[1:]: number // micro_steps for key, number in tracker.flops.items() if key[0] == STEPS}
+    result.parameters, result.trainable_parameters = counts
+    return result
+
+
+def _parameters(model: nn.Module) -> tuple[int, int]:
+    """Elements of the base model's parameters and of the trainable ones; a shared parameter counts once."""
+    base = trainable = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and "modules_to_save" not in name:
+            base += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+    return base, trainable
+
+
+def refuse_unsupported(training: TrainingSpec) -> None:
+    """Refuse settings that the trace would silently leave out.
+
+    Raises:
+        Contradiction: naming the setting and what to choose.
+    """
+    lora, quant = training.lora, training.quantization
+    reasons = (
+        (training.kernels != "none", f"{training.kernels} kernels; choose --kernels none"),
+        (training.compile, "torch.compile; drop --compile"),
+        (training.optimizer_in_backward, "an optimizer in the backward; drop --optimizer-in-backward"),
+        (training.loss in ("chunked", "fused"), f"a {training.loss} loss; choose --loss full-logits-fp32"),
+        (quant.kind not in ("none", "nf4", "fp4", "int8"), f"{quant.kind} bases; choose nf4, fp4, int8 or none"),
+        (quant.kind != "none" and quant.quantized_modules != "linears", "a partly quantized base; drop the option"),
+        (lora is not None and bool(lora.target_slices), "adapters on slices of a module; drop --target-slices"),
+    )
+    for unsupported, what in reasons:
+        if unsupported:
+            raise Contradiction(f"the trace runs the libraries themselves and has no {what}")
 
 
 def _load(model: nn.Module, training: TrainingSpec, tracker: Tracker, *, real: bool) -> None:
@@ -146,6 +201,7 @@ def _result(tracker: Tracker, layers: int, notes: list[str]) -> TraceResult:
     live = static = 0
     peaks = dict.fromkeys(range(1, STEPS + 1), 0)
     segments: dict[str, int] = {}
+    reached: dict[str, int] = {}
     peak_event = 0
     for index, event in enumerate(tracker.events):
         live += event.nbytes
@@ -156,13 +212,15 @@ def _result(tracker: Tracker, layers: int, notes: list[str]) -> TraceResult:
             peaks[event.step] = live
             if event.step == STEPS:
                 peak_event = index
-        if event.step == STEPS:
-            segments[event.segment] = max(segments.get(event.segment, 0), live)
+        if event.step == STEPS and live > segments.get(event.segment, 0):
+            segments[event.segment] = live
+            reached[event.segment] = index
     return TraceResult(
         static_bytes=static,
         step_peaks=list(peaks.values()),
         peak_event=peak_event,
         segment_peaks=segments,
+        segment_peak_events=reached,
         blocks=tracker.blocks,
         events=list(tracker.events),
         layers=layers,
@@ -217,7 +275,7 @@ def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Library chatter goes to stderr; stdout carries one document."""
     import logging
 
@@ -247,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     training = training_from_dict(json.loads(given.training.read_text()))
     major, minor = (int(x) for x in given.capability.split("."))
     arch = Architecture.plain() if given.plain else Architecture(capability=(major, minor))
-    with _quiet():
+    with quiet():
         if given.layers == "auto":
             from calibrate.extrapolate import extrapolate
 

@@ -17,6 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from calibrate import flops
+
+COPIES = ("aten._to_copy", "aten.clone")
+"""Operations whose result holds the values of their first argument."""
+
 Temporaries = Sequence[tuple[str, int]]
 SyntheticRule = Callable[[Any, Sequence[Any], dict[str, Any]], Temporaries]
 
@@ -37,6 +42,10 @@ class Block:
     module: str
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    source: int = -1
+    """The block that this one is a cast or a copy of (-1: not one)."""
+    kept_input: bool = False
+    """Whether it is a checkpoint: the input of a layer kept for its recomputation."""
 
     def describe(self) -> dict[str, Any]:
         """Return the block as plain JSON values."""
@@ -98,16 +107,19 @@ class Tracker(TorchDispatchMode):
         self.blocks: list[Block] = []
         self.events: list[Event] = []
         self._synthetic = synthetic
+        self.flops: dict[tuple[int, str, str, str], int] = {}
+        """FLOPs by (step, phase, segment, operation)."""
         self._live: dict[int, int] = {}
-        self._names: dict[Any, str] = {}
+        self._names: dict[Any, tuple[str, flops.Formula | None]] = {}
         self._last_op = ""
         self._ignoring = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = self._names.get(func)
-        if name is None:
-            name = self._names[func] = str(func).removesuffix(".default")
+        known = self._names.get(func)
+        if known is None:
+            known = self._names[func] = str(func).removesuffix(".default"), flops.formula(func)
+        name, formula = known
         if name.startswith(
             ("prim.", "profiler.")
         ):  # questions about tensors: no memory, and more than half of all calls
@@ -117,33 +129,47 @@ class Tracker(TorchDispatchMode):
         held = [] if late else self._allocate_hidden(name, hidden)
         self._last_op = name
         out = func(*args, **kwargs)
+        if formula is not None:
+            self._count(name, formula(args, kwargs, out))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self.register(leaf, name)
+                made = self.register(leaf, name)
+                if made is not None and name in COPIES:
+                    made.source = self._live.get(args[0].untyped_storage()._cdata, -1)
         if late:
             held = self._allocate_hidden(name, hidden)
         for block in reversed(held):
             self.release(block)
         return out
 
+    def _count(self, name: str, number: int) -> None:
+        at = self.labels
+        key = (at.step, at.phase, at.segment, name)
+        self.flops[key] = self.flops.get(key, 0) + number
+
     def _allocate_hidden(self, name: str, hidden: Temporaries) -> list[int]:
         return [self.allocate(nbytes, f"{name}:{label}") for label, nbytes in hidden]
 
-    def register(self, tensor: torch.Tensor, op: str) -> None:
-        """Record the tensor's storage if it is new."""
+    def register(self, tensor: torch.Tensor, op: str) -> Block | None:
+        """Record the tensor's storage if it is new, and return its block then."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
-            return
-        if storage.nbytes() == 0:
-            return
+        if key in self._live or storage.nbytes() == 0:
+            return None
         if self._ignoring or op in self._host_ops:
             self._live[key] = HOST
             weakref.finalize(storage, self._live.pop, key, None)
-            return
+            return None
         block = self.allocate(storage.nbytes(), op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         self._live[key] = block
         weakref.finalize(storage, self._freed, key, block)
+        return self.blocks[block]
+
+    def mark_checkpoint(self, tensor: torch.Tensor) -> None:
+        """Remember that the tensor's storage is the kept input of a checkpointed layer."""
+        block = self._live.get(tensor.untyped_storage()._cdata, HOST)
+        if block != HOST:
+            self.blocks[block].kept_input = True
 
     def adopt(self, tensor: torch.Tensor, op: str) -> None:
         """Record a storage that exists already (a parameter after loading)."""

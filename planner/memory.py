@@ -16,9 +16,22 @@ BLOCK = 512  # CUDACachingAllocator.h kMinBlockSize
 
 CATEGORIES = (
     "base weights", "adapters", "gradients", "optimizer state", "activations", "checkpoints", "logits and loss",
-    "activation gradients", "dequantized weights", "workspaces", "inputs",
+    "activation gradients", "weight copies", "workspaces", "inputs",
 )  # fmt: skip
-"""Owners of memory in the ledger, in the order they are printed."""
+"""Owners of memory in the ledger, in the order they are printed.
+
+- base weights, adapters: parameters and buffers as they lie there after loading;
+- gradients: of trainable parameters, from the moment they are theirs;
+- optimizer state: what the optimizer keeps from step to step;
+- checkpoints: layer inputs kept (or, offloaded, loaded again) for recomputation;
+- logits and loss: everything between the last layer's output and its gradient: final norm, logits, loss, backward;
+- weight copies: weights dequantized or cast for a product;
+- workspaces: memory inside CUDA kernels and libraries, and the optimizer's temporaries;
+- inputs: token ids, masks, positions, rotary tables;
+- activation gradients: made by the backward of layers; activations: the rest of forward and recomputation.
+
+calibrate.ledger sorts the storages of a trace by the same rules.
+"""
 
 _BY_OP = {
     "weight": "base weights",
@@ -28,14 +41,16 @@ _BY_OP = {
     "optimizer_temporary": "workspaces",
     "checkpoint": "checkpoints",
     "checkpoint_reload": "checkpoints",
-    "dequantize": "dequantized weights",
+    "dequantize": "weight copies",
+    "autocast_weight": "weight copies",
     "cublas": "workspaces",
+    "int8_product": "workspaces",
+    "softmax_grad_times_output": "workspaces",
     "input_ids": "inputs",
     "attention_mask": "inputs",
     "positions": "inputs",
     "rotary_tables": "inputs",
 }
-_LOGIT_OPS = ("lm_head", "log", "nll", "loss", "outputs_to_fp32")
 
 
 @record
@@ -73,9 +88,10 @@ class MemoryBreakdown:
     segments: tuple[SegmentPeak, ...]
 
 
-def rounded(nbytes: Any) -> Any:
-    """Round a request up to whole blocks of 512 bytes."""
-    return -(-nbytes // BLOCK) * BLOCK
+def rounded(nbytes: Any, block: int = BLOCK) -> Any:
+    """Round a request up to whole blocks; a release (negative) gives back as many blocks as its request took."""
+    taken = nbytes > 0 if isinstance(nbytes, int) else bool((nbytes > 0).any())
+    return -(-nbytes // block) * block if taken else nbytes // block * block
 
 
 def peak_bytes(record: Record, block: int = BLOCK) -> Any:
@@ -85,7 +101,7 @@ def peak_bytes(record: Record, block: int = BLOCK) -> Any:
     for segment in record.segments:
         start, inner = level, level
         for _, size in record.events[segment.start : segment.end]:
-            level = level + (-(-size // block) * block if block > 1 else size)
+            level = level + (rounded(size, block) if block > 1 else size)
             inner = _maximum(inner, level)
         extra = (segment.repeat - 1) * (level - start)
         peak = _maximum(peak, inner + _maximum(extra, 0 * extra))
@@ -101,10 +117,10 @@ def _maximum(a: Any, b: Any) -> Any:
     return np.maximum(a, b)
 
 
-def breakdown(record: Record, layer_names: dict[int, int] | None = None) -> MemoryBreakdown:
+def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: int = BLOCK) -> MemoryBreakdown:
     """Walk one configuration: its peak, moment and ledger.
 
-    `layer_names` maps emulated layers to real ones for the moment's label.
+    `layer_names` maps emulated layers to real ones for the moment's label; block=1 counts requested bytes.
     """
     level = peak = static = 0
     best: tuple[Segment, int, int, int] | None = None  # segment, event position, repetitions before it, its level
@@ -112,7 +128,7 @@ def breakdown(record: Record, layer_names: dict[int, int] | None = None) -> Memo
     for segment in record.segments:
         start, inner, position = level, level, segment.start
         for offset, (_, size) in enumerate(record.events[segment.start : segment.end]):
-            level += -(-size // BLOCK) * BLOCK
+            level += rounded(size, block)
             if level > inner:
                 inner, position = level, segment.start + offset
         extra = (segment.repeat - 1) * (level - start)
@@ -132,19 +148,19 @@ def breakdown(record: Record, layer_names: dict[int, int] | None = None) -> Memo
         layer=names.get(segment.layer, segment.layer),
         op=record.ops[record.events[position][0]],
     )
-    ledger = _ledger(record, segment, position, repetitions)
+    ledger = _ledger(record, segment, position, repetitions, block)
     return MemoryBreakdown(
         peak_allocated_bytes=peak, moment=moment, ledger=ledger, static_bytes=static, segments=tuple(segments)
     )
 
 
-def _ledger(record: Record, at: Segment, position: int, repetitions: int) -> tuple[tuple[str, int], ...]:
+def _ledger(record: Record, at: Segment, position: int, repetitions: int, block: int) -> tuple[tuple[str, int], ...]:
     """Sum what is alive at one event by category; repeated segments before it count as often as they run."""
     totals = dict.fromkeys(CATEGORIES, 0)
-    for segment, events, times in _until(record, at, position, repetitions):
+    layers_back = _layers_backward_begins(record)
+    for _, events, times in _until(record, at, position, repetitions):
         for index, size in events:
-            totals[category(record, index)] += -(-size // BLOCK) * BLOCK * times
-        del segment
+            totals[category(record, index, layers_back)] += rounded(size, block) * times
     return tuple((name, totals[name]) for name in CATEGORIES if totals[name])
 
 
@@ -160,19 +176,31 @@ def _until(
         yield segment, record.events[segment.start : segment.end], segment.repeat
 
 
-def category(record: Record, index: int) -> str:
-    """The owner of a storage: by the operation that made it and the phase it was made in."""
+def _layers_backward_begins(record: Record) -> int:
+    """Number of the first segment that belongs to the backward of a layer: before it lie loss and head."""
+    for number, segment in enumerate(record.segments):
+        if segment.phase == "backward" and segment.layer >= 0:
+            return number
+    return len(record.segments)
+
+
+def category(record: Record, index: int, layers_back: int) -> str:
+    """The owner of a storage: by the operation that made it and the place it was made in.
+
+    `layers_back`: the first segment of the layers' backward.
+    """
     op = record.ops[index]
     known = _BY_OP.get(op)
     if known:
         return known
     if op.startswith("weight_") and op != "weight_grad":
         return "base weights"
-    phase = record.segments[record.segment_of[index]].phase
-    if phase == "loss" or op.startswith(_LOGIT_OPS):
-        return "logits and loss"
     if op.endswith("_workspace"):
         return "workspaces"
-    if op.endswith("_grad") or op in ("mul_grad", "accumulate_grad", "sum_to"):
+    number = record.segment_of[index]
+    phase = record.segments[number].phase
+    if phase == "loss" or (phase == "backward" and number < layers_back):
+        return "logits and loss"
+    if op.endswith("_grad") or op == "sum_to":
         return "activation gradients"
     return "activations"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, priors
 from planner.hardware import Gpu
-from planner.model import ModelSpec
+from planner.model import ModelSpec, UnreadModel
 from planner.records import record
 from planner.step import program, sequence
 from planner.step.engine import Record
@@ -46,7 +46,7 @@ class Range:
 class Prediction:
     """What one configuration needs, and whether a card has it."""
 
-    model: ModelSpec
+    model: ModelSpec | UnreadModel
     training: TrainingSpec
     gpu: Gpu | None
     allocated: Range
@@ -59,6 +59,9 @@ class Prediction:
     warnings: tuple[str, ...]
     uncertainty: tuple[tuple[str, float], ...]
     """(reason, relative share) of the interval of the allocated figure."""
+    via: Literal["program", "trace"] = "program"
+    libraries: tuple[tuple[str, str], ...] = ()
+    """Releases that were traced (see planner.traced)."""
     time: timing.StepTime | None = None
     """None without a GPU, or where no source states the card's rates."""
 
@@ -122,7 +125,7 @@ def predict(
         device=device,
         breakdown=breakdown,
         trainable_parameters=int(run.trainable_parameters),
-        verdict=_verdict(gpu, allocated, out_of_memory) if gpu else None,
+        verdict=verdict_for(gpu, allocated, out_of_memory) if gpu else None,
         warnings=(*warnings, *training_warnings(model, training, gpu)),
         uncertainty=reasons,
         time=_time(run.record, training, gpu, coefficients),
@@ -140,15 +143,20 @@ def _time(
 def _with_allocator(
     record: Record, peak: int, reasons: tuple[tuple[str, float], ...], gpu: Gpu | None
 ) -> tuple[Range, Range, bool]:
+    small = sequence.small_peak(record, allocator.SMALL_SIZE)
+    return allocator_ranges(sequence.expand(record, STEPS, allocator.SMALL_SIZE), small, peak, reasons, gpu)
+
+
+def allocator_ranges(
+    events: list[tuple[int, int]], small: int, peak: int, reasons: tuple[tuple[str, float], ...], gpu: Gpu | None
+) -> tuple[Range, Range, bool]:
     """Replay the allocator without a limit, and within the card when the cache would outgrow it.
 
-    The small pool (requests up to 1 MiB) fragments little and is taken at its peak, rounded to segments; only the
-    large pool is replayed.
+    The small pool (requests up to 1 MiB) fragments little and is taken at its peak `small`, rounded to segments; only
+    the large pool is replayed. Returns allocated, reserved, and whether the card was too small for the replay.
     """
     share = sum(s for _, s in reasons)
-    small = sequence.small_peak(record, allocator.SMALL_SIZE)
     small_reserved = -(-small // allocator.SMALL_SEGMENT) * allocator.SMALL_SEGMENT
-    events = sequence.expand(record, STEPS, allocator.SMALL_SIZE)
     replayed = allocator.replay(events)
     expected, ran_out = replayed.peak_reserved + small_reserved, False
     allocated = Range(
@@ -176,7 +184,7 @@ FRAGMENTATION = 0.05
 """Share added to the upper end of reserved memory: what loading and validation leave behind is not replayed."""
 
 
-def _verdict(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
+def verdict_for(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
     """Whether the live memory fits beside the context; the cache shrinks when the card is full."""
     limits = [gpu.free_bytes - context for context in CONTEXT_BYTES]
     if allocated.low > limits[0] or (ran_out and allocated.expected > limits[1]):
@@ -202,7 +210,9 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     if training.uses_own_modules:
         reasons.append(("the framework's own modules are approximated by those of transformers", 0.15))
     own_attention = any(
-        not layer.attention.sdpa and not layer.attention.logit_softcap and layer.attention.position != "none"
+        not layer.attention.has_sdpa(training.versions.transformers)
+        and not layer.attention.logit_softcap
+        and layer.attention.position != "none"
         for layer, _ in model.distinct_layers()
     )
     if own_attention:
@@ -222,8 +232,8 @@ def lacks_bf16(gpu: Gpu) -> bool:
     return gpu.bf16_native is False or (capability is not None and capability < (8, 0) and gpu.vendor != "AMD")
 
 
-def training_warnings(model: ModelSpec, training: TrainingSpec, gpu: Gpu | None) -> tuple[str, ...]:
-    """Visible warnings: what the hardware lacks, and what the settings cost unnoticed."""
+def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu | None) -> tuple[str, ...]:
+    """Visible warnings: what the hardware lacks, and what the settings cost unnoticed (None: an unread model)."""
     notes: list[str] = []
     capability = gpu.compute_capability if gpu else None
     half = "bf16" in (training.autocast, training.base_dtype, training.quantization.compute_dtype)
@@ -231,6 +241,8 @@ def training_warnings(model: ModelSpec, training: TrainingSpec, gpu: Gpu | None)
         notes.append(f"{gpu.name} has no bf16 tensor cores: use fp16 (--autocast fp16 --base-dtype fp16)")
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
+    if model is None:
+        return tuple(notes)
     experts = [layer.experts for layer, _ in model.distinct_layers() if layer.experts]
     if experts and training.quantization.kind in ("nf4", "fp4", "int8"):
         notes.append("expert weights are fused 3-D parameters that bitsandbytes does not quantize: they stay 16-bit")

@@ -253,6 +253,8 @@ class _Sums:
             launch = "launch_forward"
         self.device[part] += seconds * times
         self.host[part] += launches * self.rates.c[launch]
+        if kernel.op in ("dequantize", "int8_quantize"):
+            self.host[part] += times * self.rates.c["launch_quantized"]
         self.flops[part] += kernel.flops * times
         steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
@@ -376,6 +378,30 @@ def _uncertainty(
         if share > 0.001:
             shares.append((name, share))
     return tuple(shares)
+
+
+SHARED_FORMULA = 0.5
+"""Share of the formulas' variance that two runs on one card in one framework have in common: assumed."""
+MEASUREMENT_ERROR = 0.05
+"""Relative standard error of a published run's time: repeats differ by that much."""
+
+Terms = tuple[tuple[str, float], ...]
+
+
+def anchor_factor(anchor: Terms, target: Terms, ratio: float) -> float:
+    """What one measured run says about another: the factor on the other's predicted seconds.
+
+    The posterior mean of a Gaussian model. log(measured / predicted) of a run is a sum of independent errors, one per
+    coefficient, each as large as that coefficient's share of the run's time times its relative error (the terms of
+    `StepTime.uncertainty`). Runs that wait for the same things share those errors; the rest of the anchor's deviation
+    is its own. `ratio` is the anchor's measured over predicted time.
+    """
+    mine = dict(anchor)
+    shared = sum(
+        mine.get(name, 0.0) * share * (SHARED_FORMULA if name == "formulas" else 1.0) for name, share in target
+    )
+    variance = sum(share**2 for share in mine.values()) + MEASUREMENT_ERROR**2
+    return float(ratio ** (shared / variance))
 
 
 # --- numbers and arrays --------------------------------------------------------------------------------------------

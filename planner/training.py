@@ -106,6 +106,7 @@ class QuantizationSpec:
     def __post_init__(self) -> None:
         choice("quantization", self.kind)
         choice("dtype", self.compute_dtype)
+        _positive("group_size", self.group_size, highest=2**20)
         if self.double_quant and self.kind not in ("nf4", "fp4"):
             raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")
 
@@ -115,7 +116,7 @@ class Versions:
     """Library releases that change the answer, as (major, minor) tuples."""
 
     torch: tuple[int, int] = (2, 13)
-    transformers: tuple[int, int] = (5, 23)
+    transformers: tuple[int, int] = (5, 24)
     peft: tuple[int, int] = (0, 21)
     bitsandbytes: tuple[int, int] = (0, 50)
 

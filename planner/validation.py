@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import stat
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from planner import stacks
 from planner.errors import InvalidInput, PlannerError, one_line, unknown
 from planner.records import record
+from planner.timing import Terms, anchor_factor
 from planner.training import Versions
 from planner.units import MiB
 
@@ -185,10 +187,13 @@ def read_measurements(path: Path) -> list[dict[str, str]]:
         InvalidInput: naming the line, if the file, its header or a number in it cannot be read.
     """
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # opening a pipe waits for a writer, maybe for ever
+            raise InvalidInput(f"{one_line(str(path))!r} is a pipe; write the table to a file and pass that")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InvalidInput(f"cannot read {one_line(str(path))!r}: {error.strerror or error}; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"cannot read {one_line(str(path))!r}: {reason}; check the path") from None
     return parse_measurements(data, one_line(path.name, 60))
 
 
@@ -437,28 +442,42 @@ def score(
     *,
     capacity: Callable[[str], int | None],
     include_loose: bool = False,
+    anchor: bool = False,
 ) -> Report:
     """Predict every row and compare; `capacity(gpu_id)` is the card's memory in bytes, None if it is not known.
 
     Args:
+        anchor: correct times by the first timed row of each card and framework, which is then not scored
+            (`planner.timing.anchor_factor`).
         include_loose: also score figures of confidence C (they stay in the list of flagged rows).
     """
-    run = _Run(predict, capacity, include_loose)
+    run = _Run(predict, capacity, include_loose, anchor)
     for row in rows:
         run.add(row)
     return Report(
-        comparisons=tuple(run.comparisons),
+        comparisons=(*run.comparisons, *run.anchored()),
         verdicts=run.verdicts,
         skipped=tuple(run.skipped),
         flagged=tuple(run.flagged),
     )
 
 
+class _Scaled(NamedTuple):
+    """A range times a factor."""
+
+    low: float
+    expected: float
+    high: float
+
+
 class _Run:
     """Collects the results of one validation; equal configurations are predicted once."""
 
-    def __init__(self, predict: Predict, capacity: Callable[[str], int | None], include_loose: bool) -> None:
-        self.predict, self.capacity, self.include_loose = predict, capacity, include_loose
+    def __init__(
+        self, predict: Predict, capacity: Callable[[str], int | None], include_loose: bool, anchor: bool
+    ) -> None:
+        self.predict, self.capacity, self.include_loose, self.anchor = predict, capacity, include_loose, anchor
+        self.timed: list[tuple[Row, Any, float]] = []
         self.known: dict[str, Predicted | str] = {}
         self.comparisons: list[Comparison] = []
         self.verdicts = {"oom_right": 0, "oom_wrong": 0, "ok_right": 0, "ok_wrong": 0}
@@ -532,7 +551,29 @@ class _Run:
                 Skipped(row["id"], f"no source states the rates of {one_line(row['gpu'], 40)}: no time")
             )
         else:
-            self.comparisons.append(_comparison(row, "time", step, step.low, step.high, seconds, seconds))
+            self.timed.append((row, predicted, seconds))
+
+    def anchored(self) -> list[Comparison]:
+        """Times of every row; with an anchor, corrected by what the first row of each card and framework was off.
+
+        The anchors themselves are not scored: they are listed with what they measured over what was predicted.
+        """
+        anchors: dict[tuple[str, str], tuple[Terms, float]] = {}
+        found = []
+        for row, predicted, seconds in self.timed:
+            step: Range = predicted.step_s
+            key = (row["gpu"], row["framework"])
+            terms: Terms = predicted.time.uncertainty if self.anchor else ()
+            if self.anchor and key not in anchors:
+                ratio = seconds / step.expected
+                anchors[key] = (terms, ratio)
+                text = f"anchor of {' '.join(key)}: measured {ratio:.3f} times the prediction"
+                self.flagged.append(Skipped(row["id"], text))
+                continue
+            scale = anchor_factor(anchors[key][0], terms, anchors[key][1]) if self.anchor else 1.0
+            scaled = _Scaled(step.low * scale, step.expected * scale, step.high * scale)
+            found.append(_comparison(row, "time", scaled, scaled.low, scaled.high, seconds, seconds))
+        return found
 
 
 def published_step_s(row: Row) -> float | None:

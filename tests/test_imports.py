@@ -21,9 +21,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lora", "families", "stacks", "headers"),
     ("gguf_config",),
     ("step", "allocator"),
-    ("memory",),
-    ("predict",),
-    ("search", "validation"),
+    ("memory", "calibration"),
+    ("timing",),
+    ("predict", "cost"),
+    ("search", "validation", "traced"),
     ("catalog",),
     ("sources",),
     ("report",),
@@ -36,6 +37,7 @@ LAZY = {
     "huggingface_hub": ("sources",),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
+    "matplotlib": ("report",),
 }
 """What is not in the standard library and may be imported inside a function, and where ("" is everywhere)."""
 
@@ -43,7 +45,8 @@ AT_IMPORT = {"click": ("cli",)}
 """What may be imported when a module is loaded."""
 
 HEAVY = (
-    "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "pydantic", "tabulate", "calibrate"
+    "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "matplotlib", "pydantic", "tabulate",
+    "calibrate",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
 

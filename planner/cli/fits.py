@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from planner.cli.options import LIBRARIES, Sectioned, format_option, training_options
+from planner.cli.options import COST, Sectioned, Word, cost_options, format_option, trace_options, training_options
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
@@ -22,13 +22,32 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
 @click.option("--explain", is_flag=True, help="Every setting with its origin, model facts, sources, uncertainty.")
+@cost_options
+@click.option(
+    "--via",
+    type=Word("way to answer", ("program", "trace")),
+    default="program",
+    show_default=True,
+    help="Ask loraplan's own program, or run the real libraries under fake tensors (slower; any model they know).",
+)
 @click.option("--changes/--no-changes", default=True, help="Search for what would fit if it does not.")
 @format_option
+@trace_options
 @training_options
 def fits(
-    model: str, gpu: str | None, vram: str | None, margin: str, explain: bool, changes: bool, style: str, **given: Any
+    model: str,
+    gpu: str | None,
+    vram: str | None,
+    margin: str,
+    explain: bool,
+    via: str,
+    changes: bool,
+    style: str,
+    time_limit: float,
+    use_cache: bool,
+    **given: Any,
 ) -> int:
-    """Say whether a fine-tuning run fits on a GPU, where its memory goes and what to change if not.
+    """Say whether a fine-tuning run fits on a GPU, where memory and time go, what it costs and what to change.
 
     MODEL is an id of the catalogue (loraplan models), a model folder, a config.json, a .gguf file, or a hub id in the
     local Hugging Face cache.
@@ -43,32 +62,36 @@ def fits(
     Exit codes: 0 it fits (or no card was named), 1 it does not fit or is too
     close to call, 2 could not answer.
     """
-    answer = _answer(model, _card(gpu, vram), _percent(margin), given, changes)._replace(explain=explain)
+    wanted = {name: given.pop(name) for name in COST}
+    tracing = Tracing(time_limit, use_cache) if via == "trace" else None
+    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing)._replace(explain=explain)
+    answer = _with_cost(answer, wanted)
     _print(answer, style)
     return 0 if answer.prediction.verdict in ("fits", None) else 1
 
 
-def _answer(model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool) -> Answer:
-    from planner.cli.plan import configure, load_model, parse_slices
+class Tracing(NamedTuple):
+    """How long a trace may run, and whether an answer of an earlier one will do."""
+
+    time_limit_s: float
+    use_cache: bool
+
+
+def _answer(
+    model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool, tracing: Tracing | None
+) -> Answer:
+    from planner.cli.plan import configure, load_model, training_settings
     from planner.predict import predict
     from planner.report.answer import Answer
-    from planner.stacks import parse_versions
 
-    releases = {name: given.pop(name) for name in LIBRARIES}
-    if any(releases.values()):
-        given["versions"] = parse_versions({name: text for name, text in releases.items() if text})
-    given["target_slices"] = parse_slices(given["target_slices"])
-    if given["skip_modules"] == "none":
-        given["skip_modules"] = ()
-    stack = given.pop("stack")
+    stack = training_settings(given)
+    card, kept = _with_margin(card, margin)
+    if tracing is not None:
+        from planner.cli.trace import traced_answer
+
+        return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
     loaded = load_model(model)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
-    kept = 0
-    if card is not None and margin:
-        from dataclasses import replace
-
-        kept = int(card.memory_bytes * margin / 100)
-        card = replace(card, used_by_others_bytes=card.used_by_others_bytes + kept)
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
     prediction = predict(loaded.spec, training, card, warnings=notes)
     found: tuple[Change, ...] = ()
@@ -81,7 +104,28 @@ def _answer(model: str, card: Gpu | None, margin: float, given: dict[str, Any], 
     return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin)
 
 
-def _card(gpu: str | None, vram: str | None) -> Gpu | None:
+def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
+    """Add the whole run's hours and price, if a run was given."""
+    if all(value is None for value in wanted.values()):
+        return answer
+    from planner.cli.money import amount_of, run_plan
+
+    amount = amount_of(wanted)
+    plan, notes = run_plan(answer.prediction, amount, wanted)
+    return answer._replace(run=plan, mean_tokens=amount.mean_tokens, notes=notes)
+
+
+def _with_margin(card: Gpu | None, percent: float) -> tuple[Gpu | None, int]:
+    """The card with a share of its memory taken, and that share in bytes."""
+    if card is None or not percent:
+        return card, 0
+    from dataclasses import replace
+
+    kept = int(card.memory_bytes * percent / 100)
+    return replace(card, used_by_others_bytes=card.used_by_others_bytes + kept), kept
+
+
+def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
     """Return the card that was named, if one was.
 
     Raises:

@@ -48,6 +48,37 @@ def format_option(command: _Command) -> _Command:
     )(command)
 
 
+COST = ("tokens", "rows", "epochs", "mean_tokens", "price", "dbu_table", "dbu_rate")
+"""Parameters that `cost_options` adds."""
+
+
+def cost_options(command: _Command) -> _Command:
+    """Add what a whole run is: how much is trained, and what an hour costs."""
+    for flag, kind, metavar, text in reversed((
+        ("--tokens", str, "N", "Train on this many tokens, for example 10M: hours and USD."),
+        ("--rows", int, "N", "Train on this many rows."),
+        ("--epochs", float, "N", "Passes over the rows (default 1)."),
+        ("--mean-tokens", float, "N", "Useful tokens per row, where rows are padded to the length."),
+        ("--price", float, "USD", "USD per hour; otherwise the cheapest machine of the instance table."),
+        ("--dbu-table", str, "FILE", "Databricks units per hour of each node type (JSON), added to machine prices."),
+        ("--dbu-rate", float, "USD", "USD per Databricks unit."),
+    )):  # fmt: skip
+        command = click.option(flag, type=kind, metavar=metavar, default=None, help=text)(command)
+    return command
+
+
+def trace_options(command: _Command) -> _Command:
+    """Add the options of commands that may run a trace (parameters `time_limit` and `use_cache`)."""
+    limit = click.option(
+        "--time-limit", type=click.FloatRange(1, 86400), default=600.0, show_default=True, metavar="SECONDS",
+        help="Give up a trace after this long.",
+    )  # fmt: skip
+    cache = click.option(
+        "--cache/--no-cache", "use_cache", default=True, help="Reuse a trace of the same run and library releases."
+    )
+    return limit(cache(command))
+
+
 _DTYPES = {
     "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "no": "none",
 }  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from planner import families, lora, sources, stacks
-from planner.cli.options import flag_of
+from planner.cli.options import LIBRARIES, flag_of
 from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.hardware import Gpu
 from planner.model import ModelSpec
@@ -31,7 +31,15 @@ def load_model(source: str, *, offline: bool = False) -> LoadedModel:
     Raises:
         PlannerError: no such model, an unreadable file, or a family that is not known.
     """
-    loaded = sources.load_config(source, offline=offline)
+    return read_model(sources.load_config(source, offline=offline))
+
+
+def read_model(loaded: LoadedConfig) -> LoadedModel:
+    """Build what the model of a config is made of.
+
+    Raises:
+        PlannerError: a family that is not known, or an impossible value.
+    """
     spec = families.build_spec(loaded.config, model_id=loaded.model_id)
     warnings = [*loaded.warnings, *spec.notes]
     if loaded.exact_parameters:
@@ -56,13 +64,29 @@ def infer_method(given: Mapping[str, Any]) -> str:
     return "lora" if given.get("quantization") == "none" else "qlora"
 
 
+def training_settings(given: dict[str, Any]) -> str | None:
+    """Turn what the training options gave into the keys of `planner.stacks`, in place; return the stack named.
+
+    Raises:
+        InvalidInput: a release or part number that is none.
+    """
+    releases = {name: given.pop(name) for name in LIBRARIES}
+    if any(releases.values()):
+        given["versions"] = stacks.parse_versions({name: text for name, text in releases.items() if text})
+    given["target_slices"] = parse_slices(given["target_slices"])
+    if given["skip_modules"] == "none":
+        given["skip_modules"] = ()
+    stack: str | None = given.pop("stack")
+    return stack
+
+
 def configure(
-    model: ModelSpec, stack: str, given: Mapping[str, Any], *, lenient: bool = False, card: Gpu | None = None
+    model: ModelSpec | None, stack: str, given: Mapping[str, Any], *, lenient: bool = False, card: Gpu | None = None
 ) -> tuple[Resolved, TrainingSpec]:
     """Resolve the given options with the framework's defaults, for this model.
 
     `lenient` accepts settings that the run has no use for: tables fill columns that do not apply. On a `card` without
-    bf16 the defaults become fp16.
+    bf16 the defaults become fp16. Of a model that no family describes (None) module names are not checked here.
 
     Raises:
         PlannerError: unknown values, settings that exclude each other or that the model does not have.
@@ -71,7 +95,7 @@ def configure(
     resolved = stacks.resolve(stack, method=method, given=given)
     if not lenient:
         _refuse_idle(resolved, given)
-    if method != "full" and given.get("target_modules") is None:
+    if model is not None and method != "full" and given.get("target_modules") is None:
         resolved = _with_known_targets(model, resolved, given)
     if given.get("method") is None:
         implied = "--quantization none" if given.get("quantization") == "none" else ""
@@ -80,6 +104,8 @@ def configure(
     if card is not None and lacks_bf16(card):
         resolved = _in_fp16(resolved, given, card)
     training = stacks.to_training_spec(resolved)
+    if model is None:
+        return resolved, training
     if training.lora is not None:
         lora.saved_module_parameters(model, training.lora)  # refuses a module that the model does not have
     if given.get("skip_modules"):

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli.options import format_option
+from planner.cli.options import Word, format_option
 
 if TYPE_CHECKING:
     from planner.predict import Prediction
-    from planner.validation import Report
 
 
 @click.command()
@@ -18,10 +17,14 @@ if TYPE_CHECKING:
 @click.option("--source", "sources", multiple=True, metavar="NAME", help="Only rows of this source (repeatable).")
 @click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only rows with this value (repeatable).")
 @click.option("--rows", is_flag=True, help="Print each compared figure too.")
+@click.option(
+    "--anchor", type=Word("anchor", ("none", "first")), default="none", show_default=True,
+    help="Correct times by the first timed row of each card and framework (not scored then).",
+)  # fmt: skip
 @click.option("--include-c", is_flag=True, help="Score figures of confidence C too.")
 @format_option
 def validate(
-    file: str, sources: tuple[str, ...], where: tuple[str, ...], rows: bool, include_c: bool, style: str
+    file: str, sources: tuple[str, ...], where: tuple[str, ...], rows: bool, anchor: str, include_c: bool, style: str
 ) -> int:
     """Compare predictions with the measurements of FILE (CSV, columns of measurements.md).
 
@@ -46,24 +49,11 @@ def validate(
     table = validation.select(validation.read_measurements(Path(file)), sources, where)
     glue = _Glue()
     report = validation.score(
-        progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c
-    )
-    report = _without_unmodelled_time(report)
+        progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c,
+        anchor=anchor == "first",
+    )  # fmt: skip
     click.echo(validation_report.render(report, style, rows=rows), nl=False)
     return 0 if report.comparisons or any(report.verdicts.values()) else 1
-
-
-def _without_unmodelled_time(report: Report) -> Report:
-    """Drop the notes about times while no prediction has a time to compare."""
-    from dataclasses import replace
-
-    if any(item.quantity == "time" for item in report.comparisons):
-        return report
-    return replace(report, skipped=tuple(item for item in report.skipped if not _about_time(item.reason)))
-
-
-def _about_time(reason: str) -> bool:
-    return reason.startswith(("time without", "speed in tokens", "confidence C (time)"))
 
 
 class _Glue:

@@ -16,6 +16,7 @@ from planner.report.answer import (
     value_words,
 )
 from planner.report.tables import aligned, wrapped
+from planner.report.time_text import ledger_block, step_block
 from planner.units import gib
 
 _TOTALS = {
@@ -36,7 +37,7 @@ SMALL = 5 * 2**20
 
 def render(answer: Answer) -> str:
     """Return the whole report."""
-    blocks = [_headline(answer), _ledger(answer), _peak(answer)]
+    blocks = [_headline(answer), _ledger(answer), _peak(answer), step_block(answer)]
     if answer.changes:
         blocks.append(_changes(answer))
     elif answer.prediction.verdict in ("does not fit", "too close to call"):
@@ -45,8 +46,12 @@ def render(answer: Answer) -> str:
         blocks += _explanation(answer)
     else:
         blocks.append(_assumed(answer))
-    blocks.append("".join(f"{_paragraph('warning: ', note)}\n" for note in answer.prediction.warnings))
+    blocks.append("".join(f"{_paragraph('warning: ', note)}\n" for note in _warnings(answer)))
     return "\n".join(block for block in blocks if block)
+
+
+def _warnings(answer: Answer) -> tuple[str, ...]:
+    return (*answer.prediction.warnings, *answer.notes)
 
 
 def _paragraph(label: str, text: str) -> str:
@@ -127,6 +132,8 @@ def _explanation(answer: Answer) -> Iterator[str]:
     yield _settings(answer)
     yield _model_facts(answer)
     yield _segments(answer)
+    if answer.prediction.time is not None:
+        yield ledger_block(answer.prediction.time)
     yield _reasons(answer)
 
 

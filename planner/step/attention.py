@@ -1,6 +1,6 @@
 """Self-attention: projections, positions, and the kernel that settings, dtypes and GPU select.
 
-The order of calls and the lifetimes of local names follow transformers 5.23 (models/*/modeling_*.py).
+The order of calls and the lifetimes of local names follow transformers 5.23 and 5.24 (models/*/modeling_*.py).
 """
 
 from __future__ import annotations
@@ -175,9 +175,10 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
     """The attention kernel that the settings, the dtypes and the GPU select."""
     eng = step.eng
     arg = (q, k, v)
-    if spec.sinks and (step.train.attention == "eager" or not spec.sdpa):
+    has_sdpa = spec.has_sdpa(step.train.versions.transformers)
+    if spec.sinks and (step.train.attention == "eager" or not has_sdpa):
         out = _eager_sinks(step, spec, q, k, v)
-    elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not spec.sdpa):
+    elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not has_sdpa):
         out = _eager(step, spec, q, k, v)
     else:
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
@@ -207,7 +208,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     source = q.dtype
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
-    mask = eng.empty(step.seq * step.seq, q.dtype, "attention_mask")
+    mask = eng.empty(step.seq * step.seq, q.dtype, "attention_bias")
     groups = spec.num_heads // spec.num_kv_heads
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
     scaled = ops.scale(eng, q, "attention")

@@ -140,7 +140,9 @@ _LEAF = sys.maxsize  # AccumulateGrad runs as soon as it is ready: highest prior
 class Node:
     """A node of the autograd graph: edges to the producers of its inputs, what it saved, and its backward."""
 
-    __slots__ = ("backward", "dtypes", "edges", "frame", "layer", "leaf", "numels", "outputs", "saved", "seq")
+    __slots__ = (
+        "backward", "dtypes", "edges", "frame", "is_parameter", "layer", "leaf", "numels", "outputs", "saved", "seq",
+    )  # fmt: skip
 
     def __init__(self, seq: int, backward: Backward | None, saved: tuple[Tensor, ...]) -> None:
         self.seq = seq
@@ -151,6 +153,8 @@ class Node:
         self.numels: list[Size] = []
         self.outputs = 1
         self.leaf: Tensor | None = None
+        self.is_parameter = False
+        """Whether `leaf` is a parameter of the model, not an activation made a leaf."""
         self.frame: Frame | None = None
         self.layer = -1
 
@@ -211,13 +215,14 @@ class Engine:
     def parameter(self, numel: Size, dtype: str, op: str, trainable: bool = False) -> Tensor:
         """Allocate a leaf: frozen, or trainable with an AccumulateGrad node."""
         tensor = self.empty(numel, dtype, op)
-        return self.leaf(tensor) if trainable else tensor
+        return self.leaf(tensor, is_parameter=True) if trainable else tensor
 
-    def leaf(self, tensor: Tensor) -> Tensor:
+    def leaf(self, tensor: Tensor, is_parameter: bool = False) -> Tensor:
         """Make `tensor` a leaf that requires grad."""
         tensor.requires_grad = True
         node = Node(_LEAF, None, ())
         node.leaf = tensor
+        node.is_parameter = is_parameter
         tensor.node = node
         return tensor
 
@@ -468,7 +473,7 @@ class Engine:
     def _evaluate(self, node: Node, grads: Grads) -> list[Tensor | None]:
         """Run one node: its inputs die when it returns, then its saved tensors, then outputs are validated."""
         if node.leaf is not None:
-            self._accumulate_leaf(node.leaf, grads)
+            self._accumulate_leaf(node.leaf, grads, node.is_parameter)
             return []
         frame = node.frame
         if frame is not None and frame.recompute is not None:
@@ -507,7 +512,7 @@ class Engine:
             return
         buffer[index] = self.empty(old.numel, old.dtype, "accumulate_grad")
 
-    def _accumulate_leaf(self, leaf: Tensor, grads: Grads) -> None:
+    def _accumulate_leaf(self, leaf: Tensor, grads: Grads, is_parameter: bool) -> None:
         """AccumulateGrad: the first gradient is stolen if nobody else holds it, else cloned; later ones are added."""
         grad = grads[0]
         grads.clear()
@@ -517,10 +522,11 @@ class Engine:
             self.kernel("elementwise", grad.dtype, 3 * grad.nbytes)
             return
         if sys.getrefcount(grad.storage) > 2:
-            copy = self.empty(grad.numel, grad.dtype, "gradient")
+            copy = self.empty(grad.numel, grad.dtype, "copied_grad")
             self.kernel("copy", grad.dtype, 2 * grad.nbytes)
             grad = copy
-        self.record.ops[grad.storage.index] = "gradient"
+        if is_parameter:
+            self.record.ops[grad.storage.index] = "gradient"
         leaf.grad = grad
 
 

@@ -201,7 +201,7 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, 
     """torch._grouped_mm over experts: like a linear, one product per expert; a bias is gathered per row first."""
     eng = step.eng
     x = ops.autocast_half(eng, x)
-    w = ops.autocast_half(eng, weight, cache=True)
+    w = ops.autocast_half(eng, weight, is_weight=True)
     gathered = eng.empty(rows * n, x.dtype, "experts") if bias else None
     out = eng.empty(rows * n, x.dtype, "experts")
     number = w.numel // (n * k)

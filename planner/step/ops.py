@@ -278,17 +278,17 @@ def expand_copy(eng: Engine, x: Tensor, factor: int, op: str = "repeat_kv") -> T
 # --- autocast ------------------------------------------------------------------------------------------------------
 
 
-def autocast_half(eng: Engine, x: Tensor, cache: bool = False) -> Tensor:
+def autocast_half(eng: Engine, x: Tensor, is_weight: bool = False) -> Tensor:
     """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context."""
     target = eng.autocast
     if target is None or x.dtype not in ITEMSIZE or x.dtype == target:
         return x
-    leaf = cache and x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
+    leaf = is_weight and x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
     if leaf:
         held = eng.cast_cache.get(id(x))
         if held is not None:
             return held[1]
-    out = cast(eng, x, target, "autocast_weight" if leaf else "autocast")
+    out = cast(eng, x, target, "autocast_weight" if is_weight else "autocast")
     if leaf:
         eng.cast_cache[id(x)] = (eng.layer, out)
     return out
@@ -313,8 +313,8 @@ def linear(
     """F.linear: x [m, k], weight [n, k] -> [m, n]; saves x for the weight's gradient, the weight for the input's."""
     arg = x  # held by the caller until the product exists
     kind = "lora" if op in ("lora_a", "lora_b") else "matmul"
-    b = autocast_half(eng, bias, cache=True) if bias is not None else None
-    w = autocast_half(eng, weight, cache=True)
+    b = autocast_half(eng, bias, is_weight=True) if bias is not None else None
+    w = autocast_half(eng, weight, is_weight=True)
     x = autocast_half(eng, x)
     need_x, need_w, need_b = x.requires_grad, w.requires_grad, b is not None and b.requires_grad
     saved: list[Tensor] = []

@@ -337,7 +337,7 @@ class _Run:
             sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
             step.cos_sin = (cos, sin)
             del angles, both
-        eager = step.train.attention == "eager" or not spec.sdpa
+        eager = step.train.attention == "eager" or not spec.has_sdpa(step.train.versions.transformers)
         if eager or (step.train.padded and step.train.attention == "sdpa"):
             rows = step.batch if step.train.padded else 1
             kind = dtype if eager else "int8"
