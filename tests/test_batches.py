@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 
 from planner.dataset.batches import (
     PADDINGS,
+    Batching,
     Padding,
+    _over_megabatches,
     epoch,
-    expected_tokens,
+    expected_cost,
     megabatch_rows,
     pack,
     padded,
+    positions,
+    seen_lengths,
 )
 from planner.dataset.lengths import Lengths
 
@@ -36,12 +40,14 @@ def data(kind: str, n: int = 5000) -> Lengths:
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_estimates_agree_with_brute_force_within_one_percent(kind: str, batch: int, padding: Padding) -> None:
     lengths = data(kind)
+    how = Batching(batch=batch, limit=1024, padding=padding)
+    seen = seen_lengths(lengths, how)
     estimate = padded(lengths, batch, 1024, padding)
     rng = random.Random(1)
     computed = useful = batches = 0
     epochs = 8
     for _ in range(epochs):
-        for rows, length, tokens in epoch(lengths, batch, 1024, padding, rng):
+        for rows, length, tokens in epoch(seen, how, rng):
             computed += rows * length
             useful += tokens
             batches += 1
@@ -55,10 +61,9 @@ def test_small_data_and_a_last_batch_that_is_not_full(n: int) -> None:
     lengths = data("skewed", n)
     for batch in (1, 4, 8):
         for padding in ("longest", "grouped"):
-            sums = []
-            for seed in range(600):
-                rng = random.Random(seed)
-                sums.append(sum(r * length for r, length, _ in epoch(lengths, batch, 2048, padding, rng)))
+            how = Batching(batch=batch, limit=2048, padding=padding)
+            seen = seen_lengths(lengths, how)
+            sums = [sum(r * length for r, length, _ in epoch(seen, how, random.Random(s))) for s in range(600)]
             assert padded(lengths, batch, 2048, padding).computed_tokens == pytest.approx(sum(sums) / 600, rel=0.02)
 
 
@@ -104,8 +109,9 @@ def test_order_of_waste(rows: list[int], batch: int, limit: int) -> None:
     """No padding computes less than what is useful; grouping never computes more than not grouping."""
     lengths = Lengths(rows)
     found = {padding: padded(lengths, batch, limit, padding) for padding in ("max", "longest")}
-    counts = [(min(length, limit), n) for length, n in lengths.counts]
-    grouped = expected_tokens(counts, batch, megabatch_rows(len(rows), batch))
+    grouped = _over_megabatches(
+        lengths.clipped(limit).counts, batch, megabatch_rows(len(rows), batch), len(rows), positions
+    )
     assert found["max"].computed_tokens >= found["longest"].computed_tokens - 1e-6
     assert found["longest"].computed_tokens >= grouped - 1e-6
     assert grouped >= found["longest"].useful_tokens - 1e-6
@@ -113,7 +119,20 @@ def test_order_of_waste(rows: list[int], batch: int, limit: int) -> None:
 
 def test_expected_longest_of_two_by_hand() -> None:
     """Two of {1, 2, 3}: longest 2, 3, 3 on average 8/3; then one row alone, 2 on average."""
-    assert expected_tokens([(1, 1), (2, 1), (3, 1)], 2, 2) == pytest.approx(2 * 8 / 3 + 2)
+    how = Batching(batch=2, limit=9, padding="longest")
+    assert expected_cost(Lengths([1, 2, 3]), how, positions) == pytest.approx(2 * 8 / 3 * 1 + 2)
+    assert expected_cost(Lengths([1, 2, 3]), how, positions, rows_used=2) == pytest.approx(2 * 8 / 3)
+
+
+def test_expected_cost_of_any_function_of_the_length() -> None:
+    """Seconds are not proportional to tokens: the square of the length, against the batches themselves."""
+    lengths = data("skewed", 4000)
+    for padding in ("longest", "grouped"):
+        how = Batching(batch=8, limit=1024, padding=padding)
+        seen = seen_lengths(lengths, how)
+        sums = [sum(r * x * x for r, x, _ in epoch(seen, how, random.Random(s))) for s in range(10)]
+        estimate = expected_cost(seen, how, lambda rows, length: float(rows * length * length))
+        assert estimate == pytest.approx(sum(sums) / 10, rel=0.01)
 
 
 def test_megabatches() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from planner.cli.data_options import data_options
 from planner.cli.options import COST, Sectioned, Word, cost_options, format_option, trace_options, training_options
 
 if TYPE_CHECKING:  # the command's help needs none of these
@@ -23,6 +24,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
 @click.option("--explain", is_flag=True, help="Every setting with its origin, model facts, sources, uncertainty.")
 @cost_options
+@data_options
 @click.option(
     "--via",
     type=Word("way to answer", ("program", "trace")),
@@ -62,9 +64,12 @@ def fits(
     Exit codes: 0 it fits (or no card was named), 1 it does not fit or is too
     close to call, 2 could not answer.
     """
+    from planner.cli.data_options import take
+
     wanted = {name: given.pop(name) for name in COST}
+    data = take(given)
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing)._replace(explain=explain)
+    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing, data)._replace(explain=explain)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
     return 0 if answer.prediction.verdict in ("fits", None) else 1
@@ -78,8 +83,9 @@ class Tracing(NamedTuple):
 
 
 def _answer(
-    model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool, tracing: Tracing | None
-) -> Answer:
+    model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool, tracing: Tracing | None,
+    data: dict[str, Any],
+) -> Answer:  # fmt: skip
     from planner.cli.plan import configure, load_model, training_settings
     from planner.predict import predict
     from planner.report.answer import Answer
@@ -89,8 +95,15 @@ def _answer(
     if tracing is not None:
         from planner.cli.trace import traced_answer
 
+        if data["data_files"]:
+            from planner.errors import Contradiction
+
+            raise Contradiction("--data is planned by loraplan's own program; drop --via trace")
         return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
     loaded = load_model(model)
+    from planner.cli.data_options import apply
+
+    run = apply(data, loaded.spec, stack or "custom", given)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
     prediction = predict(loaded.spec, training, card, warnings=notes)
@@ -101,11 +114,16 @@ def _answer(
 
         found = nearest_changes(prediction, catalog.gpus())
     origin = "given" if stack else "loraplan default"
-    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin)
+    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin, data=run)
 
 
 def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
     """Add the whole run's hours and price, if a run was given."""
+    if answer.data is not None:
+        from planner.cli.money import data_plan
+
+        data, made, remarks = data_plan(answer.prediction, answer.data, wanted)
+        return answer._replace(data=data, run=made, notes=remarks)
     if all(value is None for value in wanted.values()):
         return answer
     from planner.cli.money import amount_of, run_plan

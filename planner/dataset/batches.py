@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 from planner.dataset.lengths import Lengths
+from planner.errors import unknown
 from planner.records import record
 
 Padding = Literal["max", "longest", "grouped", "packed"]
@@ -24,6 +25,28 @@ MAP_ROWS = 1000
 """Rows packed together: `datasets` maps batches of 1,000."""
 _GRID = 1024
 """Distinct lengths up to which expectations are exact; beyond, lengths are rounded up to this many steps."""
+
+
+Cost = Callable[[int, int], float]
+"""What a batch of so many rows of so many tokens costs (positions, seconds); 0 for no tokens."""
+
+
+def positions(rows: int, length: int) -> float:
+    """Positions that the model computes for a batch."""
+    return float(rows * length)
+
+
+@record
+class Batching:
+    """How rows become micro batches: so many rows, cut to a limit, padded or packed."""
+
+    batch: int
+    limit: int
+    padding: Padding
+
+    def __post_init__(self) -> None:
+        if self.padding not in PADDINGS:
+            raise unknown("padding", self.padding, PADDINGS)
 
 
 @record
@@ -46,47 +69,50 @@ class Padded:
 
 def padded(lengths: Lengths, batch: int, limit: int, padding: Padding) -> Padded:
     """One epoch of rows cut to `limit` tokens, in batches of `batch` rows."""
-    counts = _clipped(lengths, limit)
-    useful = sum(length * rows for length, rows in counts)
-    n = len(lengths)
-    if padding == "packed":
-        fills = pack(lengths, limit)
-        return Padded(
-            padding=padding,
-            rows=len(fills),
-            batches=math.ceil(len(fills) / batch),
-            useful_tokens=sum(fills),
-            computed_tokens=float(len(fills) * limit),
-        )
-    computed = {
-        "max": lambda: float(n * limit),
-        "longest": lambda: expected_tokens(counts, batch, batch),
-        "grouped": lambda: _grouped_tokens(lengths, counts, batch, limit),
-    }[padding]()
+    how = Batching(batch=batch, limit=limit, padding=padding)
+    seen = seen_lengths(lengths, how)
     return Padded(
-        padding=padding, rows=n, batches=math.ceil(n / batch), useful_tokens=useful, computed_tokens=computed
+        padding=padding,
+        rows=len(seen),
+        batches=math.ceil(len(seen) / batch),
+        useful_tokens=seen.total,
+        computed_tokens=expected_cost(seen, how, positions),
     )
 
 
-FEW_BATCHES = 200
-"""Below, moving the longest row to the front matters when grouping, and shuffles are averaged instead."""
+def seen_lengths(lengths: Lengths, how: Batching) -> Lengths:
+    """Useful tokens of the rows that the model sees: cut to the limit, or packed."""
+    if how.padding == "packed":
+        return Lengths(pack(lengths, how.limit))
+    return lengths.clipped(how.limit)
 
 
-def _grouped_tokens(lengths: Lengths, counts: Sequence[tuple[int, int]], batch: int, limit: int) -> float:
-    n = len(lengths)
-    if n > FEW_BATCHES * batch:
-        return expected_tokens(counts, batch, megabatch_rows(n, batch))
-    rng, shuffles = random.Random(0), max(64, 20_000 // max(n, 1))
-    total = sum(
-        rows * length for _ in range(shuffles) for rows, length, _ in epoch(lengths, batch, limit, "grouped", rng)
-    )
-    return total / shuffles
+def longest_batch(seen: Lengths, how: Batching) -> int:
+    """Tokens of the longest row as it is padded: what decides memory."""
+    return how.limit if how.padding in ("max", "packed") else seen.longest
 
 
-def _clipped(lengths: Lengths, limit: int) -> list[tuple[int, int]]:
-    kept = [(length, rows) for length, rows in lengths.counts if length < limit]
-    at_limit = len(lengths) - sum(rows for _, rows in kept)
-    return [*kept, (limit, at_limit)] if at_limit else kept
+# --- expected cost of an epoch --------------------------------------------------------------------------------------
+
+
+def expected_cost(seen: Lengths, how: Batching, cost: Cost, rows_used: int | None = None) -> float:
+    """Expected cost of one shuffled epoch over the rows that the model sees.
+
+    Args:
+        rows_used: rows after which the epoch ends (the rest is dropped); all by default.
+    """
+    n = len(seen)
+    used = n if rows_used is None else rows_used
+    if not used:
+        return 0.0
+    if how.padding in ("max", "packed"):
+        whole, rest = divmod(used, how.batch)
+        return whole * cost(how.batch, how.limit) + (cost(rest, how.limit) if rest else 0.0)
+    if how.padding == "longest":
+        return _over_megabatches(seen.counts, how.batch, how.batch, used, cost)
+    if n <= FEW_BATCHES * how.batch:
+        return _averaged(seen, how, cost, used)
+    return _over_megabatches(seen.counts, how.batch, megabatch_rows(n, how.batch), used, cost)
 
 
 def megabatch_rows(n: int, batch: int) -> int:
@@ -94,20 +120,36 @@ def megabatch_rows(n: int, batch: int) -> int:
     return max(min(n // (batch * 4), MEGABATCH), 1) * batch
 
 
-def expected_tokens(counts: Sequence[tuple[int, int]], batch: int, megabatch: int) -> float:
-    """Expected positions of one epoch when every `megabatch` shuffled rows are sorted and cut into batches.
+FEW_BATCHES = 200
+"""Below, moving the longest row to the front matters when grouping, and shuffles are averaged instead."""
 
-    A batch of k rows costs k times its longest. Over a random megabatch, the number of full batches whose longest row
-    reaches x is ceil(H(x) / batch), where H(x), the rows of the megabatch that reach x, is hypergeometric; summing over
-    x gives the sum of the longest rows. With megabatch = batch this is padding to the longest without grouping.
+
+def _averaged(seen: Lengths, how: Batching, cost: Cost, used: int) -> float:
+    rng, shuffles = random.Random(0), max(64, 20_000 // len(seen))
+    total = 0.0
+    for _ in range(shuffles):
+        left = used
+        for rows, length, _ in epoch(seen, how, rng):
+            if left <= 0:
+                break
+            total += cost(min(rows, left), length)
+            left -= rows
+    return total / shuffles
+
+
+def _over_megabatches(counts: Sequence[tuple[int, int]], batch: int, megabatch: int, used: int, cost: Cost) -> float:
+    """Expected cost when every `megabatch` shuffled rows are sorted and cut into batches.
+
+    A batch costs what its longest row makes it. Over a random megabatch, the number of full batches whose longest row
+    reaches x is ceil(H(x) / batch), where H(x), the rows of the megabatch that reach x, is hypergeometric; summing the
+    cost's increments over x gives the sum over the batches. With megabatch = batch this is padding to the longest
+    without grouping.
     """
     n = sum(rows for _, rows in counts)
-    if not n:
-        return 0.0
     counts = _coarse(counts)
-    whole, rest = divmod(n, megabatch)
-    total = whole * _megabatch_tokens(counts, n, batch, megabatch) if whole else 0.0
-    return total + (_megabatch_tokens(counts, n, batch, rest) if rest else 0.0)
+    whole, rest = divmod(used, megabatch)
+    total = whole * _megabatch_cost(counts, n, batch, megabatch, cost) if whole else 0.0
+    return total + (_megabatch_cost(counts, n, batch, rest, cost) if rest else 0.0)
 
 
 def _coarse(counts: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
@@ -117,23 +159,25 @@ def _coarse(counts: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
     step = -(-counts[-1][0] // _GRID)
     found: dict[int, int] = {}
     for length, rows in counts:
-        key = -(-length // step) * step
+        key = min(-(-length // step) * step, counts[-1][0])
         found[key] = found.get(key, 0) + rows
     return sorted(found.items())
 
 
-def _megabatch_tokens(counts: Sequence[tuple[int, int]], n: int, batch: int, rows: int) -> float:
-    """Expected positions of the batches of one megabatch of `rows` rows; its last batch may be smaller."""
-    last = rows % batch
-    full = rows // batch
-    total, before, reaching = 0.0, 0, n
+def _megabatch_cost(counts: Sequence[tuple[int, int]], n: int, batch: int, rows: int, cost: Cost) -> float:
+    """Expected cost of the batches of one megabatch of `rows` rows; its last batch may be smaller."""
+    full, last = divmod(rows, batch)
+    total, reaching = 0.0, n
+    before_full = before_last = 0.0
     for length, number in counts:
-        tokens = 0.0
+        batches = ends = 0.0
         for k, probability in _hypergeometric(n, reaching, rows):
-            batches = min(-(-k // batch), full)
-            tokens += probability * (batch * batches + (last if k > full * batch else 0))
-        total += (length - before) * tokens
-        before, reaching = length, reaching - number
+            batches += probability * min(-(-k // batch), full)
+            ends += probability if k > full * batch else 0.0
+        now_full = cost(batch, length) if full else 0.0
+        now_last = cost(last, length) if last else 0.0
+        total += (now_full - before_full) * batches + (now_last - before_last) * ends
+        before_full, before_last, reaching = now_full, now_last, reaching - number
     return total
 
 
@@ -195,31 +239,22 @@ def _best_fit(rows: Sequence[int], limit: int) -> list[int]:
 # --- the batches themselves -----------------------------------------------------------------------------------------
 
 
-def epoch(
-    lengths: Lengths, batch: int, limit: int, padding: Padding, rng: random.Random
-) -> Iterator[tuple[int, int, int]]:
-    """Yield (rows, padded length, useful tokens) of every micro batch of one shuffled epoch."""
-    if padding == "packed":
-        fills = pack(lengths, limit)
-        rng.shuffle(fills)
-        for start in range(0, len(fills), batch):
-            part = fills[start : start + batch]
-            yield len(part), limit, sum(part)
-        return
-    order = [min(value, limit) for value in lengths.values]
+def epoch(seen: Lengths, how: Batching, rng: random.Random) -> Iterator[tuple[int, int, int]]:
+    """Yield (rows, padded length, useful tokens) of every micro batch of one shuffled epoch of the rows seen."""
+    order = list(seen.values)
     rng.shuffle(order)
-    if padding == "grouped":
-        order = _grouped(order, batch)
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        yield len(part), limit if padding == "max" else max(part), sum(part)
+    if how.padding == "grouped":
+        order = _grouped(order, how.batch)
+    fixed = how.padding in ("max", "packed")
+    for start in range(0, len(order), how.batch):
+        part = order[start : start + how.batch]
+        yield len(part), how.limit if fixed else max(part), sum(part)
 
 
 def _grouped(order: list[int], batch: int) -> list[int]:
     """Sort every megabatch, longest first, and put the longest row of all in front."""
     size = megabatch_rows(len(order), batch)
     parts = [sorted(order[start : start + size], reverse=True) for start in range(0, len(order), size)]
-    longest = max(range(len(parts)), key=lambda i: parts[i][0]) if parts else 0
-    if parts:
-        parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
+    longest = max(range(len(parts)), key=lambda i: parts[i][0])
+    parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
     return [value for part in parts for value in part]

@@ -53,9 +53,7 @@ def alpaca_stanford(row: Row) -> str:
     """With the preamble; the answer follows the colon of Response directly, as in the original's training code."""
     instruction, given, answer = _single(row, "alpaca-stanford")
     if given:
-        return (
-            f"{_STANFORD_INPUT}### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:{answer}"
-        )
+        return f"{_STANFORD_INPUT}### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:{answer}"
     return f"{_STANFORD_NO_INPUT}### Instruction:\n{instruction}\n\n### Response:{answer}"
 
 

@@ -114,7 +114,9 @@ def _locate(path: str) -> tuple[str, str]:
     folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
     file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
     if not os.path.isfile(file):
-        raise InvalidInput(f"no tokenizer.json at {one_line(path, 200)}; give a tokenizer's folder or its tokenizer.json")
+        raise InvalidInput(
+            f"no tokenizer.json at {one_line(path, 200)}; give a tokenizer's folder or its tokenizer.json"
+        )
     return os.path.abspath(folder), file
 
 
