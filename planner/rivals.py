@@ -201,7 +201,7 @@ def entrenar_differences(plan: EntrenarPlan, exact_trainable_at_rank: int, memor
         f"it guesses {plan.hidden_size} x {plan.layers} (hidden x layers) from the parameter count and adapts four "
         "square modules a layer",
     ]
-    if plan.method != "full" and exact_trainable_at_rank:
+    if plan.method != "full" and exact_trainable_at_rank not in (0, plan.trainable_parameters):
         ratio = plan.trainable_parameters / exact_trainable_at_rank
         notes.append(f"its trainable parameters are {ratio:.2f} times the exact ones at rank {plan.rank}")
     if plan.method == "qlora":

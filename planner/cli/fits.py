@@ -69,7 +69,9 @@ def fits(
     wanted = {name: given.pop(name) for name in COST}
     data = take(given)
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing, data)._replace(explain=explain)
+    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing, data)._replace(
+        explain=explain
+    )
     answer = _with_cost(answer, wanted)
     _print(answer, style)
     return 0 if answer.prediction.verdict in ("fits", None) else 1

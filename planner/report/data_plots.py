@@ -54,15 +54,16 @@ def lengths(found: Scan, limit: int, path: str) -> None:
 def timeline(run: Timeline, path: str) -> None:
     """Draw learning rate, synthetic loss, step time and memory over the optimizer steps."""
     figure, (rate, loss, time, memory) = _figure(path, 4)
-    steps = [row.step for row in run.rows]
-    rate.plot(steps, [row.learning_rate for row in run.rows])
+    rows = list(run)
+    steps = [row.step for row in rows]
+    rate.plot(steps, [row.learning_rate for row in rows])
     rate.set_ylabel("learning rate")
-    loss.plot(steps, [row.synthetic_loss for row in run.rows], color="tab:gray")
+    loss.plot(steps, [row.synthetic_loss for row in rows], color="tab:gray")
     loss.set_ylabel("loss (synthetic)")
     loss.set_title("an illustration, not a prediction", fontsize=9)
-    time.plot(steps, [row.step_s for row in run.rows], linewidth=0.8)
+    time.plot(steps, [row.step_s for row in rows], linewidth=0.8)
     time.set_ylabel("step (s)")
-    memory.plot(steps, [row.memory_bytes / 2**30 for row in run.rows])
+    memory.plot(steps, [row.memory_bytes / 2**30 for row in rows])
     memory.set_ylabel("device (GiB)")
     memory.set_xlabel("optimizer step")
     _save(figure, path)
