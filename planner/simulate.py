@@ -29,7 +29,7 @@ MAX_STEPS = 10_000_000
 START_LOSS, FLOOR_LOSS, LOWEST_LOSS = 2.5, 0.9, 0.05
 LOSS_SCALE = 2e-4 * 6000
 """Learning rate times rows that brings the synthetic loss down by a factor of e."""
-LOSS_NOISE, NORM_NOISE = 0.03, 0.15
+LOSS_NOISE, NORM_NOISE = 0.015, 0.15
 
 
 @record
