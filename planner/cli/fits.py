@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
 from planner.cli.options import (
     COST,
@@ -37,6 +38,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 @click.option("--explain-time", is_flag=True, help="Where the time of a step goes, by class of operation.")
 @cost_options
 @calibration_option
+@data_options
 @click.option(
     "--via",
     type=Word("way to answer", ("program", "trace")),
@@ -85,9 +87,12 @@ def fits(
         from planner.cli.gate import only_files
 
         raise only_files()
+    from planner.cli.data_options import take
+
     wanted = {name: given.pop(name) for name in COST}
+    data = take(given)
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = answer_of(model, card_of(gpu, vram), percent_of(margin), given, changes, tracing, calibration)
+    answer = answer_of(model, card_of(gpu, vram), percent_of(margin), given, changes, tracing, calibration, data)
     answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
@@ -109,6 +114,7 @@ def answer_of(
     search: bool,
     tracing: Tracing | None = None,
     calibration: str | None = None,
+    data: dict[str, Any] | None = None,
 ) -> Answer:
     """Answer for one run; `given` holds what the training options gave.
 
@@ -125,8 +131,17 @@ def answer_of(
     if tracing is not None:
         from planner.cli.trace import traced_answer
 
+        if data and data["data_files"]:
+            from planner.errors import Contradiction
+
+            raise Contradiction("--data is planned by loraplan's own program; drop --via trace")
         return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
     loaded = load_model(model)
+    run = None
+    if data and data["data_files"]:
+        from planner.cli.data_options import apply
+
+        run = apply(data, loaded.spec, stack or "custom", given)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
     job: Job | None = given.get("job")
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
@@ -141,11 +156,16 @@ def answer_of(
 
         found = nearest_changes(prediction, catalog.gpus())
     origin = job.stack_origin if job and stack == job.stack else "given" if stack else "loraplan default"
-    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin)
+    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin, data=run)
 
 
 def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
     """Add the whole run's hours and price, if a run was given."""
+    if answer.data is not None:
+        from planner.cli.money import data_plan
+
+        data, made, remarks = data_plan(answer.prediction, answer.data, wanted)
+        return answer._replace(data=data, run=made, notes=remarks)
     if all(value is None for value in wanted.values()):
         return answer
     from planner.cli.money import amount_of, run_plan

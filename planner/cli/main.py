@@ -22,6 +22,10 @@ _COMMANDS = {
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),
     "calibrate": ("planner.cli.calibrate", "calibrate"),
+    "data": ("planner.cli.data", "data"),
+    "lora": ("planner.cli.lora", "lora"),
+    "simulate": ("planner.cli.simulate", "simulate"),
+    "export": ("planner.cli.export", "export"),
 }
 """Command -> module and attribute; a command's module is imported only when the command is used or listed."""
 

@@ -15,6 +15,7 @@ from planner.units import gib
 
 if TYPE_CHECKING:  # a run that fits needs no search
     from planner.cost import RunPlan
+    from planner.datarun import DataRun
     from planner.search import Change
 
 WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
@@ -39,6 +40,8 @@ class Answer(NamedTuple):
     """Useful tokens per row; 0 where not given."""
     notes: tuple[str, ...] = ()
     """Warnings about the run's price."""
+    data: DataRun | None = None
+    """The training data, where it was given."""
 
 
 class Component(NamedTuple):

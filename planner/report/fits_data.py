@@ -49,6 +49,7 @@ def document(answer: Answer) -> dict[str, Any]:
         ],
         "time": time_data(answer),
         "run": run_data(answer.run),
+        "data": _data(answer),
         "configuration": _configuration(answer),
         "uncertainty": [{"reason": reason, "share": share} for reason, share in p.uncertainty],
         "warnings": [*p.warnings, *answer.notes],
@@ -144,6 +145,14 @@ def _csv(answer: Answer) -> str:
     row.update(_time_cells(answer))
     row["warnings"] = "; ".join((*p.warnings, *answer.notes))
     return csv_text(list(row), [list(row.values())])
+
+
+def _data(answer: Answer) -> dict[str, Any] | None:
+    if answer.data is None:
+        return None
+    from planner.report.data_run import data_document
+
+    return data_document(answer.data)
 
 
 def _time_markdown(answer: Answer) -> str:

@@ -38,7 +38,7 @@ SMALL = 5 * 2**20
 
 def render(answer: Answer) -> str:
     """Return the whole report."""
-    blocks = [_headline(answer), _ledger(answer), _peak(answer), step_block(answer)]
+    blocks = [_headline(answer), _ledger(answer), _peak(answer), step_block(answer), _data(answer)]
     if answer.changes:
         blocks.append(_changes(answer))
     elif answer.prediction.via == "trace" and answer.prediction.verdict not in ("fits", None):
@@ -53,6 +53,14 @@ def render(answer: Answer) -> str:
         blocks.append(_assumed(answer))
     blocks.append("".join(f"{_paragraph('warning: ', note)}\n" for note in _warnings(answer)))
     return "\n".join(block for block in blocks if block)
+
+
+def _data(answer: Answer) -> str:
+    if answer.data is None:
+        return ""
+    from planner.report.data_run import data_block
+
+    return data_block(answer.data)
 
 
 def _warnings(answer: Answer) -> tuple[str, ...]:
