@@ -24,6 +24,8 @@ NOT_CONFIG = ("torch_dtype", "dtype", "quantization_config", "architectures", "a
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 MARKS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "all-linear": r"layers|blocks|\.h\."}
 """How module paths show what a target keyword means."""
+IN_LAYER = re.compile(r"^.*\.(layers|h|blocks|block)\.\d+\.")
+"""The way to a decoder layer: what follows names a module in it ("attn.c_proj" where the MLP has a c_proj too)."""
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -222,7 +224,7 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
             continue
         for path, module in model.named_modules():
             if isinstance(module, kinds) and "lm_head" not in path and re.search(MARKS[wanted], path):
-                found.add(path.rsplit(".", 1)[-1])
+                found.add(IN_LAYER.sub("", path))
     return sorted(found)
 
 

@@ -37,10 +37,9 @@ def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     else:
         q, k, v = _project(step, held, x)
     out = _attend(step, spec, q, k, v, x.dtype)
-    del q, k, v
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
-    del arg, out
+    del arg, out, q, k, v  # names of the module's frame
     return result
 
 
@@ -286,8 +285,8 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     kv_heads = spec.num_kv_heads
     arg = (k, v)
     if not _passes_groups(spec, masked):
-        groups, kv_heads = spec.num_heads // spec.num_kv_heads, spec.num_heads
-        k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+        kv_heads = spec.num_heads
+        k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
     mask: Tensor | None = None
     if masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
@@ -310,11 +309,13 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     values = q.dtype
     arg = (q, k, v)
     heads_first = _leads_with_heads(spec)
-    k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+    copied = groups > 1 and spec.num_kv_heads > 1
+    k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
     if spec.scores_fp32:
         q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
     q = _folded(step, q, heads_first)
-    k, v = _folded(step, k, heads_first or groups > 1), _folded(step, v, groups > 1)
+    k = _folded(step, k, copied or (heads_first and groups == 1))
+    v = _folded(step, v, copied)
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
     scores = ops.bmm(eng, q, k, score_shape, "scores")
@@ -336,6 +337,14 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     held = ops.contiguous(eng, out, "attention")
     del out, arg
     return held
+
+
+def _repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
+    """repeat_kv: expand and reshape; the reshape of a single head is a view, of several a copy."""
+    groups = spec.num_heads // spec.num_kv_heads
+    if spec.num_kv_heads == 1 and groups > 1:
+        return _broadcast(step, x, groups)
+    return ops.expand_copy(step.eng, x, groups)
 
 
 def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:

@@ -396,6 +396,8 @@ class Engine:
                     original.saved = repeated.saved
                 repeated.saved = ()
             frame.nodes.clear()
+            inner.again.clear()  # no cycle may hold the frame: its input dies with its last node
+            inner.original = None
 
         frame = Frame(recompute)
         outer, self.frame = self.frame, frame

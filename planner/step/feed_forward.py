@@ -113,8 +113,10 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     del hidden
     weighted = ops.mul(eng, out, weights, "experts")
     del out
-    result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
-    del weighted, order, chosen
+    unsorted = _unsorted(step, weighted)
+    del weighted
+    result = _sum_pairs(step, unsorted, t * spec.hidden_size, x.dtype)
+    del unsorted, order, chosen
     if spec.shared is not None:
         shared = mlp(step, held, spec.shared, x)
         if spec.shared_gate is not None:
@@ -236,15 +238,17 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, 
     return out
 
 
+def _unsorted(step: Step, x: Tensor) -> Tensor:
+    """Undo the sort by expert: an index copy."""
+    out = ops.unary(step.eng, x, "experts")
+    step.eng.link(out, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), ops._grad(grads).numel)])
+    return out
+
+
 def _sum_pairs(step: Step, x: Tensor, numel: Size, dtype: str) -> Tensor:
-    """Undo the sort and sum each token's experts: an index copy, then a reduction."""
-    eng = step.eng
-    unsorted = ops.unary(eng, x, "experts")
-    eng.link(unsorted, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), ops._grad(grads).numel)])
+    """Sum each token's experts; the expanded gradient is written out to be reshaped."""
+    eng, pairs = step.eng, x.numel
     out = eng.empty(numel, x.dtype, "experts")
-    eng.kernel("reduce", x.dtype, unsorted.nbytes + out.nbytes)
-    # the expanded gradient of the sum is written out to be reshaped
-    eng.link(out, (unsorted,), lambda node, grads: [eng.empty(pairs, ops._grad(grads).dtype, "experts_grad")])
-    pairs = unsorted.numel
-    del unsorted
+    eng.kernel("reduce", x.dtype, x.nbytes + out.nbytes)
+    eng.link(out, (x,), lambda node, grads: [eng.empty(pairs, ops._grad(grads).dtype, "experts_grad")])
     return ops.cast(eng, out, dtype, "experts")

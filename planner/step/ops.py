@@ -335,11 +335,14 @@ def expand_copy(eng: Engine, x: Tensor, factor: int, op: str = "repeat_kv") -> T
 
 
 def autocast_half(eng: Engine, x: Tensor, is_weight: bool = False) -> Tensor:
-    """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context."""
+    """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context.
+
+    Such a leaf may be an activation: the input of a reentrant checkpoint (ATen/autocast_mode.cpp cached_cast).
+    """
     target = eng.autocast
     if target is None or x.dtype not in ITEMSIZE or x.dtype == target:
         return x
-    leaf = is_weight and x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
+    leaf = x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
     if leaf:
         held = eng.cast_cache.get(id(x))
         if held is not None:

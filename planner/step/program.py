@@ -29,6 +29,9 @@ EMULATED_RUN = 4
 SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
 """Model types whose embedding module multiplies its output itself (classes *TextScaledWordEmbedding)."""
 
+BOOLEAN_MASKS = ("mpt",)
+"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
+
 MASK_BUFFERS = ("gpt_bigcode",)
 """Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
 
@@ -93,6 +96,7 @@ class _Run:
         self.head: linears.LinearWeights | None = None
         self.position_ids: Tensor | None = None
         self.window_mask: Tensor | None = None
+        self.input_leaf: Tensor | None = None
 
     def all(self) -> Program:
         self._load()
@@ -105,6 +109,9 @@ class _Run:
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
         del loss, kept
+        if self.input_leaf is not None:  # dies with the graph: a leaf and its node hold each other
+            self.input_leaf.node = self.input_leaf.grad = None
+            self.input_leaf = None
         self._drop_positions()
         state.run_step()
         record = self.eng.record
@@ -319,7 +326,7 @@ class _Run:
         if model.embedding_scale and model.model_type in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
-            eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
+            self.input_leaf = eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
         if model.embedding_scale and model.model_type not in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
         for projection in self.projections[:1]:
@@ -341,8 +348,8 @@ class _Run:
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
-        step, eng = self.step, self.eng
-        spec = step.model.layers[0].attention
+        step, eng, model = self.step, self.eng, self.step.model
+        spec = model.layers[0].attention
         if spec.position == "rope":
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
             numel = step.seq * width
@@ -357,7 +364,8 @@ class _Run:
             del angles, both
         eager = step.train.attention == "eager" or not spec.has_sdpa(step.train.versions.transformers)
         if eager or (step.train.padded and step.train.attention == "sdpa"):
-            step.mask = eng.empty(step.batch * step.seq * step.seq, dtype if eager else "int8", "attention_mask")
+            kind = dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
+            step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
         elif any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
