@@ -88,24 +88,34 @@ def build(config: dict[str, Any], training: TrainingSpec, layers: int | None = N
     return model, notes
 
 
-def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
+def causal_model(cfg: Any, implementation: str, dtype: torch.dtype) -> tuple[Any, str]:
+    """Return the causal language model of a config and the attention implementation that its class has.
+
+    Raises:
+        UnknownName: the installed transformers has no decoder-only language model for it.
+    """
     from transformers import AutoModelForCausalLM
 
-    if type(cfg) not in AutoModelForCausalLM._model_mapping:
+    if type(cfg) not in AutoModelForCausalLM._model_mapping or cfg.is_encoder_decoder:
         raise UnknownName(
-            f"transformers has no causal language model for model_type {one_line(cfg.model_type)!r}; "
-            "only decoder-only language models are planned"
+            f"transformers has no decoder-only language model for model_type {one_line(cfg.model_type)!r}; "
+            "only such models are planned"
         )
+    try:
+        return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=implementation), implementation
+    except ValueError as error:
+        if implementation == "eager" or "attention implementation" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="eager"), "eager"
+
+
+def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
     implementation = "eager" if training.attention == "eager" else "sdpa"
     dtype = DTYPES[training.base_dtype]
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=implementation)
-        except ValueError as error:
-            if implementation == "eager" or "attention implementation" not in str(error):
-                raise
-            notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
-            model = AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="eager")
+        model, taken = causal_model(cfg, implementation, dtype)
+    if taken != implementation:
+        notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
     _keep_in_fp32(model, dtype)
     model.tie_weights()
     if training.untied_head and cfg.tie_word_embeddings:

@@ -31,7 +31,7 @@ from calibrate import cuda_semantics, fake_model
 from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture
-from planner.errors import Contradiction
+from planner.errors import Contradiction, InvalidInput
 from planner.training import TrainingSpec, training_from_dict
 
 STEPS = 2
@@ -146,6 +146,8 @@ def _trace(
         stack.enter_context(tracker)
         stack.enter_context(cuda_semantics.cuda_functions(arch, force_flash=training.attention == "flash2"))
         step = Step(model, training, tracker, arch, real=real)
+        if not step.num_layers:
+            raise InvalidInput("no stack of decoder layers was found in the model; its class cannot be traced")
         for number in range(1, STEPS + 1):
             tracker.labels.step = number
             step.run()

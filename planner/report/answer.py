@@ -146,7 +146,7 @@ def via_words(answer: Answer) -> str:
     p = answer.prediction
     if p.via == "program":
         return ""
-    releases = ", ".join(f"{name} {one_line(release, 30)}" for name, release in p.libraries)
+    releases = ", ".join(f"{name} {one_line(release.split('+')[0], 30)}" for name, release in p.libraries)
     return f"via trace: the libraries themselves, all {p.model.num_layers} layers ({releases})"
 
 
