@@ -177,7 +177,7 @@ class _Reader:
         raise self._unmodelled(f"no list of its {depth} layers")
 
     def _path(self, wanted: nn.Module) -> str:
-        return next(name for name, module in self.modules.items() if module is wanted)
+        return str(next(name for name, module in self.modules.items() if module is wanted))
 
     def _outside(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self.modules.items():
