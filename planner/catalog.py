@@ -262,6 +262,21 @@ def _model_index() -> tuple[dict[str, str], dict[str, str]]:
     return full, {name: found[0] for name, found in short.items() if len(found) == 1}
 
 
+# --- library releases ---------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def release_dates() -> dict[str, dict[tuple[int, int], str]]:
+    """Return the day (YYYY-MM-DD) of the first release of each (major, minor) by library."""
+    table: dict[str, dict[str, str]] = _load("releases.json")["releases"]
+    return {name: {_release(text): day for text, day in days.items()} for name, days in table.items()}
+
+
+def _release(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
