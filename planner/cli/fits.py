@@ -49,7 +49,7 @@ def fits(
 
 
 def _answer(model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool) -> Answer:
-    from planner.cli.plan import configure, load_model, parse_slices
+    from planner.cli.plan import configure, load_model, parse_slices, with_stated_releases
     from planner.predict import predict
     from planner.report.answer import Answer
     from planner.stacks import parse_versions
@@ -63,6 +63,7 @@ def _answer(model: str, card: Gpu | None, margin: float, given: dict[str, Any], 
     stack = given.pop("stack")
     loaded = load_model(model)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
+    resolved = with_stated_releases(resolved, [name for name in LIBRARIES if releases[name]])
     kept = 0
     if card is not None and margin:
         from dataclasses import replace
