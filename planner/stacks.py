@@ -281,6 +281,7 @@ _NEUTRAL: tuple[Default, ...] = (
     _d("quantization", "none", ""),
     _d("double_quant", False, ""),
     _d("base_dtype", "bf16", ""),
+    _d("autocast", "fp16", "", base_dtype="fp16"),
     _d("autocast", "bf16", ""),
     _d("compute_dtype", "fp16", "", autocast="fp16"),
     _d("compute_dtype", "bf16", "", autocast="bf16"),
