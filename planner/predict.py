@@ -246,6 +246,11 @@ def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu 
     half = "bf16" in (training.autocast, training.base_dtype, training.quantization.compute_dtype)
     if gpu and half and lacks_bf16(gpu):
         notes.append(f"{gpu.name} has no bf16 tensor cores: use fp16 (--autocast fp16 --base-dtype fp16)")
+    if {training.autocast, training.base_dtype} == {"bf16", "fp16"}:
+        notes.append(
+            f"autocast {training.autocast} makes a copy of every {training.base_dtype} weight it meets: "
+            f"--base-dtype {training.autocast} avoids it"
+        )
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
     if model is None:

@@ -98,6 +98,8 @@ _NOTED: tuple[tuple[str, str], ...] = (
 # (trl 0.13.0 trainer/utils.py peft_module_casting_to_bf16; sharded weights are left alone).
 _FMS_PLAIN_PREPARATION = "baseline-peft-bnb"
 
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
 Row = Mapping[str, str]
 
 
@@ -309,7 +311,7 @@ def row_options(row: Row) -> dict[str, Any]:
     """
     _check_modelled(row)
     stack = row["framework"] if row["framework"] in _LISTED else "custom"
-    versions = stacks.parse_versions({k: row[k] for k in ("torch", "transformers", "peft", "bitsandbytes")})
+    versions = stacks.parse_versions({name: row[name] for name in _LIBRARIES})
     options: dict[str, Any] = {
         "stack": stack,
         "method": row["method"],
@@ -343,7 +345,23 @@ def row_flags(row: Row) -> tuple[str, ...]:
         flags.append(f"framework {named}: scored with the habits of a transformers training loop")
     if not row["seq_len"] and row["seq_len_max"]:
         flags.append(f"padded length unknown: scored at its upper bound {row['seq_len_max']}")
-    return tuple(flags)
+    return (*flags, *_assumed_releases(row))
+
+
+def _assumed_releases(row: Row) -> Iterator[str]:
+    """The library releases that matter to the row and that it leaves out."""
+    used = [name for name in _LIBRARIES if row["method"] != "full" or name != "peft"]
+    if row["quantization"] not in ("nf4", "fp4", "int8") and "8bit" not in row["optimizer"]:
+        used = [name for name in used if name != "bitsandbytes"]
+    left_out = [name for name in used if not row[name]]
+    if not left_out:
+        return
+    if len(left_out) == len(used):
+        yield "no library release given: the newest are assumed"
+        return
+    versions = stacks.parse_versions({name: row[name] for name in _LIBRARIES})
+    assumed = ", ".join(f"{name} {'.'.join(map(str, getattr(versions, name)))}" for name in left_out)
+    yield f"library releases of the time of those given: {assumed}"
 
 
 def _check_modelled(row: Row) -> None:

@@ -11,6 +11,7 @@ from planner.cli.from_config import model_or_config
 from planner.cli.options import (
     COST,
     FORMATS,
+    LIBRARIES,
     Sectioned,
     Word,
     calibration_option,
@@ -122,10 +123,11 @@ def answer_of(
         PlannerError: the run cannot be planned.
     """
     from planner import calibration_files
-    from planner.cli.plan import configure, load_model, training_settings
+    from planner.cli.plan import configure, load_model, training_settings, with_stated_releases
     from planner.predict import predict
     from planner.report.answer import Answer
 
+    stated = [name for name in LIBRARIES if given.get(name)]
     stack = training_settings(given)
     card, kept = _with_margin(card, margin)
     if tracing is not None:
@@ -143,6 +145,7 @@ def answer_of(
 
         run = apply(data, loaded.spec, stack or "custom", given)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
+    resolved = with_stated_releases(resolved, stated)
     job: Job | None = given.get("job")
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
     notes = (*(str(missing) for missing in job.missing), *notes) if job else notes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from planner import families, lora, sources, stacks
@@ -15,7 +15,7 @@ from planner.model import ModelSpec
 from planner.predict import lacks_bf16
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
-from planner.training import LoraSpec, TrainingSpec
+from planner.training import LoraSpec, TrainingSpec, Versions
 
 
 class LoadedModel(NamedTuple):
@@ -142,6 +142,15 @@ def _resolved(stack: str, settled: Settled, user: Mapping[str, Any]) -> Resolved
         implied = "--quantization none" if merged.get("quantization") == "none" else ""
         settings["method"] = Setting(method, f"implied by {implied}" if implied else "loraplan default")
     return replace(resolved, settings=settings)
+
+
+def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
+    """Say which releases the user gave, and that the others are of the same time (planner.releases)."""
+    if not 0 < len(stated) < len(fields(Versions)):
+        return resolved
+    origin = f"given: {', '.join(stated)}; the others as they were then"
+    found = Setting(resolved["versions"], origin)
+    return replace(resolved, settings={**resolved.settings, "versions": found})
 
 
 _DTYPE_KEYS = ("base_dtype", "autocast", "compute_dtype", "adapter_dtype")
