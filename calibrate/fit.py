@@ -34,6 +34,10 @@ IMPORTANT_SHARE = 0.10
 """A coefficient that some burst depends on by this share must be determined by the grid."""
 UNDETERMINED = 1.0
 """Relative standard error from the data alone above which the grid does not determine a coefficient."""
+SOFT = 2.0
+"""Residuals, in units of NOISE, from where on the loss grows linearly."""
+REFITS = 3
+"""Gauss-Newton steps of a fit without some bursts, from the fit with them."""
 STRONG = 0.9
 """Correlations above this are reported."""
 NINETY_PERCENT = 1.645
@@ -182,13 +186,25 @@ class Problem:
         """Derivatives of the data residuals."""
         import numpy as np
 
+        here = self.data_residuals(x)
         columns = []
-        for place in range(len(self.names)):
-            up, down = list(x), list(x)
-            up[place] += step
-            down[place] -= step
-            columns.append((self.data_residuals(up) - self.data_residuals(down)) / (2 * step))
+        for place, value in enumerate(x):
+            moved = list(x)
+            up = value + step <= math.log(self.start[self.names[place]].high)
+            moved[place] += step if up else -step
+            columns.append((self.data_residuals(moved) - here) / (step if up else -step))
         return np.array(columns).T
+
+    def improved(self, x: Sequence[float]) -> list[float]:
+        """One Gauss-Newton step of the same robust problem from `x`, inside the bounds."""
+        import numpy as np
+
+        residuals = np.concatenate([self.data_residuals(x), self.prior_residuals(x)])
+        slopes = np.vstack([self.jacobian(x), np.diag(self._prior_slopes())])
+        weights = (1 + (residuals / SOFT) ** 2) ** -0.25  # the root of soft L1's weight
+        change, *_ = np.linalg.lstsq(slopes * weights[:, None], -residuals * weights, rcond=None)
+        lower, upper = _bounds(self.start, self.names)
+        return [float(v) for v in np.clip(np.array(x) + np.clip(change, -1.0, 1.0), lower + 1e-6, upper - 1e-6)]
 
     def solve(self, x: Sequence[float] | None = None) -> list[float]:
         """The logarithms of the best coefficients."""
@@ -204,8 +220,13 @@ class Problem:
             lambda y: np.concatenate([self.data_residuals(y), self.prior_residuals(y)]),
             first,
             jac=lambda y: np.vstack([self.jacobian(y), np.diag(self._prior_slopes())]),
-            bounds=(lower, upper), loss="soft_l1", f_scale=2.0, x_scale=1.0, max_nfev=60, xtol=1e-6, ftol=1e-6,
-        )  # fmt: skip
+            bounds=(lower, upper),
+            loss="soft_l1",
+            f_scale=SOFT,
+            max_nfev=40,
+            xtol=1e-4,
+            ftol=1e-5,
+        )
         return [float(value) for value in found.x]
 
     def _prior_slopes(self) -> list[float]:
@@ -352,7 +373,10 @@ def left_out(problem: Problem, x: Sequence[float], group: Callable[[Point], str]
     for name in groups if len(groups) > 1 else []:
         kept = [p for p in problem.points if group(p) != name]
         without = Problem(kept, problem.start, problem.names)
-        found = without.coefficients(without.solve(x))
+        place = list(x)
+        for _ in range(REFITS):
+            place = without.improved(place)
+        found = without.coefficients(place)
         for item in problem.points:
             if group(item) == name:
                 rows.append(_row(item, found) | {"left_out": name})
