@@ -18,7 +18,7 @@ from planner import families, timing
 from planner.calibration import FORMULA_VERSION, Calibration, Coefficient, Coefficients, priors
 from planner.errors import InvalidInput, MissingDependency, PlannerError, one_line
 from planner.hardware import Gpu
-from planner.predict import architecture
+from planner.predict import architecture, predict
 from planner.records import record
 from planner.step import program
 from planner.step.engine import Kernel, Record, Segment
@@ -467,6 +467,8 @@ def _calibration(
         "hosts": notes.hosts,
         "skipped": sorted(set(notes.skipped)),
     }
+    memory = memory_rows(problem.points)
+    report["memory"] = memory_summary(memory)
     last = runs[-1]
     repeated = repeats(p.measurement for p in problem.points)
     return Calibration(
@@ -477,6 +479,7 @@ def _calibration(
         versions=last.versions,
         coefficients=Coefficients(items, formula_error),
         repeatability=repeat_interval(repeated),
+        context_bytes=_context([p.measurement for p in problem.points]),
         bursts=len(problem.points),
         report=report | {"repeats": len(repeated)},
     )
@@ -501,6 +504,48 @@ def _strong(names: Sequence[str], covariance: Any) -> list[list[Any]]:
     return found
 
 
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Predicted and measured peaks of every GPU burst; nothing of the prediction is fitted."""
+    rows, known = [], {}
+    for item in points:
+        measured = item.measurement.memory_bytes
+        if not measured:
+            continue
+        key = item.measurement.key
+        if key not in known:
+            spec = families.build_spec(item.measurement.config, model_id=item.measurement.model)
+            known[key] = predict(spec, item.training, item.gpu)
+        predicted = {name: getattr(known[key], name).expected for name in measured}
+        rows.append({"key": key, "measured": measured, "predicted": predicted})
+    return rows
+
+
+def memory_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and worst error by counter."""
+    found = {}
+    for name in ("allocated", "reserved", "device"):
+        pairs = [
+            {"measured_s": row["measured"][name], "predicted_s": row["predicted"][name]}
+            for row in rows
+            if row["measured"].get(name)
+        ]
+        if pairs:
+            found[name] = summary(pairs)
+    return found
+
+
+def _context(items: Iterable[Measurement]) -> tuple[int, int, int] | None:
+    """Device memory beyond the reserved peak: what formulas cannot know (context, libraries, workspaces)."""
+    peaks = [m for m in (item.memory_bytes for item in items) if "device" in m and "reserved" in m]
+    beyond = sorted(m["device"] - m["reserved"] for m in peaks)
+    if not beyond:
+        return None
+    return max(beyond[0], 0), max(beyond[len(beyond) // 2], 0), max(beyond[-1], 0)
+
+
 # --- checking ------------------------------------------------------------------------------------------------------
 
 
@@ -519,7 +564,7 @@ def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
     differences = repeats(p.measurement for p in points)
     within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
     return {
-        "summary": summary(rows), "rows": rows, "skipped": sorted(set(skipped)),
+        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows, "skipped": sorted(set(skipped)),
         "interval_pct": 100 * (ratio - 1), "inside": sum(inside), "repeats": len(within),
         "repeats_within": sum(within), "repeat_interval_pct": 100 * calibration.repeatability,
     }  # fmt: skip

@@ -59,6 +59,20 @@ class Settings:
     """At most so many bursts; 0: as many as the budget allows."""
 
 
+GONE_S = 2.0
+"""The driver lists a process that has ended for a moment."""
+
+
+def strangers(device: Device, patience_s: float = GONE_S) -> list[dict[str, Any]]:
+    """Other processes on the device that stay there."""
+    found = device.others()
+    until = time.monotonic() + patience_s
+    while found and time.monotonic() < until:
+        time.sleep(patience_s / 5)
+        found = device.others()
+    return found
+
+
 Report = Callable[[Progress], None]
 
 
@@ -86,7 +100,7 @@ def run(
 
 def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
     identity = device.identity()
-    others = device.others()
+    others = strangers(device)
     if others and not settings.share:
         pids = ", ".join(str(p["pid"]) for p in others[:5])
         raise InvalidInput(
@@ -157,7 +171,7 @@ class _State:
         if left <= 0 or (self.started and self.beside + steps * self.slowness > left):
             return False
         self.started += 1
-        others = self.device.others()
+        others = strangers(self.device)
         if others and not self.settings.share:
             raise InvalidInput(
                 f"another process (pid {others[0]['pid']}) came to {self.device.name}; {self.done} bursts are kept: "

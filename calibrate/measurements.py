@@ -103,6 +103,16 @@ class Measurement:
             return None
         return tuple(min(float(seconds) for seconds in phase) for phase in zip(*self.result["phases_s"], strict=True))
 
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Peaks of the timed steps of a GPU: allocated, reserved, and device (NVML, less what was used before)."""
+        steady = self.result.get("memory", {}).get("steady step", {})
+        found = {name: int(steady[name]) for name in ("allocated", "reserved") if steady.get(name)}
+        sampled = self.result.get("device_memory", {})
+        if found and sampled.get("samples") and sampled.get("baseline_bytes") is not None:
+            found["device"] = int(sampled["peak_bytes"]) - int(sampled["baseline_bytes"])
+        return found
+
     def describe(self) -> dict[str, Any]:
         """As stored."""
         return {"request": dict(self.request), "result": dict(self.result)}

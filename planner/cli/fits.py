@@ -115,8 +115,14 @@ def _answer(
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
     chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
-    coefficients, told = (chosen.coefficients, chosen.notes) if chosen else (None, ())
-    prediction = predict(loaded.spec, training, card, warnings=(*notes, *told), coefficients=coefficients)
+    prediction = predict(
+        loaded.spec,
+        training,
+        card,
+        warnings=notes + (chosen.notes if chosen else ()),
+        coefficients=chosen.coefficients if chosen else None,
+        context_bytes=chosen.context_bytes if chosen else None,
+    )
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in ("fits", None):
         from planner import catalog
