@@ -109,6 +109,9 @@ def versions() -> dict[str, str]:
     for name in ("transformers", "peft", "bitsandbytes", "accelerate"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
+        module = sys.modules.get(name)  # a folder on PYTHONPATH has no metadata
+        if name not in found and module is not None:
+            found[name] = str(getattr(module, "__version__", ""))
     if torch.version.cuda and torch.cuda.is_available():
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found

@@ -18,7 +18,7 @@ from planner import families, timing
 from planner.calibration import FORMULA_VERSION, Calibration, Coefficient, Coefficients, priors
 from planner.errors import InvalidInput, MissingDependency, PlannerError, one_line
 from planner.hardware import Gpu
-from planner.predict import architecture
+from planner.predict import architecture, predict
 from planner.records import record
 from planner.step import program
 from planner.step.engine import Kernel, Record, Segment
@@ -34,6 +34,10 @@ IMPORTANT_SHARE = 0.10
 """A coefficient that some burst depends on by this share must be determined by the grid."""
 UNDETERMINED = 1.0
 """Relative standard error from the data alone above which the grid does not determine a coefficient."""
+SOFT = 2.0
+"""Residuals, in units of NOISE, from where on the loss grows linearly."""
+REFITS = 3
+"""Gauss-Newton steps of a fit without some bursts, from the fit with them."""
 STRONG = 0.9
 """Correlations above this are reported."""
 NINETY_PERCENT = 1.645
@@ -182,13 +186,25 @@ class Problem:
         """Derivatives of the data residuals."""
         import numpy as np
 
+        here = self.data_residuals(x)
         columns = []
-        for place in range(len(self.names)):
-            up, down = list(x), list(x)
-            up[place] += step
-            down[place] -= step
-            columns.append((self.data_residuals(up) - self.data_residuals(down)) / (2 * step))
+        for place, value in enumerate(x):
+            moved = list(x)
+            up = value + step <= math.log(self.start[self.names[place]].high)
+            moved[place] += step if up else -step
+            columns.append((self.data_residuals(moved) - here) / (step if up else -step))
         return np.array(columns).T
+
+    def improved(self, x: Sequence[float]) -> list[float]:
+        """One Gauss-Newton step of the same robust problem from `x`, inside the bounds."""
+        import numpy as np
+
+        residuals = np.concatenate([self.data_residuals(x), self.prior_residuals(x)])
+        slopes = np.vstack([self.jacobian(x), np.diag(self._prior_slopes())])
+        weights = (1 + (residuals / SOFT) ** 2) ** -0.25  # the root of soft L1's weight
+        change, *_ = np.linalg.lstsq(slopes * weights[:, None], -residuals * weights, rcond=None)
+        lower, upper = _bounds(self.start, self.names)
+        return [float(v) for v in np.clip(np.array(x) + np.clip(change, -1.0, 1.0), lower + 1e-6, upper - 1e-6)]
 
     def solve(self, x: Sequence[float] | None = None) -> list[float]:
         """The logarithms of the best coefficients."""
@@ -204,8 +220,13 @@ class Problem:
             lambda y: np.concatenate([self.data_residuals(y), self.prior_residuals(y)]),
             first,
             jac=lambda y: np.vstack([self.jacobian(y), np.diag(self._prior_slopes())]),
-            bounds=(lower, upper), loss="soft_l1", f_scale=2.0, x_scale=1.0, max_nfev=60, xtol=1e-6, ftol=1e-6,
-        )  # fmt: skip
+            bounds=(lower, upper),
+            loss="soft_l1",
+            f_scale=SOFT,
+            max_nfev=40,
+            xtol=1e-4,
+            ftol=1e-5,
+        )
         return [float(value) for value in found.x]
 
     def _prior_slopes(self) -> list[float]:
@@ -352,7 +373,10 @@ def left_out(problem: Problem, x: Sequence[float], group: Callable[[Point], str]
     for name in groups if len(groups) > 1 else []:
         kept = [p for p in problem.points if group(p) != name]
         without = Problem(kept, problem.start, problem.names)
-        found = without.coefficients(without.solve(x))
+        place = list(x)
+        for _ in range(REFITS):
+            place = without.improved(place)
+        found = without.coefficients(place)
         for item in problem.points:
             if group(item) == name:
                 rows.append(_row(item, found) | {"left_out": name})
@@ -443,6 +467,8 @@ def _calibration(
         "hosts": notes.hosts,
         "skipped": sorted(set(notes.skipped)),
     }
+    memory = memory_rows(problem.points)
+    report["memory"] = memory_summary(memory)
     last = runs[-1]
     repeated = repeats(p.measurement for p in problem.points)
     return Calibration(
@@ -453,6 +479,7 @@ def _calibration(
         versions=last.versions,
         coefficients=Coefficients(items, formula_error),
         repeatability=repeat_interval(repeated),
+        context_bytes=_context([p.measurement for p in problem.points]),
         bursts=len(problem.points),
         report=report | {"repeats": len(repeated)},
     )
@@ -477,6 +504,48 @@ def _strong(names: Sequence[str], covariance: Any) -> list[list[Any]]:
     return found
 
 
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Predicted and measured peaks of every GPU burst; nothing of the prediction is fitted."""
+    rows, known = [], {}
+    for item in points:
+        measured = item.measurement.memory_bytes
+        if not measured:
+            continue
+        key = item.measurement.key
+        if key not in known:
+            spec = families.build_spec(item.measurement.config, model_id=item.measurement.model)
+            known[key] = predict(spec, item.training, item.gpu)
+        predicted = {name: getattr(known[key], name).expected for name in measured}
+        rows.append({"key": key, "measured": measured, "predicted": predicted})
+    return rows
+
+
+def memory_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and worst error by counter."""
+    found = {}
+    for name in ("allocated", "reserved", "device"):
+        pairs = [
+            {"measured_s": row["measured"][name], "predicted_s": row["predicted"][name]}
+            for row in rows
+            if row["measured"].get(name)
+        ]
+        if pairs:
+            found[name] = summary(pairs)
+    return found
+
+
+def _context(items: Iterable[Measurement]) -> tuple[int, int, int] | None:
+    """Device memory beyond the reserved peak: what formulas cannot know (context, libraries, workspaces)."""
+    peaks = [m for m in (item.memory_bytes for item in items) if "device" in m and "reserved" in m]
+    beyond = sorted(m["device"] - m["reserved"] for m in peaks)
+    if not beyond:
+        return None
+    return max(beyond[0], 0), max(beyond[len(beyond) // 2], 0), max(beyond[-1], 0)
+
+
 # --- checking ------------------------------------------------------------------------------------------------------
 
 
@@ -495,7 +564,7 @@ def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
     differences = repeats(p.measurement for p in points)
     within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
     return {
-        "summary": summary(rows), "rows": rows, "skipped": sorted(set(skipped)),
+        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows, "skipped": sorted(set(skipped)),
         "interval_pct": 100 * (ratio - 1), "inside": sum(inside), "repeats": len(within),
         "repeats_within": sum(within), "repeat_interval_pct": 100 * calibration.repeatability,
     }  # fmt: skip

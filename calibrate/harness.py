@@ -21,7 +21,8 @@ from planner.errors import InvalidInput, PlannerError
 from planner.hardware import Gpu
 from planner.records import record
 
-WARMUP, STEPS = 2, 6
+WARMUP = 2
+STEPS = {"cpu": 10, "cuda": 8}
 """Steps of a burst that do not count (kernels are loaded, the optimizer makes its state), and that do."""
 OTHER_STEPS = 3
 """Steps' worth of time that phase peaks and the profiler cost."""
@@ -58,6 +59,20 @@ class Settings:
     """At most so many bursts; 0: as many as the budget allows."""
 
 
+GONE_S = 2.0
+"""The driver lists a process that has ended for a moment."""
+
+
+def strangers(device: Device, patience_s: float = GONE_S) -> list[dict[str, Any]]:
+    """Other processes on the device that stay there."""
+    found = device.others()
+    until = time.monotonic() + patience_s
+    while found and time.monotonic() < until:
+        time.sleep(patience_s / 5)
+        found = device.others()
+    return found
+
+
 Report = Callable[[Progress], None]
 
 
@@ -85,7 +100,7 @@ def run(
 
 def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
     identity = device.identity()
-    others = device.others()
+    others = strangers(device)
     if others and not settings.share:
         pids = ", ".join(str(p["pid"]) for p in others[:5])
         raise InvalidInput(
@@ -130,6 +145,8 @@ class _State:
     ) -> None:
         self.folder, self.device, self.gpu = folder, device, gpu
         self.settings, self.workers, self.report = settings, workers, report
+        self.timed = STEPS[device.kind]
+        self.steps = WARMUP + self.timed + OTHER_STEPS
         self.began = time.monotonic()
         self.stored = folder.results()
         self.done = sum(1 for s in self.stored.values() if s["result"].get("status") in FINISHED)
@@ -142,19 +159,19 @@ class _State:
 
     def next(self, number: int, burst: grid.Burst) -> bool:
         """Run one burst if it is not stored yet and the budget allows it; False: stop."""
-        request = burst.request(self.device.name, self.settings.threads, STEPS, WARMUP)
+        request = burst.request(self.device.name, self.settings.threads, self.timed, WARMUP)
         earlier = self.stored.get(number)
         if earlier is not None and earlier["result"].get("status") in FINISHED:
             return True
         if self.settings.most and self.started >= self.settings.most:
             return False
-        steps = grid.step_seconds(burst, self.gpu, self.coefficients) * (WARMUP + STEPS + OTHER_STEPS)
+        steps = grid.step_seconds(burst, self.gpu, self.coefficients) * self.steps
         spent = time.monotonic() - self.began
         left = self.settings.budget_s - spent
         if left <= 0 or (self.started and self.beside + steps * self.slowness > left):
             return False
         self.started += 1
-        others = self.device.others()
+        others = strangers(self.device)
         if others and not self.settings.share:
             raise InvalidInput(
                 f"another process (pid {others[0]['pid']}) came to {self.device.name}; {self.done} bursts are kept: "
@@ -174,7 +191,7 @@ class _State:
         timed, wall = sum(result.get("steps_s", ())), float(result.get("worker_s", 0.0))
         if result.get("status") != "ok" or not timed:
             return
-        steps = timed / STEPS * (WARMUP + STEPS + OTHER_STEPS)
+        steps = timed / self.timed * self.steps
         self.slowness = 0.5 * self.slowness + 0.5 * steps / predicted_s
         self.beside = 0.5 * self.beside + 0.5 * max(wall - steps, 0.0)
 

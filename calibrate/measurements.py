@@ -85,19 +85,33 @@ class Measurement:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step: the median on a GPU; the least on a CPU, where whatever disturbs only adds."""
+        """Seconds of a step: the median on a GPU; on a CPU, where whatever disturbs only adds, the least.
+
+        With phases it is the sum of the least of each, which need not fall into one step.
+        """
+        phases = self.phases_s
+        if phases is not None:
+            return sum(phases)
         if self.device.get("kind") == "cpu":
-            return float(min(self.result["steps_ran_s" if self.thread_time else "steps_s"]))
+            return float(min(self.result["steps_s"]))
         return float(median(self.result["steps_s"]))
 
     @property
-    def phases_s(self) -> tuple[float, float, float] | None:
-        """Seconds of forward, backward and optimizer of the step that `step_s` is; on a CPU only."""
+    def phases_s(self) -> tuple[float, ...] | None:
+        """Least seconds of forward, backward and optimizer; on a CPU only, where they do not overlap."""
         if self.device.get("kind") != "cpu" or not self.result.get("phases_s"):
             return None
-        times = self.result["steps_ran_s" if self.thread_time else "steps_s"]
-        forward, backward, optimizer = self.result["phases_s"][times.index(min(times))]
-        return float(forward), float(backward), float(optimizer)
+        return tuple(min(float(seconds) for seconds in phase) for phase in zip(*self.result["phases_s"], strict=True))
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Peaks of the timed steps of a GPU: allocated, reserved, and device (NVML, less what was used before)."""
+        steady = self.result.get("memory", {}).get("steady step", {})
+        found = {name: int(steady[name]) for name in ("allocated", "reserved") if steady.get(name)}
+        sampled = self.result.get("device_memory", {})
+        if found and sampled.get("samples") and sampled.get("baseline_bytes") is not None:
+            found["device"] = int(sampled["peak_bytes"]) - int(sampled["baseline_bytes"])
+        return found
 
     def describe(self) -> dict[str, Any]:
         """As stored."""

@@ -46,7 +46,11 @@ class TrainingStep:
         return make_optimizer(self.training, self.trainable)
 
     def _enable_checkpointing(self) -> None:
-        self.base.activation_checkpointing_enable({"use_reentrant": self.training.use_reentrant})
+        settings = {"use_reentrant": self.training.use_reentrant}
+        if hasattr(self.base, "activation_checkpointing_enable"):
+            self.base.activation_checkpointing_enable(settings)
+        else:  # transformers before 5.18
+            self.base.gradient_checkpointing_enable(settings)
 
     @property
     def micro_steps(self) -> int:

@@ -88,6 +88,8 @@ class Calibration:
     """All of the device's: fitted ones, and priors that the bursts do not reach."""
     repeatability: float
     """Ratio - 1 within which two runs of one burst lie in 9 of 10 cases; 0: no burst was repeated."""
+    context_bytes: tuple[int, int, int] | None
+    """Device memory beyond reserved: least, median, most of the bursts; None on a CPU or without NVML."""
     bursts: int
     report: Mapping[str, Any]
     """Residuals, correlations, held-out errors: what `calibrate show` prints."""
@@ -113,6 +115,11 @@ class Selection(NamedTuple):
     calibration: Calibration | None
     notes: tuple[str, ...]
     borrowed: bool = False
+
+    @property
+    def context_bytes(self) -> tuple[int, int, int] | None:
+        """Measured device memory beyond reserved, where this very card was measured."""
+        return self.calibration.context_bytes if self.calibration is not None and not self.borrowed else None
 
 
 BORROWED_ERROR = 0.10

@@ -176,10 +176,18 @@ def _parse(document: dict[str, Any], path: str) -> Calibration:
         versions=document["versions"],
         coefficients=Coefficients(items, float(document["formula_error"]), f"calibrated on {label}"),
         repeatability=float(document["repeatability"]),
+        context_bytes=_triple(document["context_bytes"]),
         bursts=int(document["bursts"]),
         report=document["report"],
         path=path,
     )
+
+
+def _triple(values: Any) -> tuple[int, int, int] | None:
+    if values is None:
+        return None
+    low, middle, high = (int(value) for value in values)
+    return low, middle, high
 
 
 def to_document(calibration: Calibration) -> dict[str, Any]:
@@ -194,6 +202,7 @@ def to_document(calibration: Calibration) -> dict[str, Any]:
         "versions": dict(calibration.versions),
         "formula_error": calibration.coefficients.formula_error,
         "repeatability": calibration.repeatability,
+        "context_bytes": list(calibration.context_bytes) if calibration.context_bytes else None,
         "bursts": calibration.bursts,
         "coefficients": [
             {

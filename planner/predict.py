@@ -103,11 +103,13 @@ def predict(
     *,
     warnings: tuple[str, ...] = (),
     coefficients: Coefficients | None = None,
+    context_bytes: tuple[int, int, int] | None = None,
 ) -> Prediction:
     """Predict the memory of one training step and, with a GPU, whether the run fits and how long a step takes.
 
     Args:
         coefficients: of the time model; the card's priors by default.
+        context_bytes: low, expected and high device memory beyond reserved; by default assumed.
 
     Raises:
         PlannerError: for settings that exclude each other or that the model does not have.
@@ -120,7 +122,7 @@ def predict(
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
     if gpu is not None and gpu.vendor == CPU:
         reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
-    device = reserved.shifted(CONTEXT_BYTES)
+    device = reserved.shifted(context_bytes or CONTEXT_BYTES)
     return Prediction(
         model=model,
         training=training,

@@ -150,8 +150,14 @@ def answer_of(
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
     notes = (*(str(missing) for missing in job.missing), *notes) if job else notes
     chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
-    coefficients, told = (chosen.coefficients, chosen.notes) if chosen else (None, ())
-    prediction = predict(loaded.spec, training, card, warnings=(*notes, *told), coefficients=coefficients)
+    prediction = predict(
+        loaded.spec,
+        training,
+        card,
+        warnings=notes + (chosen.notes if chosen else ()),
+        coefficients=chosen.coefficients if chosen else None,
+        context_bytes=chosen.context_bytes if chosen else None,
+    )
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in ("fits", None):
         from planner import catalog

@@ -90,7 +90,10 @@ class _Glue:
         if card is None:
             return predict(spec, training, None)
         chosen = calibration_files.select(card, self.calibration, training.versions)
-        return predict(spec, training, card, warnings=chosen.notes, coefficients=chosen.coefficients)
+        return predict(
+            spec, training, card, warnings=chosen.notes, coefficients=chosen.coefficients,
+            context_bytes=chosen.context_bytes,
+        )  # fmt: skip
 
     def capacity(self, gpu_id: str) -> int | None:
         """Return a card's memory in bytes; None for a card that is not known."""

@@ -107,6 +107,7 @@ def _coefficient_rows(c: Calibration) -> Rows:
 def _summaries(c: Calibration) -> Rows:
     named = {"all, as fitted": c.report["fitted"]}
     named |= {f"left out by {name}": found for name, found in c.report["held_out"].items()}
+    named |= {f"{name} memory, not fitted": found for name, found in c.report.get("memory", {}).items()}
     return [[name, *_summary_cells(found)] for name, found in named.items()]
 
 
@@ -166,6 +167,9 @@ def check_report(found: Mapping[str, Any], c: Calibration, style: str, rows: boo
         lines.append(
             f"  {found['inside']} of {total['bursts']} inside the interval (+/- {found['interval_pct']:.0f} %)"
         )
+    for name, memory in found["memory"].items():
+        figures = f"mean error {memory['mean_error_pct']:.1f} %, worst {memory['worst_pct']:+.1f} %"
+        lines.append(f"  {name} memory: {figures} (nothing fitted)")
     if found["repeats"]:
         lines.append(
             f"  {found['repeats_within']} of {found['repeats']} repeats within {found['repeat_interval_pct']:.0f} %"
