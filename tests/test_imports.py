@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
     ("model", "training", "hardware"),
-    ("catalog",),
+    ("catalog", "measurements"),
     ("releases",),
     ("lora", "families", "stacks", "headers", "processor"),
     ("gguf_config",),

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from planner import stacks, validation
+from planner import measurements, stacks, validation
 from planner.cli.main import cli
 from planner.errors import InvalidInput, PlannerError, UnknownName
+from planner.measurements import COLUMNS, parse_measurements, select
 from planner.training import TrainingSpec
-from planner.validation import COLUMNS, NotScored, parse_measurements, row_flags, row_options, score, select
+from planner.validation import NotScored, row_flags, row_options, score
 
 BASE = {
     "id": "x-1", "source": "x", "model": "org/model", "framework": "peft-loop", "method": "lora",
@@ -405,11 +406,11 @@ def outcome(data: bytes) -> Any:
 def test_read_from_disk(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_bytes(table(make()))
-    assert validation.read_measurements(path) == [make()]
+    assert measurements.read_measurements(path) == [make()]
     with pytest.raises(InvalidInput, match="cannot read"):
-        validation.read_measurements(tmp_path / "none.csv")
+        measurements.read_measurements(tmp_path / "none.csv")
     with pytest.raises(InvalidInput, match="cannot read"):
-        validation.read_measurements(tmp_path)
+        measurements.read_measurements(tmp_path)
 
 
 def test_not_scored_is_the_only_refusal_of_a_row() -> None:
