@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from planner import cuda_rules
-from planner.errors import Contradiction, InvalidInput
+from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.training import LoraSpec, TrainingSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +32,9 @@ DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
     """Return the transformers config object, optionally with the first `layers` decoder layers only."""
+    import transformers
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     values = {k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_CONFIG}
     if "text_config" in values and "hidden_size" not in values:
@@ -40,6 +42,11 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
     model_type = values.pop("model_type", None)
     if not model_type:
         raise InvalidInput("the config has no model_type; pass a Hugging Face config.json")
+    if model_type not in CONFIG_MAPPING:
+        raise UnknownName(
+            f"model_type {one_line(model_type)!r} is unknown to the installed transformers {transformers.__version__}; "
+            "install a release that has it (code that comes with a model is not run)"
+        )
     if layers is not None:
         for name in PER_LAYER_LISTS:
             if isinstance(values.get(name), list):
@@ -132,19 +139,34 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(rows)
 
 
-def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
+def causal_model(cfg: Any, implementation: str, dtype: torch.dtype) -> tuple[Any, str]:
+    """Return the causal language model of a config and the attention implementation that its class has.
+
+    Raises:
+        UnknownName: the installed transformers has no decoder-only language model for it.
+    """
     from transformers import AutoModelForCausalLM
 
+    if type(cfg) not in AutoModelForCausalLM._model_mapping or cfg.is_encoder_decoder:
+        raise UnknownName(
+            f"transformers has no decoder-only language model for model_type {one_line(cfg.model_type)!r}; "
+            "only such models are planned"
+        )
+    try:
+        return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=implementation), implementation
+    except ValueError as error:
+        if implementation == "eager" or "attention implementation" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="eager"), "eager"
+
+
+def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
     implementation = "eager" if training.attention == "eager" else "sdpa"
     dtype = DTYPES[training.base_dtype]
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=implementation)
-        except ValueError as error:
-            if implementation == "eager" or "attention implementation" not in str(error):
-                raise
-            notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
-            model = AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="eager")
+        model, taken = causal_model(cfg, implementation, dtype)
+    if taken != implementation:
+        notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
     _keep_in_fp32(model, dtype)
     model.tie_weights()
     if training.untied_head and cfg.tie_word_embeddings:
@@ -277,11 +299,18 @@ def fake_maker(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def random_maker(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A small random tensor for real runs."""
-    if dtype.is_floating_point:
-        return (torch.randn(shape, dtype=torch.float32) * 0.02).to(dtype)
-    return torch.zeros(shape, dtype=dtype)
+class RandomMaker:
+    """Small random tensors for real runs, made on the device: never zeros, on which multipliers draw less power."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if dtype.is_floating_point:
+            values = torch.randn(shape, dtype=torch.float32, device=self.device) * 0.02
+            return (values + 1.0 if len(shape) == 1 else values).to(dtype)  # norms scale by about one
+        least, most = (-127, 128) if dtype == torch.int8 else (0, 2)
+        return torch.randint(least, most, shape, dtype=dtype, device=self.device)
 
 
 def materialise(model: nn.Module, training: TrainingSpec, make: Maker) -> Iterator[tuple[str, torch.Tensor]]:
@@ -320,7 +349,7 @@ def _materialise_4bit(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     quant = training.quantization
     n, k = module.out_features, module.in_features
-    if make is random_maker:
+    if isinstance(make, RandomMaker):
         weight, state = bnb.functional.quantize_4bit(
             make((n, k), DTYPES[training.base_dtype]),
             blocksize=cuda_rules.BLOCKSIZE_4BIT,
@@ -377,6 +406,8 @@ def _materialise_int8(path: str, module: Any, make: Maker) -> Iterator[tuple[str
     n, k = module.out_features, module.in_features
     weight = make((n, k), torch.int8)
     scale = make((n,), torch.float32)
+    if isinstance(make, RandomMaker):
+        scale = scale * (0.02 * 3.0 / 127)  # int8 rows whose largest entry is about three standard deviations
     parameter = nn.Parameter(weight, requires_grad=False)
     parameter.CB = parameter.SCB = None
     module.weight = parameter

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import sys
@@ -32,7 +31,8 @@ from calibrate import cuda_semantics, fake_model
 from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
+from planner.errors import Contradiction, InvalidInput
+from planner.training import TrainingSpec, training_from_dict
 
 STEPS = 2
 
@@ -51,6 +51,11 @@ class TraceResult:
     blocks: list[Block]
     events: list[Event]
     layers: int
+    segment_flops: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    """FLOPs of one micro batch by (phase, segment, operation); calibrate.flops says what counts."""
+    trainable_parameters: int = 0
+    parameters: int = 0
+    """Elements of all base weights, a tied one once; adapters not included."""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -58,6 +63,15 @@ class TraceResult:
     def peak_bytes(self) -> int:
         """Peak of the last step, when the optimizer state exists."""
         return self.step_peaks[-1]
+
+    @property
+    def flops(self) -> dict[str, dict[str, int]]:
+        """FLOPs of one micro batch by phase (forward with the loss, recompute, backward) and operation."""
+        found: dict[str, dict[str, int]] = {"forward": {}, "recompute": {}, "backward": {}}
+        for (phase, _, op), number in self.segment_flops.items():
+            counts = found.setdefault("forward" if phase == "loss" else phase, {})
+            counts[op] = counts.get(op, 0) + number
+        return found
 
     def live_at(self, event: int) -> list[Block]:
         """Return the storages alive right after event number `event`, largest first."""
@@ -110,6 +124,7 @@ def trace(
     gc.collect()
     gc.disable()
     try:
+        refuse_unsupported(training)
         model, notes = fake_model.build(config, training, layers, keep)
         return _trace(model, notes, training, arch, real)
     finally:
@@ -117,6 +132,7 @@ def trace(
 
 
 def _trace(model: nn.Module, notes: list[str], training: TrainingSpec, arch: Architecture, real: bool) -> TraceResult:
+    counts = _parameters(model)
     host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
     tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops, cuda_semantics.LATE_OPS)
     with ExitStack() as stack:
@@ -130,14 +146,52 @@ def _trace(model: nn.Module, notes: list[str], training: TrainingSpec, arch: Arc
         stack.enter_context(tracker)
         stack.enter_context(cuda_semantics.cuda_functions(arch, force_flash=training.attention == "flash2"))
         step = Step(model, training, tracker, arch, real=real)
+        if not step.num_layers:
+            raise InvalidInput("no stack of decoder layers was found in the model; its class cannot be traced")
         for number in range(1, STEPS + 1):
             tracker.labels.step = number
             step.run()
-        return _result(tracker, step.num_layers, notes)
+        result = _result(tracker, step.num_layers, notes)
+    micro_steps = step.micro_steps
+    result.segment_flops = {key[1:]: number // micro_steps for key, number in tracker.flops.items() if key[0] == STEPS}
+    result.parameters, result.trainable_parameters = counts
+    return result
+
+
+def _parameters(model: nn.Module) -> tuple[int, int]:
+    """Elements of the base model's parameters and of the trainable ones; a shared parameter counts once."""
+    base = trainable = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and "modules_to_save" not in name:
+            base += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+    return base, trainable
+
+
+def refuse_unsupported(training: TrainingSpec) -> None:
+    """Refuse settings that the trace would silently leave out.
+
+    Raises:
+        Contradiction: naming the setting and what to choose.
+    """
+    lora, quant = training.lora, training.quantization
+    reasons = (
+        (training.kernels != "none", f"{training.kernels} kernels; choose --kernels none"),
+        (training.compile, "torch.compile; drop --compile"),
+        (training.optimizer_in_backward, "an optimizer in the backward; drop --optimizer-in-backward"),
+        (training.loss in ("chunked", "fused"), f"a {training.loss} loss; choose --loss full-logits-fp32"),
+        (quant.kind not in ("none", "nf4", "fp4", "int8"), f"{quant.kind} bases; choose nf4, fp4, int8 or none"),
+        (quant.kind != "none" and quant.quantized_modules != "linears", "a partly quantized base; drop the option"),
+        (lora is not None and bool(lora.target_slices), "adapters on slices of a module; drop --target-slices"),
+    )
+    for unsupported, what in reasons:
+        if unsupported:
+            raise Contradiction(f"the trace runs the libraries themselves and has no {what}")
 
 
 def _load(model: nn.Module, training: TrainingSpec, tracker: Tracker, *, real: bool) -> None:
-    make = fake_model.random_maker if real else fake_model.fake_maker
+    make = fake_model.RandomMaker() if real else fake_model.fake_maker
     for name, tensor in fake_model.materialise(model, training, make):
         path, _, leaf = name.rpartition(".")
         tracker.labels.modules[:] = [path]
@@ -186,28 +240,6 @@ def _versions() -> dict[str, str]:
 # --- input ---------------------------------------------------------------------------------------------------------
 
 
-def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
-    """Build a TrainingSpec from nested values or from the flat form of `TrainingSpec.describe()`."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        group, dot, leaf = name.partition(".")
-        if dot:
-            nested.setdefault(group, {})[leaf] = value
-        elif not (value is None and group in nested):
-            nested[name] = value
-    parts: tuple[tuple[str, Any], ...] = (
-        ("lora", LoraSpec),
-        ("quantization", QuantizationSpec),
-        ("versions", Versions),
-    )
-    for name, kind in parts:
-        if isinstance(nested.get(name), dict):
-            known = {f.name for f in dataclasses.fields(kind)}
-            inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
-            nested[name] = kind(**inner)
-    return TrainingSpec(**nested)
-
-
 def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) -> Iterator[str]:
     live = 0
     for event in result.events:
@@ -223,7 +255,7 @@ def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Library chatter goes to stderr; stdout carries one document."""
     import logging
 
@@ -253,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     training = training_from_dict(json.loads(given.training.read_text()))
     major, minor = (int(x) for x in given.capability.split("."))
     arch = Architecture.plain() if given.plain else Architecture(capability=(major, minor))
-    with _quiet():
+    with quiet():
         if given.layers == "auto":
             from calibrate.extrapolate import extrapolate
 

@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from calibrate import flops
+
 COPIES = ("aten._to_copy", "aten.clone")
 """Operations whose result holds the values of their first argument."""
 
@@ -105,16 +107,19 @@ class Tracker(TorchDispatchMode):
         self.blocks: list[Block] = []
         self.events: list[Event] = []
         self._synthetic = synthetic
+        self.flops: dict[tuple[int, str, str, str], int] = {}
+        """FLOPs by (step, phase, segment, operation)."""
         self._live: dict[int, int] = {}
-        self._names: dict[Any, str] = {}
+        self._names: dict[Any, tuple[str, flops.Formula | None]] = {}
         self._last_op = ""
         self._ignoring = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = self._names.get(func)
-        if name is None:
-            name = self._names[func] = str(func).removesuffix(".default")
+        known = self._names.get(func)
+        if known is None:
+            known = self._names[func] = str(func).removesuffix(".default"), flops.formula(func)
+        name, formula = known
         if name.startswith(
             ("prim.", "profiler.")
         ):  # questions about tensors: no memory, and more than half of all calls
@@ -124,6 +129,8 @@ class Tracker(TorchDispatchMode):
         held = [] if late else self._allocate_hidden(name, hidden)
         self._last_op = name
         out = func(*args, **kwargs)
+        if formula is not None:
+            self._count(name, formula(args, kwargs, out))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 made = self.register(leaf, name)
@@ -134,6 +141,11 @@ class Tracker(TorchDispatchMode):
         for block in reversed(held):
             self.release(block)
         return out
+
+    def _count(self, name: str, number: int) -> None:
+        at = self.labels
+        key = (at.step, at.phase, at.segment, name)
+        self.flops[key] = self.flops.get(key, 0) + number
 
     def _allocate_hidden(self, name: str, hidden: Temporaries) -> list[int]:
         return [self.allocate(nbytes, f"{name}:{label}") for label, nbytes in hidden]

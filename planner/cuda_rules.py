@@ -40,6 +40,11 @@ class Architecture:
     host_scalars: bool = True
     """Optimizer step counters and Python scalars stay on the host and are not counted."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether these are a CPU's kernels (`plain`)."""
+        return not self.sdpa_kernels
+
     @classmethod
     def plain(cls) -> Architecture:
         """Every CUDA rule switched off."""
@@ -57,6 +62,60 @@ class Architecture:
         )
 
 
+@record
+class Rule:
+    """A named difference between CUDA and the CPU, as the trace and the program apply it to one architecture."""
+
+    name: str
+    """The switch of `Architecture` that turns it on, with underscores as blanks."""
+    applied: bool
+    what: str
+    source: str
+
+    def describe(self) -> dict[str, str | bool]:
+        """Return the rule as plain JSON values."""
+        return {"name": self.name, "applied": self.applied, "what": self.what, "source": self.source}
+
+
+def rules(arch: Architecture) -> tuple[Rule, ...]:
+    """Return every rule with what it does on this architecture and the source it was read in."""
+    capability = ".".join(map(str, arch.capability))
+    kernel = sdpa_kernel("bf16", has_mask=False, head_dim=128, v_head_dim=128, arch=arch)
+    workspace = cublas_workspace_bytes(arch.capability)
+    facts = {
+        "sdpa_kernels": f"scaled_dot_product_attention runs CUDA's kernels (bf16, no mask, on {capability}: {kernel})",
+        "attention_workspaces": "an attention kernel's backward allocates its accumulators (dq in fp32; dk and dv for "
+        "every query head where heads are grouped)",
+        "fused_dropout": "dropout keeps a mask of one byte an element",
+        "autocast_lists": "autocast runs norms, sums and losses in fp32 by CUDA's lists",
+        "fused_softmax_cast": "a softmax from fp16 to fp32 converts inside its kernel",
+        "softmax_backward_product": "the backward of a softmax writes gradient times output first",
+        "gemm_4bit_dequantizes": f"a 4-bit product of more than 512 rows, or of over {GEMM_4BIT_FUSED_MAX_M} in any "
+        "case, dequantizes the whole weight into 16 bit",
+        "int8_kernels": "an 8-bit product keeps an int32 result and, for bf16, an fp16 one beside its output",
+        "blas_workspaces": f"{cublas_handles()} cuBLAS handles hold {workspace:,} bytes each",
+        "host_scalars": "optimizer step counters and Python scalars stay in host memory",
+    }
+    return tuple(
+        Rule(name=name.replace("_", " "), applied=getattr(arch, name), what=what, source=_RULE_SOURCES[name])
+        for name, what in facts.items()
+    )
+
+
+_RULE_SOURCES = {
+    "sdpa_kernels": "ATen/native/transformers/cuda/sdp_utils.cpp",
+    "attention_workspaces": "flash_attn/flash_api.cpp mha_bwd; ATen .../cuda/attention_backward.cu",
+    "fused_dropout": "ATen/native/Dropout.cpp is_fused_kernel_acceptable",
+    "autocast_lists": "ATen/autocast_mode.h AT_FORALL_FP32",
+    "fused_softmax_cast": "ATen/native/SoftMax.cpp softmax",
+    "softmax_backward_product": "ATen/native/cuda/SoftMax.cu softmax_backward_cuda_out",
+    "gemm_4bit_dequantizes": "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit",
+    "int8_kernels": "bitsandbytes 0.50 backends/default/ops.py int8_scaled_mm, backends/cuda/ops.py int8_mm_dequant",
+    "blas_workspaces": "ATen/cuda/CublasHandlePool.cpp parseChosenWorkspaceSize",
+    "host_scalars": "torch/optim/optimizer.py: state step on the CPU unless capturable or fused",
+}
+
+
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
@@ -72,6 +131,11 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     Checked on a T4: 8 519 680 B a handle.
     """
     return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
+
+
+def program_class(capability: tuple[int, int]) -> tuple[object, ...]:
+    """All that the rules of this module read of a capability: cards of one class run the same program."""
+    return capability >= (8, 0), cublas_workspace_bytes(capability)
 
 
 def cublas_handles(*, trains: bool = True) -> int:

@@ -6,11 +6,13 @@ Three numbers, never mixed: *allocated* is torch.cuda.max_memory_allocated, *res
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
-from planner import allocator, cuda_rules, memory
-from planner.hardware import Gpu
-from planner.model import ModelSpec
+from planner import allocator, cuda_rules, memory, timing
+from planner.calibration import Coefficients, priors
+from planner.hardware import CPU, Gpu
+from planner.model import ModelSpec, UnreadModel
 from planner.records import record
 from planner.step import program, sequence
 from planner.step.engine import Record
@@ -45,7 +47,7 @@ class Range:
 class Prediction:
     """What one configuration needs, and whether a card has it."""
 
-    model: ModelSpec
+    model: ModelSpec | UnreadModel
     training: TrainingSpec
     gpu: Gpu | None
     allocated: Range
@@ -58,6 +60,16 @@ class Prediction:
     warnings: tuple[str, ...]
     uncertainty: tuple[tuple[str, float], ...]
     """(reason, relative share) of the interval of the allocated figure."""
+    via: Literal["program", "trace"] = "program"
+    libraries: tuple[tuple[str, str], ...] = ()
+    """Releases that were traced (see planner.traced)."""
+    time: timing.StepTime | None = None
+    """None without a GPU, or where no source states the card's rates."""
+
+    @property
+    def step_s(self) -> timing.Seconds | None:
+        """Seconds of one optimizer step."""
+        return self.time.step_s if self.time else None
 
     @property
     def capacity_bytes(self) -> int:
@@ -73,6 +85,8 @@ class Prediction:
 def architecture(gpu: Gpu | None, training: TrainingSpec) -> cuda_rules.Architecture:
     """The facts about card and libraries that decide which kernels run; an A100's where nothing is known."""
     versions = training.versions
+    if gpu is not None and gpu.vendor == CPU:
+        return replace(cuda_rules.Architecture.plain(), torch=versions.torch, bitsandbytes=versions.bitsandbytes)
     known = gpu is not None and gpu.compute_capability is not None
     return cuda_rules.Architecture(
         capability=gpu.compute_capability if known and gpu and gpu.compute_capability else (8, 0),
@@ -88,8 +102,14 @@ def predict(
     gpu: Gpu | None = None,
     *,
     warnings: tuple[str, ...] = (),
+    coefficients: Coefficients | None = None,
+    context_bytes: tuple[int, int, int] | None = None,
 ) -> Prediction:
-    """Predict the memory of one training step and, with a GPU, whether the run fits.
+    """Predict the memory of one training step and, with a GPU, whether the run fits and how long a step takes.
+
+    Args:
+        coefficients: of the time model; the card's priors by default.
+        context_bytes: low, expected and high device memory beyond reserved; by default assumed.
 
     Raises:
         PlannerError: for settings that exclude each other or that the model does not have.
@@ -100,7 +120,9 @@ def predict(
     breakdown = memory.breakdown(run.record, names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
-    device = reserved.shifted(CONTEXT_BYTES)
+    if gpu is not None and gpu.vendor == CPU:
+        reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
+    device = reserved.shifted(context_bytes or CONTEXT_BYTES)
     return Prediction(
         model=model,
         training=training,
@@ -110,24 +132,38 @@ def predict(
         device=device,
         breakdown=breakdown,
         trainable_parameters=int(run.trainable_parameters),
-        verdict=_verdict(gpu, allocated, out_of_memory) if gpu else None,
+        verdict=verdict_for(gpu, allocated, out_of_memory) if gpu else None,
         warnings=(*warnings, *training_warnings(model, training, gpu)),
         uncertainty=reasons,
+        time=_time(run.record, training, gpu, coefficients),
     )
+
+
+def _time(
+    record: Record, training: TrainingSpec, gpu: Gpu | None, coefficients: Coefficients | None
+) -> timing.StepTime | None:
+    if gpu is None or not timing.predictable(gpu):
+        return None
+    return timing.step_time(record, training, gpu, coefficients or priors(gpu))
 
 
 def _with_allocator(
     record: Record, peak: int, reasons: tuple[tuple[str, float], ...], gpu: Gpu | None
 ) -> tuple[Range, Range, bool]:
+    small = sequence.small_peak(record, allocator.SMALL_SIZE)
+    return allocator_ranges(sequence.expand(record, STEPS, allocator.SMALL_SIZE), small, peak, reasons, gpu)
+
+
+def allocator_ranges(
+    events: list[tuple[int, int]], small: int, peak: int, reasons: tuple[tuple[str, float], ...], gpu: Gpu | None
+) -> tuple[Range, Range, bool]:
     """Replay the allocator without a limit, and within the card when the cache would outgrow it.
 
-    The small pool (requests up to 1 MiB) fragments little and is taken at its peak, rounded to segments; only the
-    large pool is replayed.
+    The small pool (requests up to 1 MiB) fragments little and is taken at its peak `small`, rounded to segments; only
+    the large pool is replayed. Returns allocated, reserved, and whether the card was too small for the replay.
     """
     share = sum(s for _, s in reasons)
-    small = sequence.small_peak(record, allocator.SMALL_SIZE)
     small_reserved = -(-small // allocator.SMALL_SEGMENT) * allocator.SMALL_SEGMENT
-    events = sequence.expand(record, STEPS, allocator.SMALL_SIZE)
     replayed = allocator.replay(events)
     expected, ran_out = replayed.peak_reserved + small_reserved, False
     allocated = Range(
@@ -155,7 +191,7 @@ FRAGMENTATION = 0.05
 """Share added to the upper end of reserved memory: what loading and validation leave behind is not replayed."""
 
 
-def _verdict(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
+def verdict_for(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
     """Whether the live memory fits beside the context; the cache shrinks when the card is full."""
     limits = [gpu.free_bytes - context for context in CONTEXT_BYTES]
     if allocated.low > limits[0] or (ran_out and allocated.expected > limits[1]):
@@ -181,11 +217,15 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     if training.uses_own_modules:
         reasons.append(("the framework's own modules are approximated by those of transformers", 0.15))
     own_attention = any(
-        not layer.attention.sdpa and not layer.attention.logit_softcap and layer.attention.position != "none"
+        not layer.attention.has_sdpa(training.versions.transformers)
+        and not layer.attention.logit_softcap
+        and layer.attention.position != "none"
         for layer, _ in model.distinct_layers()
     )
     if own_attention:
         reasons.append(("the class's own attention keeps score matrices whose lifetimes are modelled coarsely", 0.2))
+    if model.derived:
+        reasons.append(("a class outside the registry: operations are taken from a common decoder layer", 0.10))
     if model.remote_code:
         reasons.append(("the model's own code is not in transformers", 0.05))
     if any(layer.experts is not None for layer, _ in model.distinct_layers()):
@@ -201,15 +241,22 @@ def lacks_bf16(gpu: Gpu) -> bool:
     return gpu.bf16_native is False or (capability is not None and capability < (8, 0) and gpu.vendor != "AMD")
 
 
-def training_warnings(model: ModelSpec, training: TrainingSpec, gpu: Gpu | None) -> tuple[str, ...]:
-    """Visible warnings: what the hardware lacks, and what the settings cost unnoticed."""
+def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu | None) -> tuple[str, ...]:
+    """Visible warnings: what the hardware lacks, and what the settings cost unnoticed (None: an unread model)."""
     notes: list[str] = []
     capability = gpu.compute_capability if gpu else None
     half = "bf16" in (training.autocast, training.base_dtype, training.quantization.compute_dtype)
     if gpu and half and lacks_bf16(gpu):
         notes.append(f"{gpu.name} has no bf16 tensor cores: use fp16 (--autocast fp16 --base-dtype fp16)")
+    if {training.autocast, training.base_dtype} == {"bf16", "fp16"}:
+        notes.append(
+            f"autocast {training.autocast} makes a copy of every {training.base_dtype} weight it meets: "
+            f"--base-dtype {training.autocast} avoids it"
+        )
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
+    if model is None:
+        return tuple(notes)
     experts = [layer.experts for layer, _ in model.distinct_layers() if layer.experts]
     if experts and training.quantization.kind in ("nf4", "fp4", "int8"):
         notes.append("expert weights are fused 3-D parameters that bitsandbytes does not quantize: they stay 16-bit")

@@ -101,6 +101,7 @@ def nearest_changes(prediction: Prediction, cards: Sequence[Gpu] = ()) -> tuple[
     """
     if prediction.gpu is None or prediction.verdict == "fits":
         return ()
+    assert isinstance(prediction.model, ModelSpec)  # a trace's answer is not searched
     search = _Search(prediction.model, prediction.gpu)
     train = prediction.training
     found = [change for change in map(search.change, _single_steps(search, train)) if change is not None]

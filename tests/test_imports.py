@@ -18,14 +18,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
     ("model", "training", "hardware"),
-    ("lora", "families", "stacks", "headers"),
+    ("catalog", "measurements"),
+    ("releases",),
+    ("lora", "families", "stacks", "headers", "processor"),
     ("gguf_config",),
     ("step", "allocator"),
-    ("memory",),
-    ("predict",),
-    ("search", "validation"),
-    ("catalog",),
-    ("sources",),
+    ("memory", "calibration"),
+    ("timing",),
+    ("sweep_memory", "sweep_time"),
+    ("predict", "cost"),
+    ("search", "validation", "traced", "sweep"),
+    ("calibration_files",),
+    ("sources", "importers"),
+    ("lint",),
     ("report",),
     ("cli",),
 )
@@ -33,9 +38,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
+    "pyarrow": ("report",),
+    "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
+    "yaml": ("cli", "importers"),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
+    "matplotlib": ("report",),
 }
 """What is not in the standard library and may be imported inside a function, and where ("" is everywhere)."""
 
@@ -43,7 +52,8 @@ AT_IMPORT = {"click": ("cli",)}
 """What may be imported when a module is loaded."""
 
 HEAVY = (
-    "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "pydantic", "tabulate", "calibrate"
+    "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "matplotlib", "pydantic", "tabulate",
+    "calibrate", "planner.importers",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
 

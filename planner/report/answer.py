@@ -10,9 +10,12 @@ from planner.memory import Moment
 from planner.predict import CONTEXT_BYTES, Prediction
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved
+from planner.training import TrainingSpec
 from planner.units import gib
 
 if TYPE_CHECKING:  # a run that fits needs no search
+    from planner.cost import RunPlan
+    from planner.datarun import DataRun
     from planner.search import Change
 
 WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
@@ -29,7 +32,16 @@ class Answer(NamedTuple):
     margin_bytes: int = 0
     """Memory of the card that the user wants kept free."""
     explain: bool = False
+    explain_time: bool = False
     stack_origin: str = "loraplan default"
+    run: RunPlan | None = None
+    """The whole run, where an amount was given."""
+    mean_tokens: float = 0.0
+    """Useful tokens per row; 0 where not given."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the run's price."""
+    data: DataRun | None = None
+    """The training data, where it was given."""
 
 
 class Component(NamedTuple):
@@ -65,8 +77,12 @@ def model_name(answer: Answer) -> str:
 
 def run_words(answer: Answer) -> str:
     """Describe the run in a line: model, method, adapter, length, batch."""
-    t = answer.prediction.training
-    words = [model_name(answer), t.method]
+    return training_words(model_name(answer), answer.prediction.training)
+
+
+def training_words(name: str, t: TrainingSpec) -> str:
+    """Describe the training of the model called `name` in a line."""
+    words = [name, t.method]
     if t.quantization.kind != "none" and t.quantization.kind != "nf4":
         words.append(t.quantization.kind)
     if t.lora is not None:
@@ -101,6 +117,7 @@ _OUTSIDE = {
     "embedding": "in the embeddings",
     "forward": "in the forward, outside the layers",
     "loss": "in the forward, at the head and loss",
+    "head backward": "at the start of the backward, in the loss and head",
     "backward": "in the backward, outside the layers",
     "optimizer": "in the optimizer step",
 }
@@ -122,6 +139,15 @@ def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
     if moment.phase in ("forward", "backward"):
         return f"in the {moment.phase} of {where}"
     return f"{_OUTSIDE.get(moment.phase, moment.phase)}, {where}"
+
+
+def via_words(answer: Answer) -> str:
+    """Say what answered: empty for loraplan's own program, else the libraries that were traced."""
+    p = answer.prediction
+    if p.via == "program":
+        return ""
+    releases = ", ".join(f"{name} {one_line(release.split('+')[0], 30)}" for name, release in p.libraries)
+    return f"via trace: the libraries themselves, all {p.model.num_layers} layers ({releases})"
 
 
 def peak_words(answer: Answer) -> str:

@@ -1,6 +1,6 @@
 """Self-attention: projections, positions, and the kernel that settings, dtypes and GPU select.
 
-The order of calls and the lifetimes of local names follow transformers 5.23 (models/*/modeling_*.py).
+The order of calls and the lifetimes of local names follow transformers 5.23 and 5.24 (models/*/modeling_*.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from planner import cuda_rules
 from planner.model import Attention, Norm
 from planner.step import linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Shape, Size, Tensor
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
 
@@ -152,12 +152,13 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
     """Whether SDPA gets a 4-D mask for a sliding window: the length reaches the window (masking_utils.py)."""
     if not spec.sliding_window or step.train.attention != "sdpa":
         return False
-    reaches = step.seq >= spec.sliding_window
-    return bool(reaches if isinstance(reaches, bool) else reaches.any())
+    return bool(step.seq >= spec.sliding_window)
 
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
     """The kernel torch's scaled_dot_product_attention picks (planner.cuda_rules.sdpa_kernel)."""
+    if not step.arch.sdpa_kernels:
+        return "flash"  # a CPU has one fused kernel, for every dtype and mask (cpu/FlashAttentionKernel.cpp)
     if _broadcasts_heads(step, spec):
         return "math"
     masked = step.mask is not None or needs_window_mask(step, spec)
@@ -177,9 +178,10 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
     """The attention kernel that the settings, the dtypes and the GPU select; `source`: dtype of the layer's input."""
     eng = step.eng
     arg = (q, k, v)
-    if spec.sinks and (step.train.attention == "eager" or not spec.sdpa):
+    has_sdpa = spec.has_sdpa(step.train.versions.transformers)
+    if spec.sinks and (step.train.attention == "eager" or not has_sdpa):
         out = _eager_sinks(step, spec, q, k, v)
-    elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not spec.sdpa):
+    elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not has_sdpa):
         falcon = step.model.model_type == "falcon" and spec.position == "rope"
         out = _eager_falcon(step, spec, q, k, v, source) if falcon else _eager(step, spec, q, k, v)
     else:
@@ -222,23 +224,29 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     arg = (q, k, v)
     source = q.dtype
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    flops = 2.0 * scores_numel * spec.head_dim
+    score_shape, value_shape = _eager_shapes(step, spec)
     mask = eng.empty(step.seq * step.seq, q.dtype, "attention_bias")
     groups = spec.num_heads // spec.num_kv_heads
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
     scaled = ops.scale(eng, q, "attention")
     keys, values = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
-    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), scores_numel, flops, "scores")
+    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), score_shape, "scores")
     scores = ops.add(eng, scores, mask, "scores", scores_numel)
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
     if spec.dropout:
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
     returned = ops.unary(eng, probs, "probabilities", source)
-    out = ops.bmm(eng, probs, values, step.tokens * spec.q_size, flops, "attention")
+    out = ops.bmm(eng, probs, values, value_shape, "attention")
     out = ops.cast(eng, out, source, "attention")
     del arg, returned, scaled, keys, values
     return ops.contiguous(eng, out, "attention")
+
+
+def _eager_shapes(step: Step, spec: Attention) -> tuple[Shape, Shape]:
+    """Batched products of a whole score matrix: q k^T and probabilities times v, for every row and head."""
+    matrices, s = step.batch * spec.num_heads, step.seq
+    return (matrices, s, s, spec.head_dim), (matrices, s, spec.v_head_dim or spec.head_dim, s)
 
 
 def _flash_dtype(step: Step) -> str:
@@ -252,7 +260,7 @@ def _attention_flops(step: Step, spec: Attention) -> Size:
     """Causal scores and values: 2 products of b*H*s*s*d, half of them masked away."""
     v_dim = spec.v_head_dim or spec.head_dim
     window = spec.sliding_window
-    keys = step.seq if not window or hasattr(step.seq, "shape") else min(window, step.seq)
+    keys = min(window, step.seq) if window else step.seq
     share = 0.5 if keys is step.seq else 1.0
     return 2.0 * step.batch * step.seq * keys * spec.num_heads * (spec.head_dim + v_dim) * share
 
@@ -309,9 +317,8 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     k = _folded(step, k, copied or (heads_first and groups == 1))
     v = _folded(step, v, copied)
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    v_dim = spec.v_head_dim or spec.head_dim
-    flops = 2.0 * scores_numel * spec.head_dim
-    scores = ops.bmm(eng, q, k, scores_numel, flops, "scores")
+    score_shape, value_shape = _eager_shapes(step, spec)
+    scores = ops.bmm(eng, q, k, score_shape, "scores")
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
@@ -326,7 +333,7 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
     if step.model.model_type in RETURNS_PROBABILITIES:
         step.probabilities = probs
-    out = ops.bmm(eng, probs, v, step.tokens * spec.num_heads * v_dim, 2.0 * scores_numel * v_dim, "attention")
+    out = ops.bmm(eng, probs, v, value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out, arg
     return held
@@ -342,8 +349,7 @@ def _repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
 
 def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:
     """torch.matmul folds batch and heads into one dimension: a copy of what lies token by token, if rows are many."""
-    several = step.batch > 1
-    copies = not heads_first and bool(several if isinstance(several, bool) else several.any())
+    copies = not heads_first and step.batch > 1
     return ops.contiguous(step.eng, x, "matmul_copy") if copies else x
 
 
@@ -352,15 +358,15 @@ def _eager_falcon(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, 
     eng = step.eng
     groups = spec.num_heads // spec.num_kv_heads
     numel = step.batch * spec.num_heads * step.seq * step.seq
-    flops = 2.0 * numel * spec.head_dim
-    scores = ops.bmm(eng, q, ops.expand_copy(eng, k, groups), numel, flops, "scores")
+    score_shape, value_shape = _eager_shapes(step, spec)
+    scores = ops.bmm(eng, q, ops.expand_copy(eng, k, groups), score_shape, "scores")
     scores = ops.scale_in_place(eng, scores)
     assert step.mask is not None
     scores = ops.cast(eng, ops.add(eng, scores, step.mask, "scores", numel), source, "softmax_cast")
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores
     step.probabilities = probs
-    out = ops.bmm(eng, probs, ops.expand_copy(eng, v, groups), step.tokens * spec.q_size, flops, "attention")
+    out = ops.bmm(eng, probs, ops.expand_copy(eng, v, groups), value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out
     return held
@@ -373,8 +379,8 @@ def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -
     k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
     rows = step.batch * spec.num_heads * step.seq
     scores_numel = rows * step.seq
-    flops = 2.0 * scores_numel * spec.head_dim
-    scores = ops.scale(eng, ops.bmm(eng, q, k, scores_numel, flops, "scores"), "scores")
+    score_shape, value_shape = _eager_shapes(step, spec)
+    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores"), "scores")
     assert step.mask is not None
     scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
     sink = eng.empty(rows, scores.dtype, "scores")
@@ -383,7 +389,7 @@ def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -
     wide = ops.add(eng, wide, eng.empty(rows, wide.dtype, "scores"), "scores", wide.numel)
     probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
     kept = ops.narrow(eng, probs, scores_numel, "scores_grad")
-    out = ops.bmm(eng, kept, v, step.tokens * spec.q_size, flops, "attention")
+    out = ops.bmm(eng, kept, v, value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out, index, wide, scores, probs, kept
     return held
@@ -422,6 +428,12 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
 def _fused_rotary(step: Step, x: Tensor) -> Tensor:
     """A Triton rotary: in place on q and k, forward and backward (Liger, unsloth, fms fast rope)."""
     out = x.view()
-    step.eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
-    step.eng.link(out, (x,), lambda node, grads: [grads[0]])
+    eng = step.eng
+    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        eng.kernel("elementwise", ops._grad(grads).dtype, 2 * ops._grad(grads).nbytes)
+        return [grads[0]]
+
+    eng.link(out, (x,), backward)
     return out

@@ -4,9 +4,9 @@ Layers are written against it as PyTorch modules are written against torch. A st
 reference to it goes, as in PyTorch, so the lifetime of a tensor is what the code says: local variables, saved
 tensors of autograd nodes, gradient buffers. (This relies on CPython's reference counting.)
 
-Sizes are bytes or elements; they may be ints or numpy integer arrays of one common shape (a sweep): the structure of
-a step does not depend on them. The backward order, the in-place accumulation of gradients and the moments at which
-inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
+Sizes are bytes or elements: ints, or in a sweep polynomials (planner.step.polynomials) that stand for all cells in
+which the step has the same structure. The backward order, the in-place accumulation of gradients and the moments at
+which inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 Size = Any
-"""int, or a numpy integer array in a sweep."""
+"""int, or a Polynomial in a sweep."""
 
 FP32, BF16, FP16, INT8, INT64 = "fp32", "bf16", "fp16", "int8", "int64"
 ITEMSIZE: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int64": 8}
@@ -39,18 +39,28 @@ class Storage:
         self.record.release(self.index, self.nbytes)
 
 
+Shape = tuple[Size, Size, Size, Size]
+"""Of a matrix product: how many of them, and m, n, k of each ([m, k] x [k, n])."""
+
+
 class Kernel:
     """One device kernel (or a few of the same kind): floating-point operations, bytes moved, launches."""
 
-    __slots__ = ("bytes", "count", "dtype", "flops", "op", "segment")
+    __slots__ = ("bytes", "count", "dtype", "flops", "op", "recomputed", "segment", "shape")
 
-    def __init__(self, op: str, dtype: str, flops: Size, nbytes: Size, count: int, segment: int) -> None:
+    def __init__(
+        self, op: str, dtype: str, flops: Size, nbytes: Size, count: Size, segment: int, shape: Shape | None,
+        recomputed: bool,
+    ) -> None:  # fmt: skip
         self.op = op
         self.dtype = dtype
         self.flops = flops
         self.bytes = nbytes
         self.count = count
         self.segment = segment
+        self.shape = shape
+        self.recomputed = recomputed
+        """Whether checkpointing runs it a second time, inside the backward."""
 
 
 class Segment:
@@ -194,6 +204,8 @@ class Engine:
         """The decoder layer that runs now (-1: outside the layers); nodes remember it for the backward."""
         self.repeats: dict[int, int] = {}
         """How many equal layers an emulated layer stands for (1 where not listed)."""
+        self.recomputing = False
+        """Whether a checkpoint runs its forward again."""
         self._seq = 0
 
     # --- making tensors ---------------------------------------------------------------------------------------
@@ -225,10 +237,19 @@ class Engine:
         tensor.node = node
         return tensor
 
-    def kernel(self, op: str, dtype: str, nbytes: Size, flops: Size = 0, count: int = 1) -> None:
+    def kernel(
+        self, op: str, dtype: str, nbytes: Size, flops: Size = 0, count: Size = 1, shape: Shape | None = None
+    ) -> None:
         """Record work on the device."""
         record = self.record
-        record.kernels.append(Kernel(op, dtype, flops, nbytes, count, len(record.segments) - 1))
+        segment = len(record.segments) - 1
+        record.kernels.append(Kernel(op, dtype, flops, nbytes, count, segment, shape, self.recomputing))
+
+    def matmul(self, op: str, dtype: str, m: Size, n: Size, k: Size, batch: Size = 1, count: Size = 1) -> None:
+        """Record `batch` matrix products [m, k] x [k, n]: operands read once, the result written once."""
+        moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
+        flops = 2.0 * batch * m * n * k  # a float: int64 would overflow silently in a sweep
+        self.kernel(op, dtype, moved, flops, count, (batch, m, n, k))
 
     # --- the graph --------------------------------------------------------------------------------------------
 
@@ -357,12 +378,14 @@ class Engine:
             grad, self.grad_enabled = self.grad_enabled, True
             frame.recompute = None
             frame.kept = None if offload else again.view()
+            before, self.recomputing = self.recomputing, True
             try:
                 with self.autocasting(autocast):
                     forward(again)
             except _StopRecompute:
                 pass
             finally:
+                self.recomputing = before
                 self.frame = outer
                 self.grad_enabled = grad
             for reference, repeated in zip(frame.nodes, inner.again, strict=False):
@@ -409,7 +432,9 @@ class Engine:
             self.layer = layer
             with self.autocasting(autocast):
                 grad, self.grad_enabled = self.grad_enabled, True
+                self.recomputing = True
                 again, unused = forward(detached)
+                self.recomputing = False
                 self.grad_enabled = grad
             self.backward(again, grads[0], unused, zeros)
             result, detached.grad, detached.node = detached.grad, None, None
@@ -555,5 +580,4 @@ class Engine:
 
 
 def _same(a: Size, b: Size) -> bool:
-    equal = a == b
-    return bool(equal if isinstance(equal, bool) else equal.all())
+    return bool(a == b)

@@ -39,7 +39,13 @@ def _fused_swiglu(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tenso
     gate = linears.forward(step, held.linears[spec.gate.name], x)
     up = linears.forward(step, held.linears[spec.up.name], x)
     out = ops.unary(eng, up, "mlp")
-    eng.link(out, (gate, up), lambda node, grads: [node.saved[0].view(), node.saved[1].view()], (gate, up))
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = ops._grad(grads)
+        eng.kernel("elementwise", grad.dtype, 5 * grad.nbytes)
+        return [node.saved[0].view(), node.saved[1].view()]
+
+    eng.link(out, (gate, up), backward, (gate, up))
     return out
 
 
@@ -139,16 +145,20 @@ def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor
         return weight
     eng = step.eng
     a, b = (ops.cast(eng, t, weight.dtype, "lora_factor") for t in pair)
+    number = held.spec.experts.num_experts if held.spec.experts else 1
     rank = step.train.lora.r if step.train.lora else 1
-    numels, dtype, flops = (b.numel, a.numel), weight.dtype, 2.0 * weight.numel * rank
+    numels, dtype = (b.numel, a.numel), weight.dtype
+    rows, columns = b.numel // (number * rank), a.numel // (number * rank)
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        eng.kernel("bmm", dtype, 2 * ops._grad(grads).nbytes, 2 * flops)
+        eng.matmul("lora", dtype, rows, rank, columns, number)
+        eng.matmul("lora", dtype, rank, columns, rows, number)
         return [eng.empty(numels[0], dtype, "lora_b_grad"), eng.empty(numels[1], dtype, "lora_a_grad")]
 
     made = eng.begin((b, a), backward, (a, b))
     out = eng.empty(weight.numel, weight.dtype, "lora_weight")
-    eng.kernel("bmm", dtype, 2 * out.nbytes, flops)
+    eng.matmul("lora", dtype, rows, columns, rank, number)
+    eng.kernel("elementwise", dtype, 2 * out.nbytes)
     eng.finish(made, out)
     return out
 
@@ -208,15 +218,19 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, 
     x, w = ops.cast(eng, x, weight.dtype, "experts"), weight
     gathered = eng.empty(rows * n, x.dtype, "experts") if bias else None
     out = eng.empty(rows * n, x.dtype, "experts")
-    flops = ops.matmul_flops(rows, n, k)
-    eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, flops)
+    number = w.numel // (n * k)
+    each = rows / number  # tokens of one expert, were all chosen equally often
+    eng.matmul("matmul", x.dtype, each, n, k, number)
     del gathered
     need_x, need_w = x.requires_grad, w.requires_grad
     x_numel, w_numel, dtype = x.numel, w.numel, x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        eng.kernel("matmul", dtype, ops._grad(grads).nbytes, flops * (int(need_x) + int(need_w)))
         of_weight = eng.empty(w_numel, dtype, "weight_grad") if need_w else None
+        if need_w:
+            eng.matmul("matmul", dtype, n, k, each, number)
+        if need_x:
+            eng.matmul("matmul", dtype, each, k, n, number)
         return [eng.empty(x_numel, dtype, "experts_grad") if need_x else None, of_weight]
 
     saved = ((x,) if need_w else ()) + ((w,) if need_x else ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.step.engine import BF16, FP16, FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
+from planner.step.engine import BF16, FP16, FP32, INT64, ITEMSIZE, Engine, Grads, Node, Shape, Size, Tensor
 
 _HALF = (BF16, FP16)
 
@@ -219,8 +219,7 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
 
 
 def _larger(a: Tensor, b: Tensor) -> bool:
-    more = a.numel >= b.numel
-    return bool(more if isinstance(more, bool) else more.all())
+    return bool(a.numel >= b.numel)
 
 
 def square(eng: Engine, x: Tensor) -> Tensor:
@@ -372,6 +371,7 @@ def linear(
 ) -> Tensor:
     """F.linear: x [m, k], weight [n, k] -> [m, n]; saves x for the weight's gradient, the weight for the input's."""
     arg = x  # held by the caller until the product exists
+    kind = "lora" if op in ("lora_a", "lora_b") else "matmul"
     b = autocast_half(eng, bias, is_weight=True) if bias is not None else None
     w = autocast_half(eng, weight, is_weight=True)
     x = autocast_half(eng, x)
@@ -390,22 +390,24 @@ def linear(
             eng.kernel("reduce", dtype, _grad(grads).nbytes)
         if need_x:
             results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
-            eng.kernel("matmul", dtype, (m * n + w_numel + x_numel) * ITEMSIZE[dtype], matmul_flops(m, k, n))
+            eng.matmul(kind, dtype, m, k, n)
         if need_w:
             results[1] = eng.empty(w_numel, dtype, "weight_grad")
-            eng.kernel("matmul", dtype, (m * n + w_numel + x_numel) * ITEMSIZE[dtype], matmul_flops(n, k, m))
+            eng.matmul(kind, dtype, n, k, m)
         return results
 
     made = eng.begin((x, w, b), backward, tuple(saved))
     out = eng.empty(m * n, x.dtype, op)
     eng.finish(made, out)
-    eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, matmul_flops(m, n, k))
+    eng.matmul(kind, x.dtype, m, n, k)
     del arg
     return out
 
 
-def bmm(eng: Engine, a: Tensor, b: Tensor, out_numel: Size, flops: Size, op: str = "bmm") -> Tensor:
-    """Batched matrix product of two activations: both are saved."""
+def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm") -> Tensor:
+    """`shape` (batch, m, n, k): batched matrix product of two activations, both saved."""
+    batch, m, n, k = shape
+    out_numel = batch * m * n
     a, b = autocast_half(eng, a), autocast_half(eng, b)
     saved = []
     if b.requires_grad:
@@ -420,12 +422,13 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, out_numel: Size, flops: Size, op: str
         for side in (0, 1):
             if needs[side]:
                 results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
-                eng.kernel("bmm", dtype, (out_numel + numels[0] + numels[1]) * ITEMSIZE[dtype], flops)
+                rows, columns, inner = ((m, k, n), (k, n, m))[side]
+                eng.matmul("bmm", dtype, rows, columns, inner, batch)
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))
     out = eng.empty(out_numel, a.dtype, op)
-    eng.kernel("bmm", a.dtype, a.nbytes + b.nbytes + out.nbytes, flops)
+    eng.matmul("bmm", a.dtype, m, n, k, batch)
     eng.finish(made, out)
     return out
 
@@ -442,8 +445,8 @@ def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: 
     source = x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(_grad(grads).numel, source, "softmax_grad")  # a structured kernel: its output exists first
         product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
-        out = eng.empty(_grad(grads).numel, source, "softmax_grad")
         eng.kernel("softmax", FP32, 2 * _grad(grads).nbytes + out.nbytes)
         del product
         return [out]
@@ -457,8 +460,8 @@ def softmax_same(eng: Engine, x: Tensor, *, writes_product: bool) -> Tensor:
     out = unary(eng, x, "softmax")
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         out = unary(eng, _grad(grads), "softmax_grad")
+        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         del product
         return [out]
 
@@ -496,6 +499,10 @@ def layer_norm(
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
+ATTENTION_BACKWARD = 2.5
+"""Products of a fused attention's backward over its forward's: scores anew, dV, dP, dQ, dK against two."""
+
+
 def fused_attention(
     eng: Engine,
     q: Tensor,
@@ -513,7 +520,7 @@ def fused_attention(
     out = eng.empty(out_numel, q.dtype, op)
     lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
     rng = eng.empty(2, INT64, f"{op}_rng")
-    eng.kernel("attention", q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
+    eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
     saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
     numels, dtype = (q.numel, k.numel, v.numel), q.dtype
 
@@ -521,7 +528,7 @@ def fused_attention(
         results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
         work = eng.workspace(workspace_bytes, f"{op}_workspace")
         moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
-        eng.kernel("attention", dtype, moved, flops * 2.5, count=3)
+        eng.kernel(f"{op}_backward", dtype, moved, flops * ATTENTION_BACKWARD, count=3)
         del work
         return results
 

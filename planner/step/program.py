@@ -362,7 +362,7 @@ class _Run:
             sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
             step.cos_sin = (cos, sin)
             del angles, both
-        eager = step.train.attention == "eager" or not spec.sdpa
+        eager = step.train.attention == "eager" or not spec.has_sdpa(step.train.versions.transformers)
         if eager or (step.train.padded and step.train.attention == "sdpa"):
             kind = dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
             step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
