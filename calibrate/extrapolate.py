@@ -1,29 +1,25 @@
-"""Peaks of a deep stack from traces of a few of its layers, exact to the byte.
+"""Peaks of a deep stack from traces of a few of its layers: `calibrate.summary` with requested bytes, and its speed.
 
-The global peak is not linear in depth (its place moves), but the peak inside each segment is: linear in how often each
-part of the stack repeats and in the layer's place in it, with the first and the last layer of a part apart. A part is a
-unit of one or several unlike layers in a row (sliding, sliding, full) that repeats. One trace holds every part a few
-times, one more trace for each part holds it once more.
-
-    python -m calibrate.extrapolate MODEL [--batch 1] [--length 2048] [--full]
-        prints the seconds and the peak of a QLoRA run of a catalogue model; --full traces every layer
+python -m calibrate.extrapolate MODEL [--batch 1] [--length 2048] [--full]
+    prints the seconds and the peak of a QLoRA run of a catalogue model; --full traces every layer
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from calibrate import fake_model
-from calibrate.trace import TraceResult, trace
+from calibrate import alike
+from calibrate.summary import summarise
+from calibrate.trace import trace
+from planner import catalog
 from planner.cuda_rules import Architecture
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
-
-LONGEST_UNIT = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,112 +50,19 @@ class Extrapolated:
         }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """`count` repetitions of `period` layers, the first of them being layer `start` of the stack."""
-
-    start: int
-    period: int
-    count: int
-
-    @property
-    def kept(self) -> int:
-        """Repetitions in the short trace: first, middle and last layer must exist, and one more must be possible."""
-        shallow = 3 if self.period == 1 else 2
-        return shallow if self.count > shallow + 1 else self.count
-
-    def layers(self, count: int) -> list[int]:
-        """The layers that stand for `count` repetitions."""
-        return list(range(self.start, self.start + count * self.period))
-
-
-def parts(kinds: Sequence[Any]) -> list[Part]:
-    """Cut the stack into repeated units: at each place the unit that covers most, the shortest of equals."""
-    found: list[Part] = []
-    start = 0
-    while start < len(kinds):
-        best = Part(start, 1, 1)
-        for period in range(1, min(LONGEST_UNIT, len(kinds) - start) + 1):
-            unit, count = kinds[start : start + period], 1
-            while kinds[start + count * period : start + (count + 1) * period] == unit:
-                count += 1
-            if (count > 1 or period == 1) and count * period > best.count * best.period:
-                best = Part(start, period, count)
-        found.append(best)
-        start += best.count * best.period
-    return found
-
-
-class _Samples:
-    """The traces: all parts short, and for each shortened part one with a repetition more."""
-
-    def __init__(self, stack: list[Part], run: Any) -> None:
-        self.stack = stack
-        self.short = {part: part.kept for part in stack}
-        self.longer = [part for part in stack if part.kept < part.count]
-        self.counts = [self.short, *({**self.short, part: part.kept + 1} for part in self.longer)]
-        self.traces: list[TraceResult] = [
-            run([layer for part in stack for layer in part.layers(counts[part])]) for counts in self.counts
-        ]
-
-    def at(self, read: Any) -> int:
-        """Extrapolate `read(trace, its counts)`, a number at a place that every trace has."""
-        base = int(read(self.traces[0], self.short))
-        total = base
-        for part, deep, counts in zip(self.longer, self.traces[1:], self.counts[1:], strict=True):
-            total += (part.count - part.kept) * (int(read(deep, counts)) - base)
-        return total
-
-    def layer(self, part: Part, repetition: int, offset: int, direction: str) -> int:
-        """The peak inside one layer's segment."""
-
-        def read(result: TraceResult, counts: dict[Part, int], where: int) -> int:
-            before = sum(counts[p] * p.period for p in self.stack[: self.stack.index(part)])
-            repeated = where if where >= 0 else counts[part] + where
-            index = before + repeated * part.period + offset
-            return result.segment_peaks[f"layer.{index} {direction}"]
-
-        last = (part.count - 1, part.period - 1)
-        if part not in self.longer or (repetition, offset) == (0, 0):
-            return self.at(lambda result, counts: read(result, counts, repetition))
-        if (repetition, offset) == last:
-            return self.at(lambda result, counts: read(result, counts, -1))
-        middle = 1 if offset == 0 else 0  # the first repetition that neither begins nor ends the part
-        number = 1 + self.longer.index(part)
-        deep, counts = self.traces[number], self.counts[number]
-        step = read(deep, counts, middle + 1) - read(deep, counts, middle)
-        return self.at(lambda result, counts: read(result, counts, middle)) + (repetition - middle) * step
-
-
 def extrapolate(config: dict[str, Any], training: TrainingSpec, *, arch: Architecture | None = None) -> Extrapolated:
-    """Return the peaks of the model's own depth."""
-    kinds = fake_model.layer_kinds(config, training)
-    stack = parts(kinds)
-    samples = _Samples(stack, lambda keep: trace(config, training, keep=keep, arch=arch))
-    segments: dict[str, int] = {}
-    for name in samples.traces[0].segment_peaks:
-        if not name.startswith("layer."):
-            segments[name] = samples.at(lambda result, counts, name=name: result.segment_peaks[name])
-    for direction in ("forward", "backward"):
-        for part in stack:
-            for index in part.layers(part.count):
-                repetition, offset = divmod(index - part.start, part.period)
-                segments[f"layer.{index} {direction}"] = samples.layer(part, repetition, offset, direction)
+    """Return the peaks of the model's own depth, in requested bytes."""
+    found = summarise(config, training, arch=arch, block=1)
     return Extrapolated(
-        layers=len(kinds),
-        static_bytes=samples.at(lambda result, counts: result.static_bytes),
-        segment_peaks=segments,
-        traced=tuple(result.layers for result in samples.traces),
+        layers=found.layers,
+        static_bytes=found.static_bytes,
+        segment_peaks={segment.name: segment.peak for segment in found.segments},
+        traced=found.traced,
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Time the trace of a catalogue model; imports are not counted."""
-    import logging
-    import warnings
-
-    from planner import catalog
-
     parser = argparse.ArgumentParser(prog="python -m calibrate.extrapolate", description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--batch", type=int, default=1)
@@ -177,11 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
         micro_batch_size=given.batch, seq_len=given.length,
     )  # fmt: skip
     config = dict(record.config)
-    fake_model.layer_kinds({**config}, training)  # what transformers imports for this family is not timed
-    start = time.perf_counter()
+    alike.layer_kinds(config, 1)  # what transformers and peft import for this family is not timed
+    trace(config, training, layers=1)
+    start, cpu = time.perf_counter(), time.process_time()
     result: Any = trace(config, training) if given.full else extrapolate(config, training)
-    seconds = time.perf_counter() - start
-    print(f"{given.model}: {seconds:.1f} s, peak {result.peak_bytes} bytes, {result.layers} layers")
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(
+        f"{given.model}: {seconds:.1f} s ({cpu:.1f} s of CPU), peak {result.peak_bytes} bytes, {result.layers} layers"
+    )
     return 0
 
 

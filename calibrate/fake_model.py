@@ -7,7 +7,7 @@ replaced, because neither bitsandbytes' parameter classes nor PEFT's injection a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,6 @@ MARKS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "a
 """How module paths show what a target keyword means."""
 IN_LAYER = re.compile(r"^.*\.(layers|h|blocks|block)\.\d+\.")
 """The way to a decoder layer: what follows names a module in it ("attn.c_proj" where the MLP has a c_proj too)."""
-STACK = re.compile(r"^(.*\.)?(layers|h|blocks|block)$")
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -60,19 +59,14 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
     return built
 
 
-def build(
-    config: dict[str, Any], training: TrainingSpec, layers: int | None = None, keep: Sequence[int] | None = None
-) -> tuple[nn.Module, list[str]]:
+def build(config: dict[str, Any], training: TrainingSpec, layers: int | None = None) -> tuple[nn.Module, list[str]]:
     """Return the prepared model on the meta device and notes about substitutions made.
 
     Order as a user's script has it: load (quantized), prepare for k-bit training, adapters, checkpointing.
-    `layers` keeps the first decoder layers, `keep` those it lists.
     """
     notes: list[str] = []
     cfg = model_config(config, layers)
     model = _load(cfg, training, notes)
-    if keep is not None:
-        _keep_layers(model, keep)
     if training.quantization.kind != "none":
         _quantize(model, training)
     if training.fp32_norms_only:
@@ -92,51 +86,6 @@ def build(
         model = _adapt(model, training.lora, dora=training.method == "dora" or training.lora.use_dora)
     model.train()
     return model, notes
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and STACK.match(name) and len(module) == depth:
-            return module
-    raise InvalidInput(f"{type(model).__name__}: no list of {depth} decoder layers found")
-
-
-def _per_layer_lists(config: Any) -> dict[str, list[Any]]:
-    """Attributes of a config that say something about each layer."""
-    depth = config.num_hidden_layers
-    return {k: list(v) for k, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == depth}
-
-
-def _keep_layers(model: Any, keep: Sequence[int]) -> None:
-    """Leave only the listed layers, in the model and in its config."""
-    stack = decoder_layers(model)
-    config = model.config.get_text_config()
-    for name, values in _per_layer_lists(config).items():
-        vars(config)[name] = [values[i] for i in keep]
-    kept = [stack[i] for i in keep]
-    stack._modules.clear()
-    stack.extend(kept)
-    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    vars(config)[name] = len(kept)  # past the config's own validation, which knows the first layers only
-
-
-def layer_kinds(config: dict[str, Any], training: TrainingSpec) -> list[Any]:
-    """What distinguishes the decoder layers: their modules, shapes and settings, and the config's word on each."""
-    model = _load(model_config(config), training, [])
-    lists = _per_layer_lists(model.config.get_text_config())
-    layers = decoder_layers(model)
-    return [(_signature(layer), *(str(v[i]) for v in lists.values())) for i, layer in enumerate(layers)]
-
-
-def _signature(layer: nn.Module) -> tuple[Any, ...]:
-    rows: list[Any] = []
-    for name, module in layer.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str)) and k != "layer_idx"}
-        shapes = [(k, tuple(p.shape), p.dtype) for k, p in module._parameters.items() if p is not None]
-        rows.append((name, type(module).__qualname__, tuple(sorted(plain.items())), tuple(shapes)))
-    return tuple(rows)
 
 
 def causal_model(cfg: Any, implementation: str, dtype: torch.dtype) -> tuple[Any, str]:

@@ -18,7 +18,7 @@ import gc
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +105,6 @@ def trace(
     training: TrainingSpec,
     *,
     layers: int | None = None,
-    keep: Sequence[int] | None = None,
     arch: Architecture | None = None,
     real: bool = False,
 ) -> TraceResult:
@@ -114,8 +113,7 @@ def trace(
     Args:
         config: a Hugging Face model config.
         training: the settings of the run.
-        layers: how many decoder layers to keep, the first ones; None for the model's own depth.
-        keep: instead, which decoder layers to keep.
+        layers: decoder layers to keep; None for the model's own depth.
         arch: the GPU whose kernels are imitated.
         real: run real CPU tensors instead of fake ones (tests; small models only).
     """
@@ -125,7 +123,7 @@ def trace(
     gc.disable()
     try:
         refuse_unsupported(training)
-        model, notes = fake_model.build(config, training, layers, keep)
+        model, notes = fake_model.build(config, training, layers)
         return _trace(model, notes, training, arch, real)
     finally:
         gc.enable()

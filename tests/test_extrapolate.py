@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
-from calibrate.extrapolate import Part, extrapolate, parts  # noqa: E402
+from calibrate.extrapolate import extrapolate  # noqa: E402
 from calibrate.trace import trace, training_from_dict  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ EXPERTS = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok":
 MLA = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
     "num_key_value_heads": 4, "n_routed_experts": 8, "moe_intermediate_size": 64, "n_shared_experts": 1,
-    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": 16,
 }  # fmt: skip
 
 LORA = {"r": 4, "target_modules": ["attention"], "dtype": "fp32"}
@@ -42,26 +42,16 @@ def _case(model_type: str, depth: int, training: dict[str, Any], **config: Any) 
 
 
 CASES = {
-    "uniform": _case("llama", 9, QLORA),
-    "uniform-kept": _case("qwen3", 8, LORA_KEPT),
-    "uniform-reentrant": _case("olmo2", 7, FULL_TUNING),
-    "bloom-probabilities": _case("bloom", 7, QLORA, n_layer=7, n_head=4, hidden_dropout=0.0),
-    "full-then-sliding": _case(
-        "qwen2", 14, QLORA, use_sliding_window=True, sliding_window=16, max_window_layers=7
-    ),
-    "alternating": _case("gemma2", 10, LORA_KEPT, sliding_window=16, layer_types=[SLIDING, FULL] * 5),
-    "three-to-one": _case("olmo3", 16, QLORA, sliding_window=16, layer_types=([SLIDING] * 3 + [FULL]) * 4),
-    "five-to-one-and-rest": _case(
-        "gemma3_text", 26, LORA_KEPT, sliding_window=16, layer_types=([SLIDING] * 5 + [FULL]) * 4 + [SLIDING] * 2
-    ),
-    "no-rope-every-fourth": _case("smollm3", 16, FULL_TUNING, no_rope_layer_interval=4, use_sliding_window=False),
-    "dense-first-experts": _case("deepseek_v3", 9, QLORA, first_k_dense_replace=2, **MLA),
-    "dense-layers-listed": _case("qwen3_moe", 10, LORA_KEPT, mlp_only_layers=[0, 1, 2], **EXPERTS),
-    "sinks-alternating": _case(
-        "gpt_oss", 12, FULL_TUNING, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
-        layer_types=[SLIDING, FULL] * 6,
-    ),
-}  # fmt: skip
+    "uniform, kept": _case("qwen3", 8, LORA_KEPT),
+    "uniform, reentrant": _case("olmo2", 8, FULL_TUNING),
+    "int8 keeps its inputs": _case("llama", 8, {**QLORA, "quantization": {"kind": "int8"}}),
+    "probabilities returned": _case("bloom", 8, {**QLORA, "use_reentrant": True}, n_layer=8, n_head=4),
+    "dense first": _case("deepseek_v3", 10, QLORA, first_k_dense_replace=2, **MLA),
+    "dense layers listed": _case("qwen3_moe", 13, LORA_KEPT, mlp_only_layers=[0, 1, 2], **EXPERTS),
+    "alternating": _case("gemma2", 16, LORA_KEPT, sliding_window=16, layer_types=[SLIDING, FULL] * 8),
+    "three to one": _case("olmo3", 32, FULL_TUNING, sliding_window=16, layer_types=([SLIDING] * 3 + [FULL]) * 8),
+}
+"""Four more are in test_trace_summary.py."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +74,3 @@ def test_extrapolation_equals_full_depth(name: str) -> None:
     assert guess.static_bytes == full.static_bytes
     assert guess.segment_peaks == full.segment_peaks
     assert guess.peak_bytes == full.peak_bytes
-
-
-def test_parts_are_the_repeated_units() -> None:
-    assert parts("SSSSSFSSSSSFSSSSSFSSSSSFSS") == [Part(0, 6, 4), Part(24, 1, 2)]
-    assert parts("DMMMMM") == [Part(0, 1, 1), Part(1, 1, 5)]
-    assert parts("SFSF") == [Part(0, 2, 2)]
-    assert parts("ABC") == [Part(0, 1, 1), Part(1, 1, 1), Part(2, 1, 1)]
-
-
-def test_a_stack_without_repetition_is_traced_whole() -> None:
-    config, values = CASES["uniform"]
-    training = training_from_dict(values)
-    short = {**config, "num_hidden_layers": 3}
-    assert extrapolate(short, training).traced == (3,)
-    assert extrapolate(short, training).segment_peaks == trace(short, training).segment_peaks
