@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import sys
@@ -33,7 +32,7 @@ from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture
 from planner.errors import Contradiction, InvalidInput
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
+from planner.training import TrainingSpec, training_from_dict
 
 STEPS = 2
 
@@ -47,6 +46,8 @@ class TraceResult:
     peak_event: int
     segment_peaks: dict[str, int]
     """Highest live bytes inside each segment of the last step."""
+    segment_peak_events: dict[str, int]
+    """The event that reaches it."""
     blocks: list[Block]
     events: list[Event]
     layers: int
@@ -138,6 +139,7 @@ def _trace(
         if not real:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(cuda_semantics.transformers_as_on_device(padded=training.padded))
+            stack.enter_context(cuda_semantics.grouped_mm_dtypes())
         stack.enter_context(cuda_semantics.cuda_autocast_lists(arch.autocast_lists))
         stack.enter_context(fake_model.quantized_parameters())
         _load(model, training, tracker, real=real)
@@ -189,7 +191,7 @@ def refuse_unsupported(training: TrainingSpec) -> None:
 
 
 def _load(model: nn.Module, training: TrainingSpec, tracker: Tracker, *, real: bool) -> None:
-    make = fake_model.random_maker if real else fake_model.fake_maker
+    make = fake_model.RandomMaker() if real else fake_model.fake_maker
     for name, tensor in fake_model.materialise(model, training, make):
         path, _, leaf = name.rpartition(".")
         tracker.labels.modules[:] = [path]
@@ -201,6 +203,7 @@ def _result(tracker: Tracker, layers: int, notes: list[str]) -> TraceResult:
     live = static = 0
     peaks = dict.fromkeys(range(1, STEPS + 1), 0)
     segments: dict[str, int] = {}
+    reached: dict[str, int] = {}
     peak_event = 0
     for index, event in enumerate(tracker.events):
         live += event.nbytes
@@ -211,13 +214,15 @@ def _result(tracker: Tracker, layers: int, notes: list[str]) -> TraceResult:
             peaks[event.step] = live
             if event.step == STEPS:
                 peak_event = index
-        if event.step == STEPS:
-            segments[event.segment] = max(segments.get(event.segment, 0), live)
+        if event.step == STEPS and live > segments.get(event.segment, 0):
+            segments[event.segment] = live
+            reached[event.segment] = index
     return TraceResult(
         static_bytes=static,
         step_peaks=list(peaks.values()),
         peak_event=peak_event,
         segment_peaks=segments,
+        segment_peak_events=reached,
         blocks=tracker.blocks,
         events=list(tracker.events),
         layers=layers,
@@ -233,28 +238,6 @@ def _versions() -> dict[str, str]:
 
 
 # --- input ---------------------------------------------------------------------------------------------------------
-
-
-def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
-    """Build a TrainingSpec from nested values or from the flat form of `TrainingSpec.describe()`."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        group, dot, leaf = name.partition(".")
-        if dot:
-            nested.setdefault(group, {})[leaf] = value
-        elif not (value is None and group in nested):
-            nested[name] = value
-    parts: tuple[tuple[str, Any], ...] = (
-        ("lora", LoraSpec),
-        ("quantization", QuantizationSpec),
-        ("versions", Versions),
-    )
-    for name, kind in parts:
-        if isinstance(nested.get(name), dict):
-            known = {f.name for f in dataclasses.fields(kind)}
-            inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
-            nested[name] = kind(**inner)
-    return TrainingSpec(**nested)
 
 
 def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) -> Iterator[str]:

@@ -141,6 +141,8 @@ def _gpu(gpu_id: str, row: Mapping[str, Any]) -> Gpu:
         fp16_flops_per_s=row.get("fp16_tflops", 0) * 1e12,
         bf16_flops_per_s=row.get("bf16_tflops", 0) * 1e12,
         bf16_native=row.get("bf16_native"),
+        measured_matmul_flops_per_s=row.get("measured_matmul_tflops", 0) * 1e12,
+        measured_bandwidth_bytes_per_s=row.get("measured_bandwidth_gb_s", 0) * 1e9,
         sm_count=int(row.get("sm_count", 0)),
         l2_bytes=int(row.get("l2_mib", 0) * MiB),
         tdp_w=float(row.get("tdp_w", 0)),
@@ -260,6 +262,31 @@ def _model_index() -> tuple[dict[str, str], dict[str, str]]:
     for stem in stems:
         short.setdefault(stem.lower().split("--", 1)[1], []).append(stem)
     return full, {name: found[0] for name, found in short.items() if len(found) == 1}
+
+
+# --- training frameworks ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def framework_tables() -> dict[str, dict[str, Any]]:
+    """Return the key maps of the training frameworks by file name (data/frameworks, data/README.md), words included."""
+    names = sorted(name for name in os.listdir(data_path("frameworks")) if name.endswith(".json"))
+    return {name[:-5]: _load("frameworks", name) for name in names}
+
+
+# --- library releases ---------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def release_dates() -> dict[str, dict[tuple[int, int], str]]:
+    """Return the day (YYYY-MM-DD) of the first release of each (major, minor) by library."""
+    table: dict[str, dict[str, str]] = _load("releases.json")["releases"]
+    return {name: {_release(text): day for text, day in days.items()} for name, days in table.items()}
+
+
+def _release(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
 
 
 # --- files --------------------------------------------------------------------------------------------------------

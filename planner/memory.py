@@ -7,7 +7,6 @@ kMinBlockSize).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from planner.records import record
 from planner.step.engine import Record, Segment
@@ -88,32 +87,24 @@ class MemoryBreakdown:
     segments: tuple[SegmentPeak, ...]
 
 
-def rounded(nbytes: Any) -> Any:
-    """Round a request up to whole blocks of 512 bytes."""
-    return -(-nbytes // BLOCK) * BLOCK
+def rounded(nbytes: int, block: int = BLOCK) -> int:
+    """Round a request up to whole blocks; a release (negative) gives back as many blocks as its request took."""
+    return -(-nbytes // block) * block if nbytes > 0 else nbytes // block * block
 
 
-def peak_bytes(record: Record, block: int = BLOCK) -> Any:
-    """Return only the peak, for numbers or arrays (one value a cell). block=1 counts requested bytes."""
-    level: Any = 0
-    peak: Any = 0
+def peak_bytes(record: Record, block: int = BLOCK) -> int:
+    """Return only the peak (planner.sweep_memory: of many configurations). block=1 counts requested bytes."""
+    level = peak = 0
     for segment in record.segments:
         start, inner = level, level
         for _, size in record.events[segment.start : segment.end]:
-            level = level + (-(-size // block) * block if block > 1 else size)
-            inner = _maximum(inner, level)
+            level += rounded(size, block)
+            if level > inner:
+                inner = level
         extra = (segment.repeat - 1) * (level - start)
-        peak = _maximum(peak, inner + _maximum(extra, 0 * extra))
-        level = level + extra
+        peak = max(peak, inner + max(extra, 0))
+        level += extra
     return peak
-
-
-def _maximum(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int):
-        return a if a >= b else b
-    import numpy as np
-
-    return np.maximum(a, b)
 
 
 def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: int = BLOCK) -> MemoryBreakdown:
@@ -127,7 +118,7 @@ def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: 
     for segment in record.segments:
         start, inner, position = level, level, segment.start
         for offset, (_, size) in enumerate(record.events[segment.start : segment.end]):
-            level += -(-size // block) * block
+            level += rounded(size, block)
             if level > inner:
                 inner, position = level, segment.start + offset
         extra = (segment.repeat - 1) * (level - start)
@@ -159,13 +150,13 @@ def _ledger(record: Record, at: Segment, position: int, repetitions: int, block:
     layers_back = _layers_backward_begins(record)
     for _, events, times in _until(record, at, position, repetitions):
         for index, size in events:
-            totals[category(record, index, layers_back)] += -(-size // block) * block * times
+            totals[category(record, index, layers_back)] += rounded(size, block) * times
     return tuple((name, totals[name]) for name in CATEGORIES if totals[name])
 
 
 def _until(
     record: Record, at: Segment, position: int, repetitions: int
-) -> Iterator[tuple[Segment, list[tuple[int, Any]], int]]:
+) -> Iterator[tuple[Segment, list[tuple[int, int]], int]]:
     for segment in record.segments:
         if segment is at:
             if repetitions > 1:

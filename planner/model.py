@@ -108,10 +108,16 @@ class Attention:
     """A learned sink logit per head (gpt_oss)."""
     sdpa: bool = True
     """False: the class has no scaled_dot_product_attention path; transformers falls back to eager."""
+    sdpa_since: tuple[int, int] = (0, 0)
+    """The transformers release that gave the class its scaled_dot_product_attention path."""
     scores_fp32: bool = False
     """The class's own eager path casts q and k to fp32 before their product (gptj, codegen, gpt_neo)."""
     dropout: bool = False
     """Attention weights pass a dropout with p > 0 unless the caller sets it to 0 (gpt2: 0.1)."""
+
+    def has_sdpa(self, transformers: tuple[int, int]) -> bool:
+        """Whether the class has a scaled_dot_product_attention path in a release of transformers."""
+        return self.sdpa and transformers >= self.sdpa_since
 
     @property
     def q_size(self) -> int:
@@ -318,6 +324,8 @@ class ModelSpec:
     """quant_method of the checkpoint itself (gptq, awq, mxfp4, fp8, ...); empty: none."""
     remote_code: bool = False
     """The published class is not in transformers: the structure rests on the model's own code."""
+    derived: bool = False
+    """Read from transformers' class on the meta device (calibrate.meta_spec), not by a family of the registry."""
     keep_in_fp32: tuple[str, ...] = ()
     """Module names the class keeps in fp32 when loaded in 16 bit (_keep_in_fp32_modules)."""
     sources: tuple[str, ...] = ()

@@ -38,6 +38,32 @@ def parse_bytes(text: str) -> int:
     return value
 
 
+_COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+_COUNT = re.compile(r"\s*(\d{1,18}(?:[_,]\d{3}){0,6}(?:\.\d{1,18})?(?:[eE]\+?\d{1,2})?)\s*([KMBGTkmbgt]?)\s*")
+
+
+def parse_count(text: str) -> float:
+    """Parse `10M`, `1.5B`, `2e6` or `1,000,000` into a number.
+
+    Raises:
+        InvalidInput: if the text is not a positive count.
+    """
+    match = _COUNT.fullmatch(text)
+    value = float(re.sub("[_,]", "", match.group(1))) * _COUNTS[match.group(2).upper()] if match else 0.0
+    if not 0 < value < 1e18:
+        raise InvalidInput(f"not a count: {one_line(text)!r}; write for example 10M or 2000000")
+    return value
+
+
+def seconds(value: float) -> str:
+    """Print seconds with three significant digits and a unit that suits them."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if abs(value) >= factor:
+            digits = 2 if abs(value) < 10 * factor else 1 if abs(value) < 100 * factor else 0
+            return f"{value / factor:,.{digits}f} {unit}"
+    return f"{value * 1e6:,.0f} us"
+
+
 def gib(value: float) -> str:
     """Print bytes as GiB with two decimals and without the unit."""
     return f"{value / GiB:,.2f}"

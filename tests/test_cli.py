@@ -327,6 +327,7 @@ BAD_CALLS = [
     (("fits", SMALL, "--method", "lora", "--kbit-prep"), "--kbit-prep"),
     (("fits", SMALL, "-q", "int8", "--double-quant"), "int8"),
     (("fits", SMALL, "--group-size", "64"), "--group-size"),
+    (("fits", SMALL, "-q", "gptq4", "--group-size", "0"), "0"),
     (("fits", SMALL, "--checkpointing", "none", "--reentrant"), "--reentrant"),
     (("fits", SMALL, "--format", "xml"), "xml"),
     (("fits", SMALL, "--no-such-option"), "--no-such-option"),
@@ -512,7 +513,7 @@ def test_a_pipe_gets_no_colour_and_no_progress(run):
     assert result.stderr == ""
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly():
+def test_a_reader_that_leaves_ends_the_command_with_one_line():
     script = (
         "import subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE);"
     )
@@ -532,8 +533,23 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         assert done.returncode == 2, args
-        assert b"Traceback" not in done.stderr
-        assert b"Exception ignored" not in done.stderr
+        assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("args", [("gpus", "--format", "json"), ("fits", SMALL), ("fits", "no-such")])
+def test_a_closed_stdout_is_one_line(args):
+    """`>&-` leaves Python without a stream object."""
+    script = 'exec "$@" >&-'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *COMMAND, *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output is closed; redirect it to a file or to /dev/null\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -647,7 +663,7 @@ def test_no_driver_or_binding_is_one_line(run, monkeypatch, module, text):
 
 
 def _table(tmp_path: Path, *rows: dict[str, str]) -> str:
-    from planner.validation import COLUMNS
+    from planner.measurements import COLUMNS
 
     path = tmp_path / "table.csv"
     with path.open("w", newline="") as file:
@@ -679,16 +695,19 @@ def test_validate_scores_skips_and_flags(run, tmp_path):
     assert result.err == ""
     document = json.loads(result.out)
     assert {(g["source"], g["quantity"], g["n"]) for g in document["groups"]} == {
-        ("=cmd", "allocated", 2), ("*", "allocated", 2)
+        ("=cmd", "allocated", 2), ("*", "allocated", 2), ("=cmd", "time", 1), ("*", "time", 1)
     }  # fmt: skip
     reasons = {item["id"]: item["reason"] for item in document["skipped"]}
-    assert set(reasons) == {"a-2", "a-4", "a-5"}
+    assert set(reasons) == {"a-2", "a-3", "a-4", "a-5"}
+    assert "time without a named card" in reasons["a-3"]
     assert "no-such/model" in reasons["a-2"]
     assert {item["id"] for item in document["flagged"]} >= {"a-1", "a-3"}
     assert document["verdicts"]["ok_right"] == 1
     assert "rows" not in document
     rows = json.loads(run("validate", path, "--format", "json", "--rows").out)["rows"]
-    assert [row["id"] for row in rows] == ["a-1", "a-3"]
+    assert [(row["id"], row["quantity"]) for row in rows] == [
+        ("a-1", "allocated"), ("a-3", "allocated"), ("a-1", "time")
+    ]  # fmt: skip
 
 
 def test_validate_filters_and_formats(run, tmp_path):
@@ -696,11 +715,14 @@ def test_validate_filters_and_formats(run, tmp_path):
     chosen = run("validate", path, "--source", "other", "--format", "csv")
     assert chosen.out.splitlines()[1].startswith("other,allocated,1,")
     assert "'=cmd" in run("validate", path, "--format", "csv", "--rows").out
-    assert run("validate", path, "--where", "micro_batch=1", "--format", "csv").out.count("\n") == 3
+    assert run("validate", path, "--where", "micro_batch=1", "--format", "csv").out.count("\n") == 5
     assert run("validate", path, "--where", "micro_batch=7").code == 1
     assert run("validate", path, "--source", "nobody").code == 2
     assert run("validate", path, "--where", "batch=7").code == 2
     assert "Errors by source" in run("validate", path, "--rows").out
+    anchored = json.loads(run("validate", path, "--anchor", "first", "--format", "json").out)
+    assert [g["n"] for g in anchored["groups"] if g["quantity"] == "time"] == [1, 1]  # the anchor is not scored
+    assert any("anchor of" in item["reason"] for item in anchored["flagged"])
     assert run("validate", path, "--format", "markdown").out.startswith("## Errors by source")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,9 +16,16 @@ EXIT_NO_ANSWER = 2
 _COMMANDS = {
     "fits": ("planner.cli.fits", "fits"),
     "trace": ("planner.cli.trace", "trace"),
+    "table": ("planner.cli.table", "table"),
+    "lint": ("planner.cli.lint", "lint"),
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),
+    "calibrate": ("planner.cli.calibrate", "calibrate"),
+    "data": ("planner.cli.data", "data"),
+    "lora": ("planner.cli.lora", "lora"),
+    "simulate": ("planner.cli.simulate", "simulate"),
+    "export": ("planner.cli.export", "export"),
 }
 """Command -> module and attribute; a command's module is imported only when the command is used or listed."""
 
@@ -54,6 +62,7 @@ class Loraplan(click.Group):
         if "_LORAPLAN_COMPLETE" in os.environ:  # a shell asks for completions
             super().main(args, prog_name or "loraplan", **extra)
         arguments = list(sys.argv[1:] if args is None else args)
+        _check_streams()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal of another encoding shows escapes instead of failing
                 stream.reconfigure(errors="backslashreplace")
@@ -81,7 +90,8 @@ def _report(error: BaseException, arguments: list[str]) -> int:
     """Print what went wrong on one line (as a JSON document too, if JSON was asked for); return the exit code."""
     if isinstance(error, BrokenPipeError):
         _abandon_stdout()
-        return EXIT_NO_ANSWER  # the reader left: nothing to tell it
+        _complain("broken pipe: the reader of the output left before its end; write to a file to keep all of it")
+        return EXIT_NO_ANSWER
     if os.environ.get("LORAPLAN_DEBUG"):
         import traceback
 
@@ -94,10 +104,15 @@ def _report(error: BaseException, arguments: list[str]) -> int:
             document = {"schema_version": 1, "error": {"type": kind, "message": message}}
             click.echo(json.dumps(document, indent=2))
             sys.stdout.flush()
-        click.echo(f"error: {message}", err=True)
     except OSError:
         _abandon_stdout()
+    _complain(message)
     return EXIT_NO_ANSWER
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may have lost its reader too
+        click.echo(f"error: {message}", err=True)
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
@@ -140,6 +155,15 @@ def wants_json(arguments: Sequence[str]) -> bool:
         elif word == "--format" and place + 1 < len(arguments):
             chosen = arguments[place + 1]
     return chosen.lower() == "json"
+
+
+def _check_streams() -> None:
+    """Python has no stream object for one that the caller closed (`>&-`): say so, or do without messages."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+    if sys.stdout is None:
+        sys.stderr.write("error: standard output is closed; redirect it to a file or to /dev/null\n")
+        sys.exit(EXIT_NO_ANSWER)
 
 
 def _abandon_stdout() -> None:

@@ -41,11 +41,43 @@ class Word(_Choice):
         return word
 
 
+def format_option_of(formats: tuple[str, ...]) -> Callable[[_Command], _Command]:
+    """Return the decorator that adds `--format` with these words (parameter `style`)."""
+    return click.option(
+        "--format", "style", type=Word("format", formats), default="table", show_default=True, help="How to print."
+    )
+
+
 def format_option(command: _Command) -> _Command:
     """Add `--format` to a command (parameter `style`)."""
+    return format_option_of(FORMATS)(command)
+
+
+def calibration_option(command: _Command) -> _Command:
+    """Add `--calibration` (parameter `calibration`)."""
     return click.option(
-        "--format", "style", type=Word("format", FORMATS), default="table", show_default=True, help="How to print."
-    )(command)
+        "--calibration", metavar="FILE|none",
+        help="Coefficients of the times: a calibration (file or id), or none; by default the newest of the card.",
+    )(command)  # fmt: skip
+
+
+COST = ("tokens", "rows", "epochs", "mean_tokens", "price", "dbu_table", "dbu_rate")
+"""Parameters that `cost_options` adds."""
+
+
+def cost_options(command: _Command) -> _Command:
+    """Add what a whole run is: how much is trained, and what an hour costs."""
+    for flag, kind, metavar, text in reversed((
+        ("--tokens", str, "N", "Train on this many tokens, for example 10M: hours and USD."),
+        ("--rows", int, "N", "Train on this many rows."),
+        ("--epochs", float, "N", "Passes over the rows (default 1)."),
+        ("--mean-tokens", float, "N", "Useful tokens per row, where rows are padded to the length."),
+        ("--price", float, "USD", "USD per hour; otherwise the cheapest machine of the instance table."),
+        ("--dbu-table", str, "FILE", "Databricks units per hour of each node type (JSON), added to machine prices."),
+        ("--dbu-rate", float, "USD", "USD per Databricks unit."),
+    )):  # fmt: skip
+        command = click.option(flag, type=kind, metavar=metavar, default=None, help=text)(command)
+    return command
 
 
 def trace_options(command: _Command) -> _Command:
@@ -150,6 +182,7 @@ TRAINING: dict[str, tuple[Option, ...]] = {
         Option(("--padded/--no-padded",), "padded", _FLAG, "Rows carry a padding mask."),
         Option(("--kernels",), "kernels", Word("kernels", CHOICES["kernels"]), "Fused kernels."),
         Option(("--compile/--no-compile",), "compile", _FLAG, "torch.compile."),
+        Option(("--tf32/--no-tf32",), "tf32", _FLAG, "fp32 products on TF32 tensor cores."),
         Option(("--autocast",), "autocast", _dtype("autocast", ("none", "bf16", "fp16")), "Mixed precision."),
     ),
     "Loss and optimizer": (

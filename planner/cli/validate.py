@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli.options import format_option
+from planner.cli.options import Word, calibration_option, format_option
 
 if TYPE_CHECKING:
     from planner.predict import Prediction
-    from planner.validation import Report
 
 
 @click.command()
@@ -18,10 +17,22 @@ if TYPE_CHECKING:
 @click.option("--source", "sources", multiple=True, metavar="NAME", help="Only rows of this source (repeatable).")
 @click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only rows with this value (repeatable).")
 @click.option("--rows", is_flag=True, help="Print each compared figure too.")
+@click.option(
+    "--anchor", type=Word("anchor", ("none", "first")), default="none", show_default=True,
+    help="Correct times by the first timed row of each card and framework (not scored then).",
+)  # fmt: skip
 @click.option("--include-c", is_flag=True, help="Score figures of confidence C too.")
+@calibration_option
 @format_option
 def validate(
-    file: str, sources: tuple[str, ...], where: tuple[str, ...], rows: bool, include_c: bool, style: str
+    file: str,
+    sources: tuple[str, ...],
+    where: tuple[str, ...],
+    rows: bool,
+    anchor: str,
+    include_c: bool,
+    calibration: str | None,
+    style: str,
 ) -> int:
     """Compare predictions with the measurements of FILE (CSV, columns of measurements.md).
 
@@ -39,37 +50,25 @@ def validate(
     """
     from pathlib import Path
 
-    from planner import validation
+    from planner import measurements, validation
     from planner.cli.terminal import progress
     from planner.report import validation_report
 
-    table = validation.select(validation.read_measurements(Path(file)), sources, where)
-    glue = _Glue()
+    table = measurements.select(measurements.read_measurements(Path(file)), sources, where)
+    glue = _Glue(calibration)
     report = validation.score(
-        progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c
-    )
-    report = _without_unmodelled_time(report)
+        progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c,
+        anchor=anchor == "first",
+    )  # fmt: skip
     click.echo(validation_report.render(report, style, rows=rows), nl=False)
     return 0 if report.comparisons or any(report.verdicts.values()) else 1
-
-
-def _without_unmodelled_time(report: Report) -> Report:
-    """Drop the notes about times while no prediction has a time to compare."""
-    from dataclasses import replace
-
-    if any(item.quantity == "time" for item in report.comparisons):
-        return report
-    return replace(report, skipped=tuple(item for item in report.skipped if not _about_time(item.reason)))
-
-
-def _about_time(reason: str) -> bool:
-    return reason.startswith(("time without", "speed in tokens", "confidence C (time)"))
 
 
 class _Glue:
     """What turns a row's options into a prediction; models and cards are read once."""
 
-    def __init__(self) -> None:
+    def __init__(self, calibration: str | None = None) -> None:
+        self.calibration = calibration
         self.models: dict[str, Any] = {}
         self.cards: dict[str, Any] = {}
 
@@ -79,6 +78,7 @@ class _Glue:
         Raises:
             PlannerError: the row's model, card or settings are not known.
         """
+        from planner import calibration_files
         from planner.cli.plan import configure
         from planner.predict import predict
 
@@ -86,7 +86,14 @@ class _Glue:
         stack = given.pop("stack")
         spec = self._model(model_id)
         _, training = configure(spec, stack, given, lenient=True)
-        return predict(spec, training, self._card(gpu_id) if gpu_id else None)
+        card = self._card(gpu_id) if gpu_id else None
+        if card is None:
+            return predict(spec, training, None)
+        chosen = calibration_files.select(card, self.calibration, training.versions)
+        return predict(
+            spec, training, card, warnings=chosen.notes, coefficients=chosen.coefficients,
+            context_bytes=chosen.context_bytes,
+        )  # fmt: skip
 
     def capacity(self, gpu_id: str) -> int | None:
         """Return a card's memory in bytes; None for a card that is not known."""

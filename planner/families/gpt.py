@@ -131,7 +131,12 @@ def _gptj_like(config: Config, model_id: str, s: Sizes, attention: Attention) ->
 
 def _interleaved(config: Config, s: Sizes, default: int) -> dict[str, Any]:
     rotary = optional_integer(config, "rotary_dim", default)
-    return {"rotary_dim": min(rotary, s.head_dim), "rope_style": "interleaved", "sdpa": False, "scores_fp32": True}
+    return {
+        "rotary_dim": min(rotary, s.head_dim),
+        "rope_style": "interleaved",
+        "sdpa_since": (5, 24),  # _supports_sdpa and ALL_ATTENTION_FUNCTIONS in modeling_gptj.py, modeling_codegen.py
+        "scores_fp32": True,
+    }
 
 
 def gptj(config: Config, model_id: str) -> ModelSpec:

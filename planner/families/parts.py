@@ -27,7 +27,7 @@ Config = Mapping[str, Any]
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**24
 
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -97,7 +97,7 @@ def sizes(config: Config, *, four_times: bool = False, attention_dropout: float 
 
 def key_value_heads(config: Config, heads: int, default: int = 0) -> int:
     """Return num_key_value_heads: null means as many as heads, absent means the class default."""
-    kv_heads = optional_integer(config, "num_key_value_heads", default) or heads
+    kv_heads = optional_integer(config, "num_key_value_heads", default, low=1) or heads
     if heads % kv_heads:
         raise InvalidInput(
             f"config has num_attention_heads {heads} and num_key_value_heads {kv_heads}; "
@@ -108,7 +108,7 @@ def key_value_heads(config: Config, heads: int, default: int = 0) -> int:
 
 def head_width(config: Config, hidden: int, heads: int, default: int = 0) -> int:
     """Return head_dim: null means hidden_size / num_attention_heads, absent means the class default."""
-    width = optional_integer(config, "head_dim", default)
+    width = optional_integer(config, "head_dim", default, low=1)
     if width:
         return width
     if hidden < heads:
@@ -119,11 +119,11 @@ def head_width(config: Config, hidden: int, heads: int, default: int = 0) -> int
     return hidden // heads
 
 
-def optional_integer(config: Config, key: str, default: int = 0) -> int:
-    """Return the integer of `key`; 0 when the file says null, `default` when it says nothing."""
+def optional_integer(config: Config, key: str, default: int = 0, *, low: int = 0) -> int:
+    """Return the integer of `key`, at least `low`; 0 when the file says null, `default` when it says nothing."""
     if key in config and config[key] is None:
         return 0
-    return integer(config, key, default=default, low=0)
+    return integer(config, key, default=default, low=low)
 
 
 def attention_bias(config: Config, default: bool = False) -> bool:
@@ -142,9 +142,9 @@ def drops(config: Config, *keys: str, default: float = 0.0) -> bool:
 def activation(config: Config, *keys: str, default: str = "silu") -> Activation:
     """Return the activation named by the first present key."""
     name = text(config, *(keys or ("hidden_act",)), default=default)
-    if name not in _ACTIVATIONS:
-        raise unknown("activation", name, _ACTIVATIONS, "; or use --via trace (install loraplan[trace])")
-    return _ACTIVATIONS[name]
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
 
 
 def rotary_width(config: Config, head_dim: int, default: float = 1.0) -> int:

@@ -14,6 +14,8 @@ from planner.training import TrainingSpec
 from planner.units import gib
 
 if TYPE_CHECKING:  # a run that fits needs no search
+    from planner.cost import RunPlan
+    from planner.datarun import DataRun
     from planner.search import Change
 
 WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
@@ -30,7 +32,16 @@ class Answer(NamedTuple):
     margin_bytes: int = 0
     """Memory of the card that the user wants kept free."""
     explain: bool = False
+    explain_time: bool = False
     stack_origin: str = "loraplan default"
+    run: RunPlan | None = None
+    """The whole run, where an amount was given."""
+    mean_tokens: float = 0.0
+    """Useful tokens per row; 0 where not given."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the run's price."""
+    data: DataRun | None = None
+    """The training data, where it was given."""
 
 
 class Component(NamedTuple):

@@ -8,6 +8,7 @@ from planner.memory import CATEGORIES
 from planner.predict import Range
 from planner.report.answer import WORDS, Answer, card_words, components, peak_words, run_words, value_words, via_words
 from planner.report.tables import csv_text, escape, json_text, markdown
+from planner.report.time_text import PARTS, parts_of, run_block, run_data, time_data
 from planner.search import Change
 from planner.units import GiB, gib
 
@@ -46,9 +47,12 @@ def document(answer: Answer) -> dict[str, Any]:
         "components": [
             {"name": c.name, "bytes": c.nbytes, "counter": c.counter, "origin": c.origin} for c in components(answer)
         ],
+        "time": time_data(answer),
+        "run": run_data(answer.run),
+        "data": _data(answer),
         "configuration": _configuration(answer),
         "uncertainty": [{"reason": reason, "share": share} for reason, share in p.uncertainty],
-        "warnings": list(p.warnings),
+        "warnings": [*p.warnings, *answer.notes],
         "changes": [_change(change) for change in answer.changes],
     }
     if answer.explain:
@@ -138,8 +142,42 @@ def _csv(answer: Answer) -> str:
     }
     for name in (*CATEGORIES, "allocator cache", "CUDA context"):
         row[f"{name.replace(' ', '_').lower()}_bytes"] = sizes.get(name, 0)
-    row["warnings"] = "; ".join(p.warnings)
+    row.update(_time_cells(answer))
+    row["warnings"] = "; ".join((*p.warnings, *answer.notes))
     return csv_text(list(row), [list(row.values())])
+
+
+def _data(answer: Answer) -> dict[str, Any] | None:
+    if answer.data is None:
+        return None
+    from planner.report.data_run import data_document
+
+    return data_document(answer.data)
+
+
+def _time_markdown(answer: Answer) -> str:
+    t = answer.prediction.time
+    assert t is not None
+    rows: list[tuple[Any, ...]] = [(name, value) for name, value in parts_of(t)]
+    rows.append((f"optimizer step ({t.step_s.low:.4g} to {t.step_s.high:.4g})", t.step_s.expected))
+    text = f"{t.tokens_per_s:,.0f} tokens/s, MFU {t.model_flops_utilization * 100:.0f} %, bound by {t.bound}."
+    blocks = [markdown(("time", "s"), rows).rstrip(), text]
+    if answer.run:
+        blocks.append(escape(" ".join(run_block(answer.run).split())))
+    return "\n\n".join(blocks)
+
+
+def _time_cells(answer: Answer) -> dict[str, Any]:
+    t, run = answer.prediction.time, answer.run
+    return {
+        **{f"step_s_{end}": getattr(t.step_s, end) if t else None for end in ("low", "expected", "high")},
+        **{f"{part}_s": getattr(t, f"{part}_s") if t else None for part in PARTS},
+        "tokens_per_s": t.tokens_per_s if t else None,
+        "model_flops_utilization": t.model_flops_utilization if t else None,
+        "bound": t.bound if t else None,
+        "hours": run.hours.expected if run else None,
+        "usd": run.usd.expected if run and run.usd else None,
+    }
 
 
 def _cell(key: str, value: Any) -> Any:
@@ -167,8 +205,10 @@ def _markdown(answer: Answer) -> str:
         changed = [(c.text, c.option, c.device.expected / GiB, c.device.high / GiB) for c in answer.changes]
         table = markdown(("what would fit", "options", "device GiB", "high"), changed).rstrip()
         blocks.append(table)
-    if p.warnings:
-        blocks.append("\n".join(f"- Warning: {escape(text)}" for text in p.warnings))
+    if p.time is not None:
+        blocks.append(_time_markdown(answer))
+    if p.warnings or answer.notes:
+        blocks.append("\n".join(f"- Warning: {escape(text)}" for text in (*p.warnings, *answer.notes)))
     if answer.explain:
         settings = [(key, value_words(s["value"]), s["origin"]) for key, s in _configuration(answer).items()]
         blocks.append(markdown(("setting", "value", "origin"), settings).rstrip())

@@ -17,6 +17,7 @@ from planner.report.answer import (
     via_words,
 )
 from planner.report.tables import aligned, wrapped
+from planner.report.time_text import ledger_block, step_block
 from planner.units import gib
 
 _TOTALS = {
@@ -37,19 +38,33 @@ SMALL = 5 * 2**20
 
 def render(answer: Answer) -> str:
     """Return the whole report."""
-    blocks = [_headline(answer), _ledger(answer), _peak(answer)]
+    blocks = [_headline(answer), _ledger(answer), _peak(answer), step_block(answer), _data(answer)]
     if answer.changes:
         blocks.append(_changes(answer))
     elif answer.prediction.via == "trace" and answer.prediction.verdict not in ("fits", None):
         blocks.append("what would fit is searched by loraplan's own program only: leave out --via trace\n")
     elif answer.prediction.verdict in ("does not fit", "too close to call"):
         blocks.append("no single change or combination that was tried makes it fit\n")
+    if answer.explain_time and not answer.explain and answer.prediction.time is not None:
+        blocks.append(ledger_block(answer.prediction.time))
     if answer.explain:
         blocks += _explanation(answer)
     else:
         blocks.append(_assumed(answer))
-    blocks.append("".join(f"{_paragraph('warning: ', note)}\n" for note in answer.prediction.warnings))
+    blocks.append("".join(f"{_paragraph('warning: ', note)}\n" for note in _warnings(answer)))
     return "\n".join(block for block in blocks if block)
+
+
+def _data(answer: Answer) -> str:
+    if answer.data is None:
+        return ""
+    from planner.report.data_run import data_block
+
+    return data_block(answer.data)
+
+
+def _warnings(answer: Answer) -> tuple[str, ...]:
+    return (*answer.prediction.warnings, *answer.notes)
 
 
 def _paragraph(label: str, text: str) -> str:
@@ -133,6 +148,8 @@ def _explanation(answer: Answer) -> Iterator[str]:
     yield _settings(answer)
     yield _model_facts(answer)
     yield _segments(answer)
+    if answer.prediction.time is not None:
+        yield ledger_block(answer.prediction.time)
     yield _reasons(answer)
 
 

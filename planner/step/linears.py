@@ -214,18 +214,17 @@ def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor) -> Tensor:
     """DoraLinearVariant.forward (peft variants.py): the scaled difference is added to the base result."""
-    eng, spec = step.eng, held.spec
-    base = result
-    if step.lora_dropout:
-        x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-        weight = plain_weight(step, held, x.dtype)
-        base = ops.linear(eng, x, weight, step.tokens, spec.out_features, spec.in_features)
-        del weight
+    eng = step.eng
+    base = None if step.lora_dropout else result
+    x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
     return ops.add(eng, result, _dora_layer(step, held, x, base), "lora_add")
 
 
-def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Tensor:
-    """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled."""
+def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor | None) -> Tensor:
+    """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled.
+
+    With dropout there is no `base`: the base product is made again from the dropped input.
+    """
     eng, spec = step.eng, held.spec
     m, n, k = step.tokens, spec.out_features, spec.in_features
     a, b, rank, _ = held.lora[0]
@@ -243,6 +242,10 @@ def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Ten
     low = ops.linear(eng, x, a, m, rank, k, op="lora_a")
     lora_result = ops.linear(eng, low, b, m, n, rank, op="lora_b")
     del low
+    if base is None:
+        base = ops.linear(eng, x, weight, m, n, k)
+    elif held.bias is not None:
+        base = ops.subtract_bias(eng, base)
     first = ops.mul(eng, ops.shift(eng, ratio), base, "dora_mul")
     second = ops.scale(eng, ops.mul(eng, ratio, lora_result, "dora_mul"), "lora_scale")
     out = ops.add(eng, first, second, "dora_add")
@@ -286,7 +289,7 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     if work:
         eng.kernel("dequantize", x.dtype, weights // 2 + sum(w.nbytes for w in work), count=3 if nested else 1)
     out = eng.empty(m * n, x.dtype, "linear_4bit")
-    eng.kernel("matmul", x.dtype, x.nbytes + weights * ITEMSIZE[x.dtype] + out.nbytes, ops.matmul_flops(m, n, k))
+    eng.matmul("matmul", x.dtype, m, n, k)
     del work
     dtype, numel = x.dtype, x.numel
 
@@ -300,7 +303,7 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         if held.dtype != grad.dtype:
             weight = ops.unary(eng, weight, "dequantize", grad.dtype)
         result = eng.empty(numel, grad.dtype, "linear_4bit_grad")
-        eng.kernel("matmul", dtype, weight.nbytes + grad.nbytes + result.nbytes, ops.matmul_flops(m, k, n))
+        eng.matmul("matmul", dtype, m, k, n)
         del weight
         return [result]
 
@@ -327,6 +330,8 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """MatMul8bitLt: int8 copy of the input, int8 product; keeps the input; backward dequantizes the weight."""
     eng, spec = step.eng, held.spec
     m, n, k = step.tokens, spec.out_features, spec.in_features
+    if not step.arch.int8_kernels:
+        return _forward_8bit_cpu(step, held, x)
     half = ops.unary(eng, x, "int8_input_cast", FP16) if x.dtype != FP16 else x
     quantized = eng.empty(x.numel, "int8", "int8_quantize")
     scales = eng.empty(m, FP32, "int8_quantize")
@@ -335,18 +340,50 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     out = eng.empty(m * n, FP16, "linear_8bit")
     if x.dtype != FP16:  # int8_scaled_mm writes fp16, then casts (backends/default/ops.py)
         out = ops.unary(eng, out, "linear_8bit", x.dtype)
-    eng.kernel("matmul_int8", "int8", x.numel + spec.weight_elements + out.nbytes, ops.matmul_flops(m, n, k), 3)
+    eng.kernel("int8_quantize", x.dtype, x.nbytes + x.numel)
+    eng.matmul("matmul", "int8", m, n, k)
+    eng.kernel("elementwise", x.dtype, m * n * 4 + out.nbytes)
     del product, quantized, scales
     numel, dtype = x.numel, x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        grad = ops._grad(grads)
-        weight = eng.empty(spec.weight_elements, dtype, "dequantize")
-        eng.kernel("dequantize", dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
-        result = eng.empty(numel, dtype, "linear_8bit_grad")
-        eng.kernel("matmul", dtype, weight.nbytes + grad.nbytes + result.nbytes, ops.matmul_flops(m, k, n))
-        del weight
-        return [result]
+        return [_backward_8bit(step, spec, numel, dtype)]
+
+    eng.link(out, (x,), backward, (x,), hooked=False)
+    return out
+
+
+def _backward_8bit(step: Step, spec: Linear, numel: Size, dtype: str) -> Tensor:
+    """The input's gradient: the weight is dequantized in two passes, then one product."""
+    eng = step.eng
+    weight = _dequantize_8bit(step, spec, dtype)
+    result = eng.empty(numel, dtype, "linear_8bit_grad")
+    eng.matmul("matmul", dtype, step.tokens, spec.in_features, spec.out_features)
+    del weight
+    return result
+
+
+def _dequantize_8bit(step: Step, spec: Linear, dtype: str) -> Tensor:
+    """CB.to(dtype).mul_(scales)."""
+    weight = step.eng.empty(spec.weight_elements, dtype, "dequantize")
+    step.eng.kernel("dequantize", dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
+    return weight
+
+
+def _forward_8bit_cpu(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """MatMul8bitFp, bitsandbytes' function on CPUs: the weight is dequantized for the forward product too."""
+    eng, spec = step.eng, held.spec
+    numel, dtype = x.numel, x.dtype
+    weight = _dequantize_8bit(step, spec, dtype)
+    product = eng.autocast or dtype
+    if product != dtype:
+        x, weight = ops.unary(eng, x, "autocast", product), ops.unary(eng, weight, "autocast_weight", product)
+    out = eng.empty(step.tokens * spec.out_features, product, "linear_8bit")
+    eng.matmul("matmul", product, step.tokens, spec.out_features, spec.in_features)
+    del weight
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [_backward_8bit(step, spec, numel, dtype)]
 
     eng.link(out, (x,), backward, (x,), hooked=False)
     return out
@@ -362,7 +399,7 @@ def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     weight = eng.empty(spec.weight_elements, x.dtype, "dequantize")
     out = eng.empty(m * n, x.dtype, "linear_gptq")
     eng.kernel("dequantize", x.dtype, spec.weight_elements // 2 + weight.nbytes, count=2)
-    eng.kernel("matmul", x.dtype, x.nbytes + weight.nbytes + out.nbytes, ops.matmul_flops(m, n, k))
+    eng.matmul("matmul", x.dtype, m, n, k)
     del weight
     numel, dtype = x.numel, x.dtype
 
@@ -370,7 +407,7 @@ def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         weight = eng.empty(spec.weight_elements, dtype, "dequantize")
         eng.kernel("dequantize", dtype, spec.weight_elements // 2 + weight.nbytes, count=2)
         result = eng.empty(numel, dtype, "linear_gptq_grad")
-        eng.kernel("matmul", dtype, weight.nbytes + 2 * result.nbytes, ops.matmul_flops(m, k, n))
+        eng.matmul("matmul", dtype, m, k, n)
         del weight
         return [result]
 
@@ -398,7 +435,7 @@ def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor
         weight = None if all_first else _fused_weight(step, held, x.dtype)
         n = held.spec.out_features
         out = eng.empty(m * n, x.dtype, "linear_4bit")
-        eng.kernel("matmul", x.dtype, x.nbytes + out.nbytes, ops.matmul_flops(m, n, k))
+        eng.matmul("matmul", x.dtype, m, n, k)
         del weight
         if step.lora_dropout:
             noise = eng.empty(m * k, x.dtype, "lora_dropout")
@@ -406,7 +443,8 @@ def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor
             del noise
         low = eng.empty(m * held.rank, x.dtype, "lora_a")
         product = eng.empty(m * n, x.dtype, "lora_b")
-        eng.kernel("matmul", x.dtype, x.nbytes + 2 * out.nbytes, ops.matmul_flops(m, held.rank, n + k))
+        eng.matmul("lora", x.dtype, m, held.rank, k)
+        eng.matmul("lora", x.dtype, m, n, held.rank)
         del low, product
         outs.append(out)
     del weights, out
@@ -420,15 +458,17 @@ def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor
         result = node.saved[0].view() if in_place else eng.empty(numel, dtype, "linear_4bit_grad")
         for held in group:
             weight = _fused_weight(step, held, dtype)
-            eng.kernel("matmul", dtype, 2 * result.nbytes, ops.matmul_flops(m, k, held.spec.out_features))
+            eng.matmul("matmul", dtype, m, k, held.spec.out_features)
             del weight
             if step.lora_dropout:
                 mask = eng.empty(numel, "int8", "lora_dropout_grad")
                 product = eng.empty(numel, dtype, "lora_dropout_grad")
                 masked = eng.empty(numel, dtype, "lora_dropout_grad")
                 del mask, product, masked
-            flops = 3 * ops.matmul_flops(m, held.rank, held.spec.out_features + k)
-            eng.kernel("matmul", dtype, 4 * result.nbytes, flops)
+            # dB and dA, the gradient through B, the result's share, and x A^T anew (it was not kept)
+            n, r = held.spec.out_features, held.rank
+            for rows, columns, inner in ((r, n, m), (m, r, n), (k, r, m), (m, k, r), (m, r, k)):
+                eng.matmul("lora", dtype, rows, columns, inner)
         return [result, *gradients]
 
     eng.link(outs, (x, *adapters), backward, tuple(kept))

@@ -80,10 +80,8 @@ def fused_chunk_rows(tokens: Size, vocab: int, hidden: int) -> Size:
     Source: liger_kernel/ops/fused_linear_cross_entropy.py.
     """
     wanted = -(-tokens // -(-vocab // hidden))
-    if hasattr(wanted, "shape"):
-        import numpy as np
-
-        return (2 ** np.ceil(np.log2(wanted))).astype(np.int64)
+    if not isinstance(wanted, int):
+        return wanted.next_power_of_two()
     return 1 << (int(wanted) - 1).bit_length()
 
 
@@ -104,7 +102,12 @@ def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor)
     losses = eng.empty(t, FP32, "loss")
     rows = fused_chunk_rows(t, v, h)
     chunk = eng.workspace(rows * v * FUSED_CHUNK_BYTES, "logits_chunk")
-    eng.kernel("matmul", hidden.dtype, 3 * t * h * ITEMSIZE[hidden.dtype], 2 * ops.matmul_flops(t, v, h))
+    chunks = t / rows
+    eng.matmul("matmul", hidden.dtype, rows, v, h, chunks)
+    eng.kernel("softmax", FP32, t * v * (3 * ITEMSIZE[hidden.dtype] + 2 * ITEMSIZE[FP32]), count=2 * chunks)
+    eng.matmul("matmul", hidden.dtype, rows, h, v, chunks)
+    if grad_weight is not None:
+        eng.matmul("matmul", hidden.dtype, v, h, rows, chunks)
     product = eng.empty(rows * h, hidden.dtype, "logits_chunk")
     del chunk, product
     loss = eng.empty(1, FP32, "loss")

@@ -121,7 +121,11 @@ def _fused_rms_norm(step: Step, weight: Tensor | None, x: Tensor, rows: Size) ->
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         # Liger and fms write dX over dY; the kernel still needs dY's storage only
         grad = ops._grad(grads)
-        out = grad if step.train.kernels != "unsloth" else ops.unary(eng, grad, "norm_grad")
+        if step.train.kernels == "unsloth":
+            out = ops.unary(eng, grad, "norm_grad")
+        else:
+            out = grad
+            eng.kernel("norm", grad.dtype, 3 * grad.nbytes)
         return [out, eng.empty(size, wtype, "norm_grad") if needs_weight else None]
 
     eng.link(out, (x, weight), backward, tuple(t for t in (x, inverse, weight) if t is not None))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.step.engine import BF16, FP16, FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
+from planner.step.engine import BF16, FP16, FP32, INT64, ITEMSIZE, Engine, Grads, Node, Shape, Size, Tensor
 
 _HALF = (BF16, FP16)
 
@@ -113,6 +113,63 @@ def scale(eng: Engine, x: Tensor, op: str = "scale") -> Tensor:
     return out
 
 
+def subtract(eng: Engine, a: Tensor, b: Tensor, op: str = "subtract") -> Tensor:
+    """a - b: saves nothing; b's gradient is a negated copy."""
+    out = eng.empty(a.numel, promote(a.dtype, b.dtype), op)
+    eng.kernel("elementwise", out.dtype, a.nbytes + b.nbytes + out.nbytes)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [grads[0], unary(eng, _grad(grads), f"{op}_grad")]
+
+    eng.link(out, (a, b), backward)
+    return out
+
+
+def expm1(eng: Engine, x: Tensor, op: str = "expm1") -> Tensor:
+    """torch.expm1 (on autocast's fp32 list): saves its result; the backward makes result + 1 first."""
+    x = autocast_fp32(eng, x)
+    out = unary(eng, x, op)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [_last(unary(eng, _grad(grads), f"{op}_grad"), unary(eng, node.saved[0], f"{op}_grad"))]
+
+    eng.link(out, (x,), backward, (out.view(),))
+    return out
+
+
+def minimum(eng: Engine, x: Tensor, op: str = "minimum") -> Tensor:
+    """torch.minimum with a scalar tensor: saves x; the backward halves ties and masks what the scalar won."""
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = _grad(grads)
+        ties = eng.empty(grad.numel, "int8", f"{op}_grad")
+        half = unary(eng, grad, f"{op}_grad")
+        out = unary(eng, grad, f"{op}_grad")
+        del ties, half
+        eng.empty(grad.numel, "int8", f"{op}_grad")
+        return [out]
+
+    made = eng.begin((x,), backward, (x,))
+    out = unary(eng, x, op)
+    eng.finish(made, out)
+    return out
+
+
+def subtract_bias(eng: Engine, x: Tensor) -> Tensor:
+    """x - a frozen vector: saves nothing, the gradient passes through."""
+    out = unary(eng, x, "dora_base")
+    eng.link(out, (x,), lambda node, grads: [grads[0]])
+    return out
+
+
+def scale_in_place(eng: Engine, x: Tensor) -> Tensor:
+    """x *= scalar: no new memory; the gradient is scaled into a new tensor."""
+    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
+    out = x.view()
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), "scale_grad")])
+    return out
+
+
 def shift(eng: Engine, x: Tensor, op: str = "shift") -> Tensor:
     """x + scalar."""
     out = unary(eng, x, op)
@@ -162,8 +219,7 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
 
 
 def _larger(a: Tensor, b: Tensor) -> bool:
-    more = a.numel >= b.numel
-    return bool(more if isinstance(more, bool) else more.all())
+    return bool(a.numel >= b.numel)
 
 
 def square(eng: Engine, x: Tensor) -> Tensor:
@@ -279,11 +335,14 @@ def expand_copy(eng: Engine, x: Tensor, factor: int, op: str = "repeat_kv") -> T
 
 
 def autocast_half(eng: Engine, x: Tensor, is_weight: bool = False) -> Tensor:
-    """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context."""
+    """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context.
+
+    Such a leaf may be an activation: the input of a reentrant checkpoint (ATen/autocast_mode.cpp cached_cast).
+    """
     target = eng.autocast
     if target is None or x.dtype not in ITEMSIZE or x.dtype == target:
         return x
-    leaf = is_weight and x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
+    leaf = x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
     if leaf:
         held = eng.cast_cache.get(id(x))
         if held is not None:
@@ -312,6 +371,7 @@ def linear(
 ) -> Tensor:
     """F.linear: x [m, k], weight [n, k] -> [m, n]; saves x for the weight's gradient, the weight for the input's."""
     arg = x  # held by the caller until the product exists
+    kind = "lora" if op in ("lora_a", "lora_b") else "matmul"
     b = autocast_half(eng, bias, is_weight=True) if bias is not None else None
     w = autocast_half(eng, weight, is_weight=True)
     x = autocast_half(eng, x)
@@ -330,22 +390,24 @@ def linear(
             eng.kernel("reduce", dtype, _grad(grads).nbytes)
         if need_x:
             results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
-            eng.kernel("matmul", dtype, (m * n + w_numel + x_numel) * ITEMSIZE[dtype], matmul_flops(m, k, n))
+            eng.matmul(kind, dtype, m, k, n)
         if need_w:
             results[1] = eng.empty(w_numel, dtype, "weight_grad")
-            eng.kernel("matmul", dtype, (m * n + w_numel + x_numel) * ITEMSIZE[dtype], matmul_flops(n, k, m))
+            eng.matmul(kind, dtype, n, k, m)
         return results
 
     made = eng.begin((x, w, b), backward, tuple(saved))
     out = eng.empty(m * n, x.dtype, op)
     eng.finish(made, out)
-    eng.kernel("matmul", x.dtype, x.nbytes + w.nbytes + out.nbytes, matmul_flops(m, n, k))
+    eng.matmul(kind, x.dtype, m, n, k)
     del arg
     return out
 
 
-def bmm(eng: Engine, a: Tensor, b: Tensor, out_numel: Size, flops: Size, op: str = "bmm") -> Tensor:
-    """Batched matrix product of two activations: both are saved."""
+def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm") -> Tensor:
+    """`shape` (batch, m, n, k): batched matrix product of two activations, both saved."""
+    batch, m, n, k = shape
+    out_numel = batch * m * n
     a, b = autocast_half(eng, a), autocast_half(eng, b)
     saved = []
     if b.requires_grad:
@@ -360,12 +422,13 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, out_numel: Size, flops: Size, op: str
         for side in (0, 1):
             if needs[side]:
                 results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
-                eng.kernel("bmm", dtype, (out_numel + numels[0] + numels[1]) * ITEMSIZE[dtype], flops)
+                rows, columns, inner = ((m, k, n), (k, n, m))[side]
+                eng.matmul("bmm", dtype, rows, columns, inner, batch)
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))
     out = eng.empty(out_numel, a.dtype, op)
-    eng.kernel("bmm", a.dtype, a.nbytes + b.nbytes + out.nbytes, flops)
+    eng.matmul("bmm", a.dtype, m, n, k, batch)
     eng.finish(made, out)
     return out
 
@@ -382,8 +445,8 @@ def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: 
     source = x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(_grad(grads).numel, source, "softmax_grad")  # a structured kernel: its output exists first
         product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
-        out = eng.empty(_grad(grads).numel, source, "softmax_grad")
         eng.kernel("softmax", FP32, 2 * _grad(grads).nbytes + out.nbytes)
         del product
         return [out]
@@ -397,8 +460,8 @@ def softmax_same(eng: Engine, x: Tensor, *, writes_product: bool) -> Tensor:
     out = unary(eng, x, "softmax")
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         out = unary(eng, _grad(grads), "softmax_grad")
+        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         del product
         return [out]
 
@@ -436,6 +499,10 @@ def layer_norm(
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
+ATTENTION_BACKWARD = 2.5
+"""Products of a fused attention's backward over its forward's: scores anew, dV, dP, dQ, dK against two."""
+
+
 def fused_attention(
     eng: Engine,
     q: Tensor,
@@ -453,7 +520,7 @@ def fused_attention(
     out = eng.empty(out_numel, q.dtype, op)
     lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
     rng = eng.empty(2, INT64, f"{op}_rng")
-    eng.kernel("attention", q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
+    eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
     saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
     numels, dtype = (q.numel, k.numel, v.numel), q.dtype
 
@@ -461,7 +528,7 @@ def fused_attention(
         results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
         work = eng.workspace(workspace_bytes, f"{op}_workspace")
         moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
-        eng.kernel("attention", dtype, moved, flops * 2.5, count=3)
+        eng.kernel(f"{op}_backward", dtype, moved, flops * ATTENTION_BACKWARD, count=3)
         del work
         return results
 

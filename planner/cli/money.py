@@ -1,0 +1,119 @@
+"""The cost options of a command: how much is trained, the price of an hour, and the plan of the whole run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner import catalog, cost
+from planner.errors import Contradiction, InvalidInput, one_line
+from planner.hardware import Gpu
+from planner.predict import Prediction
+from planner.units import MiB, parse_count
+
+if TYPE_CHECKING:
+    from planner.datarun import DataRun
+
+MAX_TABLE_BYTES = MiB
+
+
+def amount_of(wanted: dict[str, Any]) -> cost.Amount:
+    """Return the amount of training that the options name.
+
+    Raises:
+        PlannerError: for values out of range, or options that need another one.
+    """
+    if wanted["epochs"] is not None and wanted["rows"] is None:
+        raise Contradiction("--epochs counts passes over --rows; give both")
+    for name in ("rows", "mean_tokens", "price", "dbu_rate"):
+        value = wanted[name]
+        if value is not None and not 0 < value < 1e18:
+            raise InvalidInput(f"--{name.replace('_', '-')} is {value}; must be above 0")
+    return cost.Amount(
+        tokens=parse_count(wanted["tokens"]) if wanted["tokens"] is not None else 0.0,
+        rows=wanted["rows"] or 0,
+        epochs=1.0 if wanted["epochs"] is None else wanted["epochs"],
+        mean_tokens=wanted["mean_tokens"] or 0.0,
+    )
+
+
+def run_plan(
+    prediction: Prediction, amount: cost.Amount, wanted: dict[str, Any]
+) -> tuple[cost.RunPlan | None, tuple[str, ...]]:
+    """Return the plan of the run and the warnings that belong to it; None where there is no time or no amount."""
+    if not amount.given:
+        return None, ()
+    if prediction.gpu is None or prediction.time is None:
+        return None, ("no hours and no cost: the card's rates are not known",)
+    price = price_of(prediction.gpu, wanted)
+    training = prediction.training
+    made = cost.plan(
+        prediction.time, prediction.gpu, amount, micro_batch_size=training.micro_batch_size, seq_len=training.seq_len,
+        price=price,
+    )  # fmt: skip
+    notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
+    return made, notes
+
+
+def data_plan(
+    prediction: Prediction, run: DataRun, wanted: dict[str, Any]
+) -> tuple[DataRun, cost.RunPlan | None, tuple[str, ...]]:
+    """Return the run on its data with totals, its plan and the warnings that belong to it.
+
+    Raises:
+        PlannerError: for an amount of training that the data already says.
+    """
+    for name in ("rows", "tokens", "mean_tokens"):
+        if wanted[name] is not None:
+            raise Contradiction(f"--{name.replace('_', '-')} and --data say the same thing twice; give one of them")
+    if prediction.gpu is None or prediction.time is None:
+        return run, None, ("no hours and no cost: the card's rates are not known",)
+    from planner.datarun import planned
+    from planner.model import ModelSpec
+
+    assert isinstance(prediction.model, ModelSpec)  # --data with --via trace was refused
+
+    price = price_of(prediction.gpu, wanted)
+    epochs = 1.0 if wanted["epochs"] is None else wanted["epochs"]
+    done, made = planned(run, prediction.model, prediction.training, prediction.gpu, epochs=epochs, price=price)
+    notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
+    return done, made, notes
+
+
+def price_of(gpu: Gpu, wanted: dict[str, Any]) -> cost.Price | None:
+    """The user's price, else the cheapest machine with this card.
+
+    Raises:
+        PlannerError: for a Databricks table without a rate, or one that cannot be read.
+    """
+    if (wanted["dbu_table"] is None) != (wanted["dbu_rate"] is None):
+        raise Contradiction("--dbu-table and --dbu-rate belong together; give both")
+    if wanted["price"] is not None:
+        return cost.Price(usd_per_hour=wanted["price"], source="given")
+    table = read_dbu_table(wanted["dbu_table"]) if wanted["dbu_table"] is not None else None
+    return cost.cheapest(gpu, catalog.instances(), dbu=table, dbu_rate=wanted["dbu_rate"] or 0.0)
+
+
+def read_dbu_table(path: str) -> dict[str, float]:
+    """Read {node type: Databricks units per hour} from a JSON file.
+
+    Raises:
+        InvalidInput: if it is not such an object.
+    """
+    with Path(path).open("rb") as file:
+        data = file.read(MAX_TABLE_BYTES + 1)
+    problem = f"{one_line(path)!r} is not a JSON object of node types and DBU per hour"
+    if len(data) > MAX_TABLE_BYTES:
+        raise InvalidInput(f"{problem}: larger than 1 MiB")
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InvalidInput(f'{problem}; write for example {{"Standard_NC24ads_A100_v4": 10.5}}') from None
+    if not isinstance(table, dict):
+        raise InvalidInput(problem)
+    for name, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+            raise InvalidInput(f"{problem}: {one_line(str(name), 60)} has {one_line(str(value), 40)}")
+    return {str(name): float(value) for name, value in table.items()}

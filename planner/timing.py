@@ -1,0 +1,505 @@
+"""Seconds of a step: every kernel of the program priced on a card, the host that launches them, what bounds the step.
+
+A kernel takes the longer of its arithmetic and its memory traffic. The host launches kernels ahead of the device, so a
+micro batch takes the longer of the two. Inputs: the record of `planner.step.program` (FLOPs, bytes, launches, matrix
+shapes), the card's data sheet, `planner.calibration`'s coefficients. Seconds are floats, or arrays in a sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from planner.calibration import Coefficients, old_dequantize_factor
+from planner.hardware import Gpu
+from planner.records import record
+from planner.step.engine import FP32, ITEMSIZE, Kernel, Record, Shape
+from planner.training import TrainingSpec
+
+Number = Any
+"""float, or a numpy array in a sweep."""
+
+PARTS = ("forward", "recomputation", "backward", "optimizer")
+CLASSES = (
+    "matrix products", "adapters", "attention", "dequantization", "element-wise", "loss", "optimizer", "host transfer",
+)  # fmt: skip
+"""Classes of operations in the time ledger."""
+
+TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
+"""Output tiles a product may be cut into (CUTLASS and cuBLAS ship these for 16-bit operands)."""
+CPU_TILES = ((64, 64), (32, 32), (16, 16))
+"""Blocks of a CPU's products: narrower ones use each loaded vector less often (an AVX-512 vector has 16 floats)."""
+SPLITS = (1, 2, 4, 8, 16, 32)
+"""Into how many parts the inner dimension may be cut when there are fewer tiles than multiprocessors."""
+
+_PRODUCTS = {"matmul": "matrix products", "lora": "adapters", "bmm": "attention"}
+_FUSED = ("flash_attention", "efficient_attention")
+COMPILED_LAUNCHES = 0.3
+"""Share of the launches that torch.compile leaves where it fuses element-wise kernels: assumed."""
+NINETY_PERCENT = 1.645
+"""Standard errors on either side of a 90 % interval."""
+FORMULA_ERROR = 0.10
+"""Relative standard error of what the formulas leave out (clocks, other kernels, data loading): assumed."""
+
+
+@record
+class Seconds:
+    """An interval in seconds around an expected value."""
+
+    low: Number
+    expected: Number
+    high: Number
+
+
+@record
+class LedgerLine:
+    """One class of operations over one optimizer step."""
+
+    name: str
+    seconds: Number
+    flops: Number
+    bytes: Number
+    launches: Number
+    bound: str
+    """What most of its time waits for: compute or memory."""
+
+
+@record
+class StepTime:
+    """Time of one optimizer step."""
+
+    forward_s: Number
+    recomputation_s: Number
+    backward_s: Number
+    """These three: per micro batch."""
+    optimizer_s: Number
+    overhead_s: Number
+    """Per optimizer step: the training loop's own work."""
+    gradient_accumulation_steps: Number
+    step_s: Seconds
+    """Of the whole optimizer step."""
+    perfect_overlap_s: Number
+    """Lower bound: arithmetic, memory traffic and launches all hide behind the longest of them."""
+    no_overlap_s: Number
+    """Upper bound: the three one after another."""
+    bound: str
+    """compute, memory bandwidth or kernel launch."""
+    ledger: tuple[LedgerLine, ...]
+    launch_wait_s: Number
+    """Device idle time, waiting for the host to launch."""
+    tokens: Number
+    """Positions computed in one optimizer step."""
+    model_flops: Number
+    hardware_flops: Number
+    """Model FLOPs and what checkpointing computes again."""
+    peak_flops_per_s: float
+    coefficients: Coefficients
+    uncertainty: tuple[tuple[str, Number], ...]
+    """(coefficient, relative share) of the interval."""
+
+    @property
+    def tokens_per_s(self) -> Number:
+        """Computed positions per second."""
+        return self.tokens / self.step_s.expected
+
+    @property
+    def model_flops_utilization(self) -> Number:
+        """MFU: the model's own FLOPs over what the card's data sheet offers in that time."""
+        return self.model_flops / (self.step_s.expected * self.peak_flops_per_s)
+
+    @property
+    def hardware_flops_utilization(self) -> Number:
+        """HFU: all FLOPs, recomputation included."""
+        return self.hardware_flops / (self.step_s.expected * self.peak_flops_per_s)
+
+
+class _Price(NamedTuple):
+    """Seconds of one recorded kernel, by what it waits for."""
+
+    compute: Number
+    memory: Number
+    latency: Number
+
+
+class WholeStep(NamedTuple):
+    """Seconds of one optimizer step."""
+
+    device: Number
+    host: Number
+    wait: Number
+    """Device idle time, waiting for the host to launch."""
+    total: Number
+    """Expected, with the training loop's own work."""
+    spread: Number
+    """Half of the 90 % interval over the expected value."""
+    shares: tuple[tuple[str, Number], ...]
+    """(coefficient, relative share) of the interval."""
+
+
+class Rates:
+    """What a card reaches: FLOP/s by dtype, bytes/s, and the efficiencies of its kernels."""
+
+    def __init__(self, gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> None:
+        self.gpu = gpu
+        self.c = {name: item.value for name, item in coefficients.items()}
+        self.capability = gpu.compute_capability or (8, 0)
+        self.multiprocessors = gpu.sm_count or 100
+        self.bytes_per_s = gpu.bandwidth_bytes_per_s * self.c["bandwidth"]
+        dequantize = self.c["dequantize"]
+        if training.versions.bitsandbytes < (0, 48):
+            dequantize /= old_dequantize_factor(self.capability)
+        self.dequantize_bytes_per_s = self.bytes_per_s * dequantize
+        self.compiled = training.compile
+        self.splits = (1,) if gpu.synchronous else SPLITS
+        self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
+        self._tiles = self._tile_rates()
+
+    def peak(self, dtype: str) -> float:
+        """Data-sheet FLOP/s of products of `dtype`: without bf16 units (before capability 8.0) those of fp32."""
+        gpu = self.gpu
+        if dtype == "int8":
+            return 2 * (gpu.fp16_flops_per_s or gpu.fp32_flops_per_s)
+        if dtype == "bf16" and gpu.bf16_native is False:
+            return gpu.fp32_flops_per_s
+        if dtype == FP32 and self.tf32:
+            return gpu.tf32_flops_per_s
+        half = gpu.bf16_flops_per_s if dtype == "bf16" else gpu.fp16_flops_per_s
+        return (half if dtype in ("bf16", "fp16") else 0.0) or gpu.fp32_flops_per_s
+
+    def product(self, dtype: str) -> float:
+        """FLOP/s that a large product reaches."""
+        return self.peak(dtype) * self.c["matmul_fp32" if self.simt(dtype) else "matmul"]
+
+    def simt(self, dtype: str) -> bool:
+        """Whether products of `dtype` run without matrix units, at the rate of fp32."""
+        return dtype == FP32 if self.gpu.synchronous else self.peak(dtype) == self.gpu.fp32_flops_per_s
+
+    def _tile_rates(self) -> tuple[tuple[int, int, float], ...]:
+        """(rows, columns, rate relative to the largest tile): a larger tile uses each loaded operand more often."""
+        half = self.c["tile_reuse_half"]
+        tiles = CPU_TILES if self.gpu.synchronous else TILES
+        reuse = [rows * columns / (rows + columns) for rows, columns in tiles]
+        share = [r / (r + half) for r in reuse]
+        return tuple((*tile, s / share[0]) for tile, s in zip(tiles, share, strict=True))
+
+    def matmul_s(self, shape: Shape, dtype: str) -> tuple[Number, Number]:
+        """(arithmetic, memory) seconds of a product, cut into whole tiles that fill whole waves of multiprocessors."""
+        batch, m, n, k = shape
+        rate = self.product(dtype) / self.multiprocessors
+        best: Number = None
+        for rows, columns, relative in self._tiles:
+            tiles = batch * _ceil(m / rows) * _ceil(n / columns)
+            for parts in self.splits:
+                inner = _ceil(k / parts)
+                waves = _ceil(tiles * parts / self.multiprocessors)
+                work = 2.0 * rows * columns * (inner + self.c["matmul_k_half"])
+                seconds = waves * work / (rate * relative)
+                if parts > 1:  # partial results are written and read again
+                    seconds = seconds + 2.0 * parts * batch * m * n * ITEMSIZE[FP32] / self.bytes_per_s
+                best = seconds if best is None else _minimum(best, seconds)
+        moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
+        return best, moved / self.bytes_per_s
+
+    def attention_s(self, kernel: Kernel, tokens_per_row: Number) -> Number:
+        """Arithmetic seconds of a fused attention kernel; its FLOPs count the causal half only."""
+        backward = kernel.op.endswith("_backward")
+        way = "backward" if backward else "forward"
+        share = self.c[f"efficient_{way}"] if kernel.op.startswith("efficient") else self.c[f"flash_{way}"]
+        if kernel.dtype == FP32 and (kernel.op.startswith("efficient") or self.gpu.synchronous):
+            return kernel.flops / (self.product(FP32) * self.c["efficient_fp32"])
+        if kernel.op.startswith("flash"):
+            if self.capability >= (9, 0):
+                share = share * self.c["flash_hopper"]
+            share = share * tokens_per_row / (tokens_per_row + self.c["flash_length_half"])
+        return kernel.flops / (self.product(kernel.dtype) * share)
+
+    def price(self, kernel: Kernel, tokens_per_row: Number) -> _Price:
+        """Seconds of one recorded kernel."""
+        latency = self.c["kernel_latency"] * kernel.count
+        if kernel.shape is not None:
+            compute, memory = self.matmul_s(kernel.shape, kernel.dtype)
+            return _Price(compute, memory, latency)
+        if kernel.op.startswith(_FUSED):
+            return _Price(self.attention_s(kernel, tokens_per_row), kernel.bytes / self.bytes_per_s, latency)
+        if kernel.op == "dequantize":
+            return _Price(0.0, kernel.bytes / self.dequantize_bytes_per_s, latency)
+        if kernel.op == "host_transfer":
+            return _Price(0.0, kernel.bytes / self.c["host_link"], latency)
+        traffic = kernel.bytes / self.bytes_per_s
+        if self.latency_share(kernel) != 1.0:
+            traffic = traffic * self.c["compiled_traffic"]
+        return _Price(0.0, traffic, latency * self.latency_share(kernel))
+
+    def latency_share(self, kernel: Kernel) -> float:
+        """Share of the recorded kernels that run: torch.compile merges element-wise ones."""
+        own = kernel.shape is not None or kernel.op.startswith((*_FUSED, "dequantize", "host_transfer", "optimizer"))
+        return COMPILED_LAUNCHES if self.compiled and not own else 1.0
+
+    def launched(self, kernel: Kernel) -> float:
+        """Share of the recorded launches that the host still makes."""
+        fused = self.compiled and kernel.shape is None and kernel.op != "optimizer"
+        return COMPILED_LAUNCHES if fused else 1.0
+
+    def host_s(self, op: str, part: str, launches: Number, calls: Number) -> Number:
+        """Seconds the host takes to launch kernels of an operation that is called `calls` times."""
+        name = {"optimizer": "launch_optimizer", "backward": "launch_backward"}.get(part, "launch_forward")
+        seconds = launches * self.c[name]
+        if op in ("dequantize", "int8_quantize"):
+            seconds = seconds + calls * self.c["launch_quantized"]
+        return seconds
+
+
+def predictable(gpu: Gpu | None) -> bool:
+    """Whether the card's data sheet is known well enough to predict time."""
+    return gpu is not None and gpu.bandwidth_bytes_per_s > 0 and gpu.fp32_flops_per_s > 0
+
+
+def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients) -> StepTime:
+    """Price the kernels of one recorded step (second step: optimizer state exists) on `gpu`."""
+    rates = Rates(gpu, coefficients, training)
+    sums = Sums(rates, training)
+    for kernel in run.kernels:
+        sums.add(kernel, run)
+    return sums.result(coefficients)
+
+
+class Sums:
+    """Seconds, FLOPs, bytes and launches added up by part of the step and by class of operation."""
+
+    def __init__(self, rates: Rates, training: TrainingSpec) -> None:
+        self.rates = rates
+        self.training = training
+        self.device = dict.fromkeys(PARTS, 0.0)
+        self.host = dict.fromkeys(PARTS, 0.0)
+        self.flops = dict.fromkeys(PARTS, 0.0)
+        self.compute: Number = 0.0
+        self.memory: Number = 0.0
+        self.latency: Number = 0.0
+        self.classes = {name: [0.0, 0.0, 0.0, 0.0, 0.0] for name in CLASSES}
+        """Per class: seconds, FLOPs, bytes, launches, seconds bound by arithmetic (all over one optimizer step)."""
+        self.by_coefficient: dict[str, Number] = {}
+        self.known: dict[tuple[Any, ...], _Price] = {}
+        self.accumulation = training.gradient_accumulation_steps
+
+    def add(self, kernel: Kernel, run: Record) -> None:
+        """Count one recorded kernel as often as its segment of the step stands for layers."""
+        segment = run.segments[kernel.segment]
+        part = part_of(segment.phase, kernel.recomputed)
+        if part is None:
+            return
+        times = segment.repeat
+        price = self._price(kernel)
+        seconds = _maximum(price.compute, price.memory) + price.latency
+        launches = kernel.count * self.rates.launched(kernel) * times
+        self.device[part] += seconds * times
+        self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
+        self.flops[part] += kernel.flops * times
+        steps = times if part == "optimizer" else times * self.accumulation
+        self.compute += price.compute * steps
+        self.memory += price.memory * steps
+        self.latency += price.latency * steps
+        bound = _share(price.compute, price.memory)
+        line = self.classes[class_of(kernel.op, segment.layer)]
+        for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
+            line[place] += amount * steps
+        for name, share in shares_of(self.rates, kernel, bound):
+            self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
+
+    def _price(self, kernel: Kernel) -> _Price:
+        key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count)
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
+        return found
+
+    def whole_step(self, coefficients: Mapping[str, Any]) -> WholeStep:
+        """One optimizer step: what the device and the host take, the wait between them, and how sure that is.
+
+        `coefficients`: by name, what has a `relative_error`.
+        """
+        steps = self.accumulation
+        micro = ("forward", "recomputation", "backward")
+        device = sum(self.device[p] for p in micro) * steps + self.device["optimizer"]
+        host = sum(self.host[p] for p in micro) * steps + self.host["optimizer"]
+        overhead = self.rates.c["framework_step"]
+        # what a GPU waits for its host; a CPU does both in turn
+        wait = host if self.rates.gpu.synchronous else _maximum(host - device, 0.0 * device)
+        total = device + wait + overhead
+        shares = _uncertainty(self.by_coefficient, wait, overhead, total, coefficients)
+        spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
+        return WholeStep(device, host, wait, total, spread, shares)
+
+    def result(self, coefficients: Coefficients) -> StepTime:
+        """Put the sums together."""
+        steps = self.accumulation
+        micro = ("forward", "recomputation", "backward")
+        device, host, wait, total, spread, shares = self.whole_step(coefficients)
+        overhead = self.rates.c["framework_step"]
+        lower = _maximum(_maximum(self.compute, self.memory), host)
+        parts = {p: self.device[p] + wait * self.host[p] / _maximum(host, 1e-12) for p in PARTS}
+        return StepTime(
+            forward_s=parts["forward"],
+            recomputation_s=parts["recomputation"],
+            backward_s=parts["backward"],
+            optimizer_s=parts["optimizer"],
+            overhead_s=overhead,
+            gradient_accumulation_steps=steps,
+            step_s=Seconds(low=total / (1 + spread), expected=total, high=total * (1 + spread)),
+            perfect_overlap_s=lower,
+            no_overlap_s=self.compute + self.memory + self.latency + host + overhead,
+            bound=self._bound(wait, device),
+            ledger=tuple(self._line(name) for name in CLASSES if _some(self.classes[name][0])),
+            launch_wait_s=wait,
+            tokens=self.training.rows_tokens * steps,
+            model_flops=(self.flops["forward"] + self.flops["backward"]) * steps,
+            hardware_flops=sum(self.flops[p] for p in micro) * steps,
+            peak_flops_per_s=self.rates.peak(self._compute_dtype()),
+            coefficients=coefficients,
+            uncertainty=shares,
+        )
+
+    def _compute_dtype(self) -> str:
+        """dtype of the products that dominate."""
+        training = self.training
+        if training.autocast != "none":
+            return training.autocast
+        return training.quantization.compute_dtype if training.method == "qlora" else training.base_dtype
+
+    def _bound(self, wait: Number, device: Number) -> str:
+        if _mostly(wait / _maximum(device + wait, 1e-12) * 2.0):  # a quarter of the step spent waiting
+            return "kernel launch"
+        arithmetic = sum(line[4] for line in self.classes.values())
+        return "compute" if _mostly(arithmetic / _maximum(device, 1e-12)) else "memory bandwidth"
+
+    def _line(self, name: str) -> LedgerLine:
+        seconds, flops, moved, launches, arithmetic = self.classes[name]
+        bound = "compute" if _mostly(arithmetic / seconds) else "memory"
+        return LedgerLine(name=name, seconds=seconds, flops=flops, bytes=moved, launches=launches, bound=bound)
+
+
+def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
+    """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
+    if kernel.shape is not None:
+        return ("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)
+    if kernel.op.startswith(_FUSED):
+        if kernel.dtype == FP32:
+            return (("efficient_fp32", 1.0),)
+        family = "flash" if kernel.op.startswith("flash") else "efficient"
+        return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
+    return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
+
+
+def part_of(phase: str, recomputed: bool) -> str | None:
+    """The part of the step a kernel belongs to; None before the step begins."""
+    if recomputed:
+        return "recomputation"
+    if phase in ("load", "state"):
+        return None
+    return phase if phase in ("backward", "optimizer") else "forward"
+
+
+def class_of(op: str, layer: int) -> str:
+    """The ledger class of a kernel."""
+    if op in _PRODUCTS:
+        return _PRODUCTS[op]
+    if op.startswith(_FUSED):
+        return "attention"
+    if op in ("dequantize", "int8_quantize"):
+        return "dequantization"
+    if op == "optimizer":
+        return "optimizer"
+    if op == "host_transfer":
+        return "host transfer"
+    if layer < 0:
+        return "loss"
+    return "attention" if op == "softmax" else "element-wise"
+
+
+def _uncertainty(
+    by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Mapping[str, Any]
+) -> tuple[tuple[str, Number], ...]:
+    """Relative standard error of the step that each coefficient's own error causes (its share of the time)."""
+    amounts = {**by_coefficient, "launch_forward": wait, "framework_step": overhead}
+    held_out = getattr(coefficients, "formula_error", None)
+    shares: list[tuple[str, Number]] = [("formulas", FORMULA_ERROR if held_out is None else held_out)]
+    for name, seconds in amounts.items():
+        if held_out is not None and coefficients[name].origin == "fitted":
+            continue  # the error on held-out runs contains its error
+        share = seconds / total * coefficients[name].relative_error
+        share = share * (share > 0.001)
+        if _some(share):
+            shares.append((name, share))
+    return tuple(shares)
+
+
+SHARED_FORMULA = 0.5
+"""Share of the formulas' variance that two runs on one card in one framework have in common: assumed."""
+MEASUREMENT_ERROR = 0.05
+"""Relative standard error of a published run's time: repeats differ by that much."""
+
+Terms = tuple[tuple[str, float], ...]
+
+
+def anchor_factor(anchor: Terms, target: Terms, ratio: float) -> float:
+    """What one measured run says about another: the factor on the other's predicted seconds.
+
+    The posterior mean of a Gaussian model. log(measured / predicted) of a run is a sum of independent errors, one per
+    coefficient, each as large as that coefficient's share of the run's time times its relative error (the terms of
+    `StepTime.uncertainty`). Runs that wait for the same things share those errors; the rest of the anchor's deviation
+    is its own. `ratio` is the anchor's measured over predicted time.
+    """
+    mine = dict(anchor)
+    shared = sum(
+        mine.get(name, 0.0) * share * (SHARED_FORMULA if name == "formulas" else 1.0) for name, share in target
+    )
+    variance = sum(share**2 for share in mine.values()) + MEASUREMENT_ERROR**2
+    return float(ratio ** (shared / variance))
+
+
+# --- numbers and arrays --------------------------------------------------------------------------------------------
+
+
+def _is_array(value: Number) -> bool:
+    return hasattr(value, "shape")
+
+
+def _ceil(value: Number) -> Number:
+    if _is_array(value):
+        import numpy as np
+
+        return np.ceil(value)
+    return float(-(-value // 1))
+
+
+def _minimum(a: Number, b: Number) -> Number:
+    if _is_array(a) or _is_array(b):
+        import numpy as np
+
+        return np.minimum(a, b)
+    return a if a <= b else b
+
+
+def _maximum(a: Number, b: Number) -> Number:
+    if _is_array(a) or _is_array(b):
+        import numpy as np
+
+        return np.maximum(a, b)
+    return a if a >= b else b
+
+
+def _share(compute: Number, memory: Number) -> Number:
+    """1 where arithmetic takes longer than memory traffic, else 0."""
+    longer = compute > memory
+    return longer * 1.0
+
+
+def _mean(value: Number) -> float:
+    return float(value.mean()) if _is_array(value) else float(value)
+
+
+def _mostly(share: Number) -> bool:
+    return _mean(share) > 0.5
+
+
+def _some(value: Number) -> bool:
+    return _mean(value) > 0.0
