@@ -31,7 +31,7 @@ from calibrate import cuda_semantics, fake_model
 from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture
-from planner.errors import Contradiction
+from planner.errors import Contradiction, InvalidInput
 from planner.training import TrainingSpec, training_from_dict
 
 STEPS = 2
@@ -139,12 +139,15 @@ def _trace(
         if not real:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(cuda_semantics.transformers_as_on_device(padded=training.padded))
+            stack.enter_context(cuda_semantics.grouped_mm_dtypes())
         stack.enter_context(cuda_semantics.cuda_autocast_lists(arch.autocast_lists))
         stack.enter_context(fake_model.quantized_parameters())
         _load(model, training, tracker, real=real)
         stack.enter_context(tracker)
         stack.enter_context(cuda_semantics.cuda_functions(arch, force_flash=training.attention == "flash2"))
         step = Step(model, training, tracker, arch, real=real)
+        if not step.num_layers:
+            raise InvalidInput("no stack of decoder layers was found in the model; its class cannot be traced")
         for number in range(1, STEPS + 1):
             tracker.labels.step = number
             step.run()

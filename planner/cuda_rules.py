@@ -133,6 +133,11 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
+def program_class(capability: tuple[int, int]) -> tuple[object, ...]:
+    """All that the rules of this module read of a capability: cards of one class run the same program."""
+    return capability >= (8, 0), cublas_workspace_bytes(capability)
+
+
 def cublas_handles(*, trains: bool = True) -> int:
     """Handles that own a workspace: one of the forward thread and one of autograd's device thread."""
     return 2 if trains else 1

@@ -224,6 +224,8 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     )
     if own_attention:
         reasons.append(("the class's own attention keeps score matrices whose lifetimes are modelled coarsely", 0.2))
+    if model.derived:
+        reasons.append(("a class outside the registry: operations are taken from a common decoder layer", 0.10))
     if model.remote_code:
         reasons.append(("the model's own code is not in transformers", 0.05))
     if any(layer.experts is not None for layer, _ in model.distinct_layers()):
@@ -246,6 +248,11 @@ def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu 
     half = "bf16" in (training.autocast, training.base_dtype, training.quantization.compute_dtype)
     if gpu and half and lacks_bf16(gpu):
         notes.append(f"{gpu.name} has no bf16 tensor cores: use fp16 (--autocast fp16 --base-dtype fp16)")
+    if {training.autocast, training.base_dtype} == {"bf16", "fp16"}:
+        notes.append(
+            f"autocast {training.autocast} makes a copy of every {training.base_dtype} weight it meets: "
+            f"--base-dtype {training.autocast} avoids it"
+        )
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
     if model is None:

@@ -7,6 +7,7 @@ shapes), the card's data sheet, `planner.calibration`'s coefficients. Seconds ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from planner.calibration import Coefficients, old_dequantize_factor
@@ -93,7 +94,7 @@ class StepTime:
     """Model FLOPs and what checkpointing computes again."""
     peak_flops_per_s: float
     coefficients: Coefficients
-    uncertainty: tuple[tuple[str, float], ...]
+    uncertainty: tuple[tuple[str, Number], ...]
     """(coefficient, relative share) of the interval."""
 
     @property
@@ -118,6 +119,21 @@ class _Price(NamedTuple):
     compute: Number
     memory: Number
     latency: Number
+
+
+class WholeStep(NamedTuple):
+    """Seconds of one optimizer step."""
+
+    device: Number
+    host: Number
+    wait: Number
+    """Device idle time, waiting for the host to launch."""
+    total: Number
+    """Expected, with the training loop's own work."""
+    spread: Number
+    """Half of the 90 % interval over the expected value."""
+    shares: tuple[tuple[str, Number], ...]
+    """(coefficient, relative share) of the interval."""
 
 
 class Rates:
@@ -152,8 +168,11 @@ class Rates:
 
     def product(self, dtype: str) -> float:
         """FLOP/s that a large product reaches."""
-        simt = dtype == FP32 if self.gpu.synchronous else self.peak(dtype) == self.gpu.fp32_flops_per_s
-        return self.peak(dtype) * self.c["matmul_fp32" if simt else "matmul"]
+        return self.peak(dtype) * self.c["matmul_fp32" if self.simt(dtype) else "matmul"]
+
+    def simt(self, dtype: str) -> bool:
+        """Whether products of `dtype` run without matrix units, at the rate of fp32."""
+        return dtype == FP32 if self.gpu.synchronous else self.peak(dtype) == self.gpu.fp32_flops_per_s
 
     def _tile_rates(self) -> tuple[tuple[int, int, float], ...]:
         """(rows, columns, rate relative to the largest tile): a larger tile uses each loaded operand more often."""
@@ -190,7 +209,7 @@ class Rates:
             return kernel.flops / (self.product(FP32) * self.c["efficient_fp32"])
         if kernel.op.startswith("flash"):
             if self.capability >= (9, 0):
-                share *= self.c["flash_hopper"]
+                share = share * self.c["flash_hopper"]
             share = share * tokens_per_row / (tokens_per_row + self.c["flash_length_half"])
         return kernel.flops / (self.product(kernel.dtype) * share)
 
@@ -207,9 +226,27 @@ class Rates:
         if kernel.op == "host_transfer":
             return _Price(0.0, kernel.bytes / self.c["host_link"], latency)
         traffic = kernel.bytes / self.bytes_per_s
-        if self.compiled and kernel.op != "optimizer":
-            return _Price(0.0, traffic * self.c["compiled_traffic"], latency * COMPILED_LAUNCHES)
-        return _Price(0.0, traffic, latency)
+        if self.latency_share(kernel) != 1.0:
+            traffic = traffic * self.c["compiled_traffic"]
+        return _Price(0.0, traffic, latency * self.latency_share(kernel))
+
+    def latency_share(self, kernel: Kernel) -> float:
+        """Share of the recorded kernels that run: torch.compile merges element-wise ones."""
+        own = kernel.shape is not None or kernel.op.startswith((*_FUSED, "dequantize", "host_transfer", "optimizer"))
+        return COMPILED_LAUNCHES if self.compiled and not own else 1.0
+
+    def launched(self, kernel: Kernel) -> float:
+        """Share of the recorded launches that the host still makes."""
+        fused = self.compiled and kernel.shape is None and kernel.op != "optimizer"
+        return COMPILED_LAUNCHES if fused else 1.0
+
+    def host_s(self, op: str, part: str, launches: Number, calls: Number) -> Number:
+        """Seconds the host takes to launch kernels of an operation that is called `calls` times."""
+        name = {"optimizer": "launch_optimizer", "backward": "launch_backward"}.get(part, "launch_forward")
+        seconds = launches * self.c[name]
+        if op in ("dequantize", "int8_quantize"):
+            seconds = seconds + calls * self.c["launch_quantized"]
+        return seconds
 
 
 def predictable(gpu: Gpu | None) -> bool:
@@ -220,13 +257,13 @@ def predictable(gpu: Gpu | None) -> bool:
 def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients) -> StepTime:
     """Price the kernels of one recorded step (second step: optimizer state exists) on `gpu`."""
     rates = Rates(gpu, coefficients, training)
-    sums = _Sums(rates, training)
+    sums = Sums(rates, training)
     for kernel in run.kernels:
         sums.add(kernel, run)
     return sums.result(coefficients)
 
 
-class _Sums:
+class Sums:
     """Seconds, FLOPs, bytes and launches added up by part of the step and by class of operation."""
 
     def __init__(self, rates: Rates, training: TrainingSpec) -> None:
@@ -253,15 +290,9 @@ class _Sums:
         times = segment.repeat
         price = self._price(kernel)
         seconds = _maximum(price.compute, price.memory) + price.latency
-        fused = self.rates.compiled and kernel.shape is None and kernel.op != "optimizer"
-        launches = kernel.count * (COMPILED_LAUNCHES if fused else 1) * times
-        launch = "launch_optimizer" if part == "optimizer" else "launch_backward"
-        if part in ("forward", "recomputation"):
-            launch = "launch_forward"
+        launches = kernel.count * self.rates.launched(kernel) * times
         self.device[part] += seconds * times
-        self.host[part] += launches * self.rates.c[launch]
-        if kernel.op in ("dequantize", "int8_quantize"):
-            self.host[part] += times * self.rates.c["launch_quantized"]
+        self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
         self.flops[part] += kernel.flops * times
         steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
@@ -271,34 +302,21 @@ class _Sums:
         line = self.classes[class_of(kernel.op, segment.layer)]
         for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
             line[place] += amount * steps
-        name = self._coefficient(kernel, bound)
-        self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * steps
+        for name, share in shares_of(self.rates, kernel, bound):
+            self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
 
     def _price(self, kernel: Kernel) -> _Price:
-        tokens = self.training.seq_len
         key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count)
-        try:
-            found = self.known.get(key)
-        except TypeError:  # arrays of a sweep
-            return self.rates.price(kernel, tokens)
+        found = self.known.get(key)
         if found is None:
-            found = self.known[key] = self.rates.price(kernel, tokens)
+            found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
         return found
 
-    def _coefficient(self, kernel: Kernel, bound: Number) -> str:
-        """The coefficient that most of a kernel's time is proportional to."""
-        if kernel.shape is not None:
-            simt = self.rates.product(kernel.dtype) == self.rates.product(FP32)
-            return ("matmul_fp32" if simt else "matmul") if _mostly(bound) else "bandwidth"
-        if kernel.op.startswith(_FUSED):
-            if kernel.dtype == FP32:
-                return "efficient_fp32"
-            family = "flash" if kernel.op.startswith("flash") else "efficient"
-            return f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}"
-        return {"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth")
+    def whole_step(self, coefficients: Mapping[str, Any]) -> WholeStep:
+        """One optimizer step: what the device and the host take, the wait between them, and how sure that is.
 
-    def result(self, coefficients: Coefficients) -> StepTime:
-        """Put the sums together."""
+        `coefficients`: by name, what has a `relative_error`.
+        """
         steps = self.accumulation
         micro = ("forward", "recomputation", "backward")
         device = sum(self.device[p] for p in micro) * steps + self.device["optimizer"]
@@ -309,6 +327,14 @@ class _Sums:
         total = device + wait + overhead
         shares = _uncertainty(self.by_coefficient, wait, overhead, total, coefficients)
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
+        return WholeStep(device, host, wait, total, spread, shares)
+
+    def result(self, coefficients: Coefficients) -> StepTime:
+        """Put the sums together."""
+        steps = self.accumulation
+        micro = ("forward", "recomputation", "backward")
+        device, host, wait, total, spread, shares = self.whole_step(coefficients)
+        overhead = self.rates.c["framework_step"]
         lower = _maximum(_maximum(self.compute, self.memory), host)
         parts = {p: self.device[p] + wait * self.host[p] / _maximum(host, 1e-12) for p in PARTS}
         return StepTime(
@@ -351,6 +377,18 @@ class _Sums:
         return LedgerLine(name=name, seconds=seconds, flops=flops, bytes=moved, launches=launches, bound=bound)
 
 
+def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
+    """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
+    if kernel.shape is not None:
+        return ("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)
+    if kernel.op.startswith(_FUSED):
+        if kernel.dtype == FP32:
+            return (("efficient_fp32", 1.0),)
+        family = "flash" if kernel.op.startswith("flash") else "efficient"
+        return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
+    return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
+
+
 def part_of(phase: str, recomputed: bool) -> str | None:
     """The part of the step a kernel belongs to; None before the step begins."""
     if recomputed:
@@ -378,17 +416,18 @@ def class_of(op: str, layer: int) -> str:
 
 
 def _uncertainty(
-    by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Coefficients
-) -> tuple[tuple[str, float], ...]:
+    by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Mapping[str, Any]
+) -> tuple[tuple[str, Number], ...]:
     """Relative standard error of the step that each coefficient's own error causes (its share of the time)."""
     amounts = {**by_coefficient, "launch_forward": wait, "framework_step": overhead}
-    held_out = coefficients.formula_error
-    shares = [("formulas", FORMULA_ERROR if held_out is None else held_out)]
+    held_out = getattr(coefficients, "formula_error", None)
+    shares: list[tuple[str, Number]] = [("formulas", FORMULA_ERROR if held_out is None else held_out)]
     for name, seconds in amounts.items():
         if held_out is not None and coefficients[name].origin == "fitted":
             continue  # the error on held-out runs contains its error
-        share = _mean(seconds / total) * coefficients[name].relative_error
-        if share > 0.001:
+        share = seconds / total * coefficients[name].relative_error
+        share = share * (share > 0.001)
+        if _some(share):
             shares.append((name, share))
     return tuple(shares)
 

@@ -54,8 +54,8 @@ def choice(what: str, value: str) -> Any:
 
 
 def _positive(name: str, value: Any, lowest: int = 1, highest: int = 2**40) -> None:
-    if hasattr(value, "shape"):  # an array of values (sweeps) is checked by its extremes
-        low, high = int(value.min()), int(value.max())
+    if hasattr(value, "extremes"):  # a polynomial of a sweep is checked by its extremes
+        low, high = value.extremes()
     elif isinstance(value, bool) or not isinstance(value, int):
         raise InvalidInput(f"{name} must be a whole number, not {one_line(value)!r}")
     else:
@@ -123,7 +123,7 @@ class Versions:
 
 @record
 class TrainingSpec:
-    """One fine-tuning configuration. `micro_batch_size`, `seq_len` and LoRA rank may be arrays in a sweep."""
+    """One fine-tuning configuration. In a sweep the sizes and the LoRA rank are polynomials of its cells."""
 
     method: Method = "qlora"
     lora: LoraSpec | None = None
@@ -191,8 +191,7 @@ class TrainingSpec:
     @property
     def gradient_accumulation_steps_exceed_one(self) -> bool:
         """Whether gradients of an earlier micro batch are alive during the forward."""
-        steps: Any = self.gradient_accumulation_steps
-        return bool((steps > 1).any()) if hasattr(steps, "shape") else bool(steps > 1)
+        return self.gradient_accumulation_steps > 1
 
     @property
     def uses_own_modules(self) -> bool:
@@ -201,7 +200,7 @@ class TrainingSpec:
 
     @property
     def rows_tokens(self) -> Any:
-        """Tokens in one micro batch: micro_batch_size * seq_len (may be an array)."""
+        """Tokens in one micro batch: micro_batch_size * seq_len (a polynomial in a sweep)."""
         return self.micro_batch_size * self.seq_len
 
     def describe(self) -> dict[str, Any]:

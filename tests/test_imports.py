@@ -18,16 +18,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
     ("model", "training", "hardware"),
+    ("catalog", "measurements"),
+    ("releases",),
     ("lora", "families", "stacks", "headers", "processor"),
     ("gguf_config",),
     ("step", "allocator"),
     ("memory", "calibration"),
     ("timing",),
+    ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
-    ("search", "validation", "traced"),
-    ("catalog",),
+    ("search", "validation", "traced", "sweep"),
     ("calibration_files",),
-    ("sources",),
+    ("sources", "importers"),
+    ("lint",),
     ("report",),
     ("cli",),
 )
@@ -35,7 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
+    "pyarrow": ("report",),
+    "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
+    "yaml": ("cli", "importers"),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
     "matplotlib": ("report",),
@@ -47,7 +53,7 @@ AT_IMPORT = {"click": ("cli",)}
 
 HEAVY = (
     "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "matplotlib", "pydantic", "tabulate",
-    "calibrate",
+    "calibrate", "planner.importers",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
 

@@ -41,11 +41,16 @@ class Word(_Choice):
         return word
 
 
+def format_option_of(formats: tuple[str, ...]) -> Callable[[_Command], _Command]:
+    """Return the decorator that adds `--format` with these words (parameter `style`)."""
+    return click.option(
+        "--format", "style", type=Word("format", formats), default="table", show_default=True, help="How to print."
+    )
+
+
 def format_option(command: _Command) -> _Command:
     """Add `--format` to a command (parameter `style`)."""
-    return click.option(
-        "--format", "style", type=Word("format", FORMATS), default="table", show_default=True, help="How to print."
-    )(command)
+    return format_option_of(FORMATS)(command)
 
 
 def calibration_option(command: _Command) -> _Command:

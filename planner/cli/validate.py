@@ -50,11 +50,11 @@ def validate(
     """
     from pathlib import Path
 
-    from planner import validation
+    from planner import measurements, validation
     from planner.cli.terminal import progress
     from planner.report import validation_report
 
-    table = validation.select(validation.read_measurements(Path(file)), sources, where)
+    table = measurements.select(measurements.read_measurements(Path(file)), sources, where)
     glue = _Glue(calibration)
     report = validation.score(
         progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c,

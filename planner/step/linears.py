@@ -214,18 +214,17 @@ def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor) -> Tensor:
     """DoraLinearVariant.forward (peft variants.py): the scaled difference is added to the base result."""
-    eng, spec = step.eng, held.spec
-    base = result
-    if step.lora_dropout:
-        x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-        weight = plain_weight(step, held, x.dtype)
-        base = ops.linear(eng, x, weight, step.tokens, spec.out_features, spec.in_features)
-        del weight
+    eng = step.eng
+    base = None if step.lora_dropout else result
+    x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
     return ops.add(eng, result, _dora_layer(step, held, x, base), "lora_add")
 
 
-def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Tensor:
-    """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled."""
+def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor | None) -> Tensor:
+    """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled.
+
+    With dropout there is no `base`: the base product is made again from the dropped input.
+    """
     eng, spec = step.eng, held.spec
     m, n, k = step.tokens, spec.out_features, spec.in_features
     a, b, rank, _ = held.lora[0]
@@ -243,6 +242,10 @@ def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Ten
     low = ops.linear(eng, x, a, m, rank, k, op="lora_a")
     lora_result = ops.linear(eng, low, b, m, n, rank, op="lora_b")
     del low
+    if base is None:
+        base = ops.linear(eng, x, weight, m, n, k)
+    elif held.bias is not None:
+        base = ops.subtract_bias(eng, base)
     first = ops.mul(eng, ops.shift(eng, ratio), base, "dora_mul")
     second = ops.scale(eng, ops.mul(eng, ratio, lora_result, "dora_mul"), "lora_scale")
     out = ops.add(eng, first, second, "dora_add")

@@ -103,18 +103,32 @@ class OptimizerState:
                 self.eng.enter("optimizer", layer)
                 copies.clear()
                 del copies
+        update: list[Tensor] = []
         for layer, leaves in self.groups:
             self.eng.enter("optimizer", layer)
             for leaf in leaves:
                 if self.step.train.optimizer == "adafactor":
-                    self._adafactor_temporaries(leaf)
+                    self._adafactor(leaf, update)
                 self._update(leaf)
 
-    def _adafactor_temporaries(self, leaf: Tensor) -> None:
-        """transformers' Adafactor: last update, grad**2, new update; plus fp32 copies of 16-bit tensors."""
-        copies = 3 if leaf.dtype == FP32 else 5
-        held = [self.eng.empty(leaf.numel, FP32, "optimizer_temporary") for _ in range(copies)]
-        del held
+    def _adafactor(self, leaf: Tensor, update: list[Tensor]) -> None:
+        """transformers' Adafactor on one parameter: everything in fp32 (optimization.py Adafactor.step).
+
+        `update` is the name of that frame: it holds the last parameter's update until this one's takes its place.
+        """
+
+        def empty() -> Tensor:
+            return self.eng.empty(leaf.numel, FP32, "optimizer_temporary")
+
+        copies = [empty(), empty()] if leaf.dtype != FP32 else []  # of a 16-bit gradient and parameter
+        square = empty()
+        total = empty()  # grad**2 + eps
+        del square
+        update.clear()
+        update.append(empty())
+        del total
+        negated = empty()
+        del negated, copies
 
     def _update(self, leaf: Tensor) -> None:
         """One tensor's share of the update: bytes read and written, and its part of the launches."""
@@ -144,12 +158,7 @@ class OptimizerState:
 
 
 def _where(condition: Size, yes: Size, no: Size) -> Size:
-    """Choose element by element; plain ints stay ints."""
-    if isinstance(condition, bool):
-        return yes if condition else no
-    import numpy as np
-
-    return np.where(condition, yes, no)
+    return yes if condition else no
 
 
 __all__ = ["FP32", "ITEMSIZE", "STATES", "OptimizerState"]
