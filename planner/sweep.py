@@ -29,7 +29,7 @@ from planner.step import program
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Mixed
 from planner.sweep_memory import Levels
-from planner.sweep_time import CardRates, Clock, signature
+from planner.sweep_time import CardRates, Clock, kernel_groups, signature
 from planner.timing import predictable
 from planner.training import TrainingSpec
 
@@ -244,12 +244,15 @@ class Sweeper:
             if not len(some):
                 continue
             training = self._symbolic(made.training, int(steps[some[0]]))
-            arch = architecture(made.cards[numbers[0]], made.training)
+            archs = [architecture(made.cards[number], made.training) for number in numbers]
+            arch = archs[0]
+            blas = np.array([cuda_rules.blas_bytes(other) for other in archs]).reshape(-1, 1, 1, 1)
+            more = blas - cuda_rules.blas_bytes(arch)
             for run in self._structures(training, arch):
                 levels = Levels(run, grid)
                 where = np.ix_(numbers, grid.active_pairs, grid.active_ranks, some)
-                made.allocated_bytes[where] = levels.peak()[None, :, :, None]
-                made.static_bytes[where] = levels.static_bytes()[None, :, :, None]
+                made.allocated_bytes[where] = levels.peak()[None, :, :, None] + more
+                made.static_bytes[where] = levels.static_bytes()[None, :, :, None] + more
                 self._fill_times(made, numbers, run, training, some)
 
     def _symbolic(self, training: TrainingSpec, steps: int) -> TrainingSpec:
@@ -281,8 +284,9 @@ class Sweeper:
             if predictable(card):
                 kinds.setdefault(signature(card, self._coefficients(card), training), []).append(number)
         steps = np.array(self.axes.gradient_accumulation_steps)[some]
+        groups = kernel_groups(run) if kinds else []
         for members in kinds.values():
-            whole = self._clock(made, members, training).step(run, training, steps)
+            whole = self._clock(made, members, training).step(groups, training, steps)
             where = np.ix_(members, grid.active_pairs, grid.active_ranks, some)
             made.step_s[where] = whole.total
             made.step_spread[where] = whole.spread

@@ -66,26 +66,25 @@ def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> t
     return (rates.capability >= (9, 0), *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")))
 
 
-class _Group:
+class Group:
     """Kernels of one part of the step that are priced together."""
 
-    __slots__ = ("bytes", "calls", "count", "kernel", "part", "times")
+    __slots__ = ("bytes", "calls", "count", "kernel", "one_by_one", "part")
 
-    def __init__(self, part: str, kernel: Kernel) -> None:
+    def __init__(self, part: str, kernel: Kernel, one_by_one: bool) -> None:
         self.part = part
         self.kernel = kernel
-        self.times = 0
-        """How often the one kernel runs (matrix products and attention)."""
+        self.one_by_one = one_by_one
+        """Whether all are the same kernel, whose price is not proportional to its bytes (products, attention)."""
         self.bytes: dict[Monomial, Number] = {}
         self.count: dict[Monomial, Number] = {}
         self.calls = 0
 
     def add(self, kernel: Kernel, times: int) -> None:
         """Count a kernel that runs `times` times."""
-        self.times += times
         self.calls += times
         _add_terms(self.count, kernel.count, times)
-        if kernel.shape is None:
+        if not self.one_by_one:
             _add_terms(self.bytes, kernel.bytes, times)
 
 
@@ -126,9 +125,8 @@ class Clock:
         self.rates = rates
         self.known: dict[Any, Prices] = {}
 
-    def step(self, record: Record, training: TrainingSpec, accumulation: Any) -> WholeStep:
+    def step(self, groups: Sequence[Group], training: TrainingSpec, accumulation: Any) -> WholeStep:
         """One optimizer step in the active cells for each number of accumulated micro batches."""
-        groups = _groups(record)
         self._price_products([g.kernel for g in groups if g.kernel.shape is not None])
         sums = Sums(self.rates, training)
         sums.accumulation = accumulation.reshape(1, 1, 1, -1)
@@ -149,21 +147,18 @@ class Clock:
             sums.by_coefficient[name] = sums.by_coefficient.get(name, 0.0) + amount
         return sums.whole_step(self.rates.errors)
 
-    def _seconds(self, group: _Group) -> tuple[Any, Any, Any]:
+    def _seconds(self, group: Group) -> tuple[Any, Any, Any]:
         """Seconds of a group in the active cells, its arithmetic share, and its launches."""
         count = self._sum(group.count)
         kernel = group.kernel
         if kernel.shape is not None:
             seconds, bound = (self._active(values) for values in self.known[_product_key(kernel)])
         else:
-            made = Kernel(
-                kernel.op, kernel.dtype, self._values(kernel.flops), self._sum(group.bytes), 0.0, 0, None, False
-            )
-            if kernel.op.startswith(("flash", "efficient")):  # not proportional to its bytes: priced one by one
-                made.bytes = self._values(kernel.bytes)
+            moved = self._values(kernel.bytes) if group.one_by_one else self._sum(group.bytes)
+            made = Kernel(kernel.op, kernel.dtype, self._values(kernel.flops), moved, 0.0, 0, None, False)
             price = self.rates.price(made, self._values(self.grid.length))
             seconds, bound = self.grid.np.maximum(price.compute, price.memory), 0.0
-        times = group.times if _one_by_one(kernel) else 1
+        times = group.calls if group.one_by_one else 1
         latency = self.rates.c["kernel_latency"] * count * self.rates.latency_share(kernel)
         return seconds * times + latency, bound, count * self.rates.launched(kernel)
 
@@ -225,29 +220,26 @@ def _key(size: Any) -> Any:
     return size.number if isinstance(size, Polynomial) else (size,)
 
 
-def _one_by_one(kernel: Kernel) -> bool:
-    return kernel.shape is not None or kernel.op.startswith(("flash", "efficient"))
-
-
-def _groups(record: Record) -> list[_Group]:
+def kernel_groups(record: Record) -> list[Group]:
     """The kernels of the step by what they are priced by."""
-    groups: dict[Any, _Group] = {}
-    parts: dict[tuple[int, bool], str | None] = {}
+    counted: dict[Any, int] = {}
+    some: dict[Any, Kernel] = {}
     for kernel in record.kernels:
-        place = (kernel.segment, kernel.recomputed)
-        if place not in parts:
-            parts[place] = part_of(record.segments[kernel.segment].phase, kernel.recomputed)
-        part = parts[place]
+        key = (
+            kernel.segment, kernel.recomputed, kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops,
+            kernel.count,
+        )  # fmt: skip
+        counted[key] = counted.get(key, 0) + 1
+        some[key] = kernel
+    groups: dict[Any, Group] = {}
+    for key, number in counted.items():
+        kernel, segment = some[key], record.segments[key[0]]
+        part = part_of(segment.phase, kernel.recomputed)
         if part is None:
             continue
-        if kernel.shape is not None:
-            key: Any = (part, kernel.op, _product_key(kernel))
-        elif _one_by_one(kernel):
-            key = (part, kernel.op, kernel.dtype, _key(kernel.flops), _key(kernel.bytes))
-        else:
-            key = (part, kernel.op)
-        group = groups.get(key)
-        if group is None:
-            group = groups[key] = _Group(part, kernel)
-        group.add(kernel, record.segments[kernel.segment].repeat)
+        one_by_one = kernel.shape is not None or kernel.op.startswith(("flash", "efficient"))
+        place = (part, kernel.op, *(key[3:] if one_by_one else ()))
+        if place not in groups:
+            groups[place] = Group(part, kernel, one_by_one)
+        groups[place].add(kernel, number * segment.repeat)
     return list(groups.values())
