@@ -67,6 +67,14 @@ class Axes:
 NUMBERS = ("micro_batch_size", "seq_len", "r", "gradient_accumulation_steps")
 
 
+def number_of(training: TrainingSpec, key: str) -> int:
+    """The value that a number has in `training` (rank 1 where there is no adapter)."""
+    if key == "r":
+        return training.lora.r if training.lora is not None else 1
+    value: int = getattr(training, key)
+    return value
+
+
 class Cells(NamedTuple):
     """One choice of settings over all cells: arrays [cards, micro batch, length, rank, accumulation]."""
 
@@ -81,6 +89,8 @@ class Cells(NamedTuple):
     """Seconds of an optimizer step; nan where the card's rates are not known."""
     step_spread: Any
     """Half of the 90 % interval over step_s: low = step_s / (1 + spread), high = step_s * (1 + spread)."""
+    runs: int = 0
+    """Program runs it took."""
 
 
 VERDICTS: tuple[Verdict, ...] = ("fits", "too close to call", "does not fit")
@@ -226,18 +236,22 @@ class Sweeper:
         for number, card in enumerate(cards):
             arch = architecture(card, training)
             classes.setdefault(cuda_rules.program_class(arch.capability), []).append(number)
-        for numbers in classes.values():
-            self._fill(made, numbers)
+        runs = sum(self._fill(made, numbers) for numbers in classes.values())
         full = (len(cards), *axes.shape)
         return made._replace(
             allocated_bytes=made.allocated_bytes.reshape(full),
             static_bytes=made.static_bytes.reshape(full),
             step_s=made.step_s.reshape(full),
             step_spread=made.step_spread.reshape(full),
+            runs=runs,
         )
 
-    def _fill(self, made: Cells, numbers: Sequence[int]) -> None:
-        """Evaluate cards that run the same program. Accumulating keeps gradients, so it is another program."""
+    def _fill(self, made: Cells, numbers: Sequence[int]) -> int:
+        """Evaluate cards that run the same program; return how often it ran.
+
+        Accumulating keeps gradients, so it is another program.
+        """
+        runs = 0
         np, grid = self.np, self.grid
         steps = np.array(self.axes.gradient_accumulation_steps)
         for some in (np.flatnonzero(steps == 1), np.flatnonzero(steps > 1)):
@@ -254,6 +268,8 @@ class Sweeper:
                 made.allocated_bytes[where] = levels.peak()[None, :, :, None] + more
                 made.static_bytes[where] = levels.static_bytes()[None, :, :, None] + more
                 self._fill_times(made, numbers, run, training, some)
+                runs += 1
+        return runs
 
     def _symbolic(self, training: TrainingSpec, steps: int) -> TrainingSpec:
         grid: Any = self.grid

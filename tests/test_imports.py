@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
     ("search", "validation", "traced", "sweep"),
+    ("largest", "pick"),
     ("catalog",),
     ("sources",),
     ("report",),

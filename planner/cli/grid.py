@@ -353,8 +353,7 @@ _UNSET = object()
 
 def _axes(numbers: Numbers, training: TrainingSpec) -> sweep.Axes:
     """The axes of a combination: what was not given is what its framework does."""
-    own = {key: getattr(training, key) for key in sweep.NUMBERS if key != "r"}
-    own["r"] = training.lora.r if training.lora is not None else 1
+    own = {key: sweep.number_of(training, key) for key in sweep.NUMBERS}
     without = ("r",) if training.lora is None else ()
     return sweep.Axes(
         **{key: (own[key],) if key in without or not values else tuple(values) for key, values in numbers.items()}
