@@ -40,6 +40,11 @@ class Architecture:
     host_scalars: bool = True
     """Optimizer step counters and Python scalars stay on the host and are not counted."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether these are a CPU's kernels (`plain`)."""
+        return not self.sdpa_kernels
+
     @classmethod
     def plain(cls) -> Architecture:
         """Every CUDA rule switched off."""

@@ -38,6 +38,7 @@ class CardRates(Rates):
         self.multiprocessors = self._stacked([rates.multiprocessors for rates in self.each])
         self.bytes_per_s = self._stacked([rates.bytes_per_s for rates in self.each])
         self.dequantize_bytes_per_s = self._stacked([rates.dequantize_bytes_per_s for rates in self.each])
+        self.splits = first.splits
         self._tiles = self._tile_rates()
         self.products: dict[str, Any] = {}
         names = cards[0][1]
@@ -63,7 +64,11 @@ class CardRates(Rates):
 def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> tuple[object, ...]:
     """What must be equal for two cards to be stacked: the rules that their prices follow."""
     rates = Rates(gpu, coefficients, training)
-    return (rates.capability >= (9, 0), *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")))
+    return (
+        gpu.synchronous,
+        rates.capability >= (9, 0),
+        *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")),
+    )
 
 
 class Group:

@@ -27,6 +27,8 @@ CLASSES = (
 
 TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
 """Output tiles a product may be cut into (CUTLASS and cuBLAS ship these for 16-bit operands)."""
+CPU_TILES = ((64, 64), (32, 32), (16, 16))
+"""Blocks of a CPU's products: narrower ones use each loaded vector less often (an AVX-512 vector has 16 floats)."""
 SPLITS = (1, 2, 4, 8, 16, 32)
 """Into how many parts the inner dimension may be cut when there are fewer tiles than multiprocessors."""
 
@@ -148,6 +150,7 @@ class Rates:
             dequantize /= old_dequantize_factor(self.capability)
         self.dequantize_bytes_per_s = self.bytes_per_s * dequantize
         self.compiled = training.compile
+        self.splits = (1,) if gpu.synchronous else SPLITS
         self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
         self._tiles = self._tile_rates()
 
@@ -169,14 +172,15 @@ class Rates:
 
     def simt(self, dtype: str) -> bool:
         """Whether products of `dtype` run without matrix units, at the rate of fp32."""
-        return self.peak(dtype) == self.gpu.fp32_flops_per_s
+        return dtype == FP32 if self.gpu.synchronous else self.peak(dtype) == self.gpu.fp32_flops_per_s
 
     def _tile_rates(self) -> tuple[tuple[int, int, float], ...]:
         """(rows, columns, rate relative to the largest tile): a larger tile uses each loaded operand more often."""
         half = self.c["tile_reuse_half"]
-        reuse = [rows * columns / (rows + columns) for rows, columns in TILES]
+        tiles = CPU_TILES if self.gpu.synchronous else TILES
+        reuse = [rows * columns / (rows + columns) for rows, columns in tiles]
         share = [r / (r + half) for r in reuse]
-        return tuple((*tile, s / share[0]) for tile, s in zip(TILES, share, strict=True))
+        return tuple((*tile, s / share[0]) for tile, s in zip(tiles, share, strict=True))
 
     def matmul_s(self, shape: Shape, dtype: str) -> tuple[Number, Number]:
         """(arithmetic, memory) seconds of a product, cut into whole tiles that fill whole waves of multiprocessors."""
@@ -185,7 +189,7 @@ class Rates:
         best: Number = None
         for rows, columns, relative in self._tiles:
             tiles = batch * _ceil(m / rows) * _ceil(n / columns)
-            for parts in SPLITS:
+            for parts in self.splits:
                 inner = _ceil(k / parts)
                 waves = _ceil(tiles * parts / self.multiprocessors)
                 work = 2.0 * rows * columns * (inner + self.c["matmul_k_half"])
@@ -201,8 +205,8 @@ class Rates:
         backward = kernel.op.endswith("_backward")
         way = "backward" if backward else "forward"
         share = self.c[f"efficient_{way}"] if kernel.op.startswith("efficient") else self.c[f"flash_{way}"]
-        if kernel.op.startswith("efficient") and kernel.dtype == FP32:
-            share = self.c["efficient_fp32"]
+        if kernel.dtype == FP32 and (kernel.op.startswith("efficient") or self.gpu.synchronous):
+            return kernel.flops / (self.product(FP32) * self.c["efficient_fp32"])
         if kernel.op.startswith("flash"):
             if self.capability >= (9, 0):
                 share = share * self.c["flash_hopper"]
@@ -318,7 +322,8 @@ class Sums:
         device = sum(self.device[p] for p in micro) * steps + self.device["optimizer"]
         host = sum(self.host[p] for p in micro) * steps + self.host["optimizer"]
         overhead = self.rates.c["framework_step"]
-        wait = _maximum(host - device, 0.0 * device)
+        # what a GPU waits for its host; a CPU does both in turn
+        wait = host if self.rates.gpu.synchronous else _maximum(host - device, 0.0 * device)
         total = device + wait + overhead
         shares = _uncertainty(self.by_coefficient, wait, overhead, total, coefficients)
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
@@ -377,6 +382,8 @@ def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, N
     if kernel.shape is not None:
         return ("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)
     if kernel.op.startswith(_FUSED):
+        if kernel.dtype == FP32:
+            return (("efficient_fp32", 1.0),)
         family = "flash" if kernel.op.startswith("flash") else "efficient"
         return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
     return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
@@ -413,8 +420,11 @@ def _uncertainty(
 ) -> tuple[tuple[str, Number], ...]:
     """Relative standard error of the step that each coefficient's own error causes (its share of the time)."""
     amounts = {**by_coefficient, "launch_forward": wait, "framework_step": overhead}
-    shares: list[tuple[str, Number]] = [("formulas", FORMULA_ERROR)]
+    held_out = getattr(coefficients, "formula_error", None)
+    shares: list[tuple[str, Number]] = [("formulas", FORMULA_ERROR if held_out is None else held_out)]
     for name, seconds in amounts.items():
+        if held_out is not None and coefficients[name].origin == "fitted":
+            continue  # the error on held-out runs contains its error
         share = seconds / total * coefficients[name].relative_error
         share = share * (share > 0.001)
         if _some(share):

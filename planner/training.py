@@ -215,3 +215,25 @@ class TrainingSpec:
             else:
                 flat[item.name] = value
         return flat
+
+
+def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
+    """Build a TrainingSpec from nested values or from the flat form of `TrainingSpec.describe()`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        group, dot, leaf = name.partition(".")
+        if dot:
+            nested.setdefault(group, {})[leaf] = value
+        elif not (value is None and group in nested):
+            nested[name] = value
+    parts: tuple[tuple[str, Any], ...] = (
+        ("lora", LoraSpec),
+        ("quantization", QuantizationSpec),
+        ("versions", Versions),
+    )
+    for name, kind in parts:
+        if isinstance(nested.get(name), dict):
+            known = {f.name for f in fields(kind)}
+            inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
+            nested[name] = kind(**inner)
+    return TrainingSpec(**nested)

@@ -18,7 +18,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
     ("model", "training", "hardware"),
-    ("lora", "families", "stacks", "headers"),
+    ("catalog", "measurements"),
+    ("releases",),
+    ("lora", "families", "stacks", "headers", "processor"),
     ("gguf_config",),
     ("step", "allocator"),
     ("memory", "calibration"),
@@ -27,8 +29,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("predict", "cost"),
     ("search", "validation", "traced", "sweep"),
     ("largest", "pick"),
-    ("catalog",),
-    ("sources",),
+    ("calibration_files",),
+    ("sources", "importers"),
+    ("lint",),
     ("report",),
     ("cli",),
 )
@@ -36,10 +39,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
-    "yaml": ("cli",),
     "pyarrow": ("report",),
     "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
+    "yaml": ("cli", "importers"),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
     "matplotlib": ("report",),
@@ -51,7 +54,7 @@ AT_IMPORT = {"click": ("cli",)}
 
 HEAVY = (
     "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "matplotlib", "pydantic", "tabulate",
-    "calibrate",
+    "calibrate", "planner.importers",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
 

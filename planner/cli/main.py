@@ -17,9 +17,15 @@ _COMMANDS = {
     "fits": ("planner.cli.fits", "fits"),
     "trace": ("planner.cli.trace", "trace"),
     "table": ("planner.cli.table", "table"),
+    "lint": ("planner.cli.lint", "lint"),
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),
+    "calibrate": ("planner.cli.calibrate", "calibrate"),
+    "data": ("planner.cli.data", "data"),
+    "lora": ("planner.cli.lora", "lora"),
+    "simulate": ("planner.cli.simulate", "simulate"),
+    "export": ("planner.cli.export", "export"),
 }
 """Command -> module and attribute; a command's module is imported only when the command is used or listed."""
 
