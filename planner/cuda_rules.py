@@ -7,6 +7,7 @@ h heads, d head size, v vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from planner.records import record
@@ -133,12 +134,12 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-def program_class(capability: tuple[int, int]) -> bool:
-    """All that the rules of this module read of a capability beside the size of the cuBLAS workspaces.
+def program_class(arch: Architecture) -> Architecture:
+    """All that the rules of this module read of an architecture beside the size of the cuBLAS workspaces.
 
     Cards of one class run the same program; `blas_bytes` says how much of its memory is theirs.
     """
-    return capability >= (8, 0)
+    return replace(arch, capability=(8, 0) if arch.capability >= (8, 0) else (7, 0), num_sms=0)
 
 
 def blas_bytes(arch: Architecture) -> int:

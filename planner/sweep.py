@@ -235,7 +235,7 @@ class Sweeper:
         classes: dict[Any, list[int]] = {}
         for number, card in enumerate(cards):
             arch = architecture(card, training)
-            classes.setdefault(cuda_rules.program_class(arch.capability), []).append(number)
+            classes.setdefault(cuda_rules.program_class(arch), []).append(number)
         runs = sum(self._fill(made, numbers) for numbers in classes.values())
         full = (len(cards), *axes.shape)
         return made._replace(

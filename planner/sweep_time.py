@@ -21,10 +21,17 @@ MOST_ELEMENTS = 1 << 20
 """Elements of one stack of prices: its temporaries then stay in the cache or at least small."""
 
 
-class Errors(NamedTuple):
-    """Relative standard error of a coefficient, per card."""
+class Error(NamedTuple):
+    """Relative standard error of a coefficient, per card, and where the coefficient is from."""
 
     relative_error: Any
+    origin: str
+
+
+class Errors(dict[str, Error]):
+    """By coefficient; `formula_error` as `planner.calibration.Coefficients` has it, per card."""
+
+    formula_error: Any = None
 
 
 class CardRates(Rates):
@@ -34,15 +41,20 @@ class CardRates(Rates):
         self.each = [Rates(gpu, coefficients, training) for gpu, coefficients in cards]
         first = self.each[0]
         self.c = {name: self._stacked([rates.c[name] for rates in self.each]) for name in first.c}
-        self.capability, self.compiled, self.gpu = first.capability, first.compiled, first.gpu
+        self.capability, self.compiled, self.gpu, self.splits = (
+            first.capability, first.compiled, first.gpu, first.splits,
+        )  # fmt: skip
         self.multiprocessors = self._stacked([rates.multiprocessors for rates in self.each])
         self.bytes_per_s = self._stacked([rates.bytes_per_s for rates in self.each])
         self.dequantize_bytes_per_s = self._stacked([rates.dequantize_bytes_per_s for rates in self.each])
-        self.splits = first.splits
         self._tiles = self._tile_rates()
         self.products: dict[str, Any] = {}
         names = cards[0][1]
-        self.errors = {n: Errors(self._stacked([c[n].relative_error for _, c in cards])) for n in names}
+        self.errors = Errors(
+            {n: Error(self._stacked([c[n].relative_error for _, c in cards]), names[n].origin) for n in names}
+        )
+        if names.formula_error is not None:
+            self.errors.formula_error = self._stacked([c.formula_error or 0.0 for _, c in cards])
 
     @staticmethod
     def _stacked(values: Sequence[float]) -> Any:
@@ -66,6 +78,8 @@ def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> t
     rates = Rates(gpu, coefficients, training)
     return (
         gpu.synchronous,
+        coefficients.formula_error is None,
+        tuple(name for name, item in coefficients.items() if item.origin == "fitted"),
         rates.capability >= (9, 0),
         *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")),
     )

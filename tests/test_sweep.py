@@ -88,7 +88,7 @@ def test_cards_of_one_class_run_the_same_program() -> None:
     for card in catalog.gpus():
         arch = predict.architecture(card, training)
         run = program.run(model, training, arch)
-        peaks.setdefault(cuda_rules.program_class(arch.capability), set()).add(
+        peaks.setdefault(cuda_rules.program_class(arch), set()).add(
             memory.peak_bytes(run.record) - cuda_rules.blas_bytes(arch)
         )
     assert all(len(found) == 1 for found in peaks.values())
