@@ -1,12 +1,13 @@
 """The largest micro batch, row length or rank that fits a card, at a given probability, alone or two at a time.
 
-Every candidate value is evaluated (a sweep, a handful of program runs), so the answer does not rest on memory growing
-with the value. The criterion is live memory beside the CUDA context: the allocator's cache shrinks when a card is full.
+Live memory is evaluated for every candidate at once (a sweep, a handful of program runs). Among those whose live memory
+fits at the probability, the allocator is replayed: a bisection finds the largest whose cache fits too, or can shrink
+enough. A frontier has too many corners for that: it leaves room for the whole expected cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from planner import sweep
 from planner.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import CONTEXT_BYTES, Prediction, predict, uncertainty
+from planner.predict import CONTEXT_BYTES, Prediction, Verdict, predict, uncertainty
 from planner.training import TrainingSpec
 
 KEYS = ("micro_batch_size", "seq_len", "r")
@@ -67,9 +68,57 @@ def largest(
     fitting = [number for number, value in enumerate(flat.tolist()) if value >= needed]
     if not fitting:
         return Largest(key, None, values[-1], NormalDist().cdf(float(flat[0])), None, cells.runs)
-    best = fitting[-1]
-    found = predict(model, with_number(training, key, values[best]), gpu)
-    return Largest(key, values[best], values[-1], NormalDist().cdf(float(flat[best])), found, cells.runs + 1)
+    search = _Replays(model, training, gpu, key, values, probability)
+    best = search.last(fitting)
+    if best is None:
+        return Largest(key, None, values[-1], 0.0, None, cells.runs + len(search.known))
+    sure = NormalDist().cdf(float(flat[best]))
+    return Largest(key, values[best], values[-1], sure, search.known[best], cells.runs + len(search.known))
+
+
+class _Replays:
+    """Predictions of single candidates, each asked for once."""
+
+    def __init__(
+        self, model: ModelSpec, training: TrainingSpec, gpu: Gpu, key: str, values: Sequence[int], probability: float
+    ) -> None:
+        self.model, self.training, self.gpu, self.key, self.values = model, training, gpu, key, values
+        self.allowed = allowed_verdicts(probability)
+        self.known: dict[int, Prediction] = {}
+
+    def holds(self, number: int) -> bool:
+        """Whether the replay of a candidate ends well."""
+        if number not in self.known:
+            self.known[number] = predict(
+                self.model, with_number(self.training, self.key, self.values[number]), self.gpu
+            )
+        return self.known[number].verdict in self.allowed
+
+    def last(self, fitting: Sequence[int]) -> int | None:
+        """The last candidate that holds: by bisection, then a look at those just above, which may fragment less."""
+        low, high = -1, len(fitting)
+        if self.holds(fitting[-1]):
+            return fitting[-1]
+        high -= 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.holds(fitting[middle]):
+                low = middle
+            else:
+                high = middle
+        for above in range(min(low + LOOK_ABOVE, len(fitting) - 1), low, -1):
+            if self.holds(fitting[above]):
+                return fitting[above]
+        return fitting[low] if low >= 0 else None
+
+
+LOOK_ABOVE = 12
+"""Candidates above the bisection's answer that are replayed too: fragmentation does not grow evenly."""
+
+
+def allowed_verdicts(probability: float) -> tuple[Verdict, ...]:
+    """Verdicts that a run may have to count as fitting: one that is not quite sure may be close."""
+    return ("fits",) if probability >= 0.9 else ("fits", "too close to call")
 
 
 class Corner(NamedTuple):
@@ -82,7 +131,11 @@ class Corner(NamedTuple):
 
 
 def frontier(
-    model: ModelSpec, training: TrainingSpec, gpu: Gpu, axes: dict[str, Sequence[int]], probability: float = PROBABILITY
+    model: ModelSpec,
+    training: TrainingSpec,
+    gpu: Gpu,
+    axes: Mapping[str, Sequence[int]],
+    probability: float = PROBABILITY,
 ) -> tuple[Corner, ...]:
     """Return the pairs of two numbers that fit and that no other fitting pair exceeds in both.
 
@@ -96,7 +149,9 @@ def frontier(
     first, second = axes
     needed = NormalDist().inv_cdf(probability)
     order = [sweep.NUMBERS.index(key) for key in (first, second)]
-    fits = _plane(room >= needed, order)
+    judged = sweep.judge(model, cells, sweep.replayed_surplus(model, cells))
+    verdicts = [sweep.VERDICTS.index(verdict) for verdict in allowed_verdicts(probability)]
+    fits = _plane((room >= needed) & (judged.verdict[0] <= max(verdicts)), order)
     bytes_, seconds = _plane(cells.allocated_bytes[0], order), _plane(cells.step_s[0], order)
     corners: list[Corner] = []
     for row in range(len(wanted[first]) - 1, -1, -1):

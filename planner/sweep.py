@@ -163,12 +163,16 @@ def at_place(training: TrainingSpec, axes: Axes, place: Sequence[int]) -> Traini
     )
 
 
-def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
+Context = tuple[int, int, int]
+"""Device memory beyond reserved: low, expected and high bytes."""
+
+
+def judge(model: ModelSpec, cells: Cells, surplus: Surplus, contexts: Mapping[str, Context] | None = None) -> Judged:
     """Estimate reserved and device memory from the surplus, and say what fits.
 
     The allocator is not replayed in every cell. What is allocated is exact, so "does not fit" is `predict`'s verdict.
     "fits" also wants room for the whole expected cache, which `predict` lets shrink: where only that is missing, this
-    says "too close to call" and `predict` may say "fits".
+    says "too close to call" and `predict` may say "fits". `contexts`: measured, by GPU id; else assumed.
     """
     import numpy as np
 
@@ -184,8 +188,10 @@ def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
     verdict = np.where((low > rooms[0]) | (peak > rooms[1]), 2, verdict).astype(np.int8)
     reserved = np.where(peak <= rooms[1], np.minimum(expected, rooms[1]), expected)  # the cache cannot outgrow it
     high = np.where(most <= rooms[1], np.maximum(reserved, np.minimum(high, rooms[2])), high)
-    device = reserved + CONTEXT_BYTES[1]
-    return Judged(reserved, low + CONTEXT_BYTES[0], device, high + CONTEXT_BYTES[2], free - device, verdict, surplus)
+    known = [(contexts or {}).get(card.gpu_id, CONTEXT_BYTES) for card in cells.cards]
+    beyond = [np.array([each[i] for each in known]).reshape(-1, 1, 1, 1, 1) for i in range(3)]
+    device = reserved + beyond[1]
+    return Judged(reserved, low + beyond[0], device, high + beyond[2], free - device, verdict, surplus)
 
 
 def require_numpy() -> Any:

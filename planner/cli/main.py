@@ -17,6 +17,8 @@ _COMMANDS = {
     "fits": ("planner.cli.fits", "fits"),
     "trace": ("planner.cli.trace", "trace"),
     "table": ("planner.cli.table", "table"),
+    "max": ("planner.cli.limits", "max_"),
+    "pick": ("planner.cli.limits", "pick"),
     "lint": ("planner.cli.lint", "lint"),
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),

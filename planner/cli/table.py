@@ -104,6 +104,7 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> T
     Raises:
         PlannerError: unknown names or values.
     """
+    from planner import calibration_files
     from planner.cli.grid import Run, Tabulator, Wanted, card_prices, parse_values
     from planner.cli.money import amount_of, price_of
     from planner.errors import InvalidInput
@@ -114,7 +115,8 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> T
     cards = cards_of(_names(lists.get("gpu", ())))
     values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu")}
     wanted = {**costs, "mean_tokens": None, "dbu_table": None, "dbu_rate": None}
-    run = Run(amount_of(wanted), card_prices(cards, lambda card: price_of(card, wanted)))
+    chosen = {card.gpu_id: calibration_files.select(card) for card in cards}
+    run = Run(amount_of(wanted), card_prices(cards, lambda card: price_of(card, wanted)), chosen)
     return Tabulator(Wanted(models, cards, values), run)
 
 
@@ -349,7 +351,11 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     shared = dict(made[0].shared)
     for one in made[1:]:
         shared = {key: value for key, value in shared.items() if one.shared.get(key) == value}
-    lines = [f"loraplan {__version__}; {made[0].basis}; time from data sheets, not calibrated on these cards"]
+    labels = {name: item.calibration for name, item in made[0].run.chosen.items() if item.calibration is not None}
+    calibrations = "time from data sheets, not calibrated on these cards"
+    if labels:
+        calibrations = f"time calibrated on {', '.join(sorted(labels))}, elsewhere from data sheets"
+    lines = [f"loraplan {__version__}; {made[0].basis}; {calibrations}"]
     if made[0].run.amount.given and days:
         lines.append(f"prices on demand, read {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
     if final and shared:
@@ -358,7 +364,7 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
         words = [f"{key} {value_words(shared[key])}" for key in order if key in shared]
         lines.append(f"all rows: {'; '.join(words)}")
     data = {
-        "version": __version__, "basis": made[0].basis, "calibration": None, "prices_read": days,
+        "version": __version__, "basis": made[0].basis, "calibrated": sorted(labels), "prices_read": days,
         "shared": {key: value_words(value) for key, value in shared.items()},
     }  # fmt: skip
     return Caption(tuple(lines), data)

@@ -57,6 +57,8 @@ SHOWN: dict[str, Shown] = {
     "tokens_per_s": Shown("tokens/s", digits=0),
     "hours": Shown("hours"),
     "usd": Shown("USD"),
+    "usd_per_hour": Shown("USD/h"),
+    "probability": Shown("probability", digits=3),
 }
 ALIASES = {
     "peak": "device_bytes", "low": "device_low_bytes", "high": "device_high_bytes", "allocated": "allocated_bytes",
