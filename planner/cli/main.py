@@ -19,6 +19,8 @@ _COMMANDS = {
     "table": ("planner.cli.table", "table"),
     "max": ("planner.cli.limits", "max_"),
     "pick": ("planner.cli.limits", "pick"),
+    "compare": ("planner.cli.compare", "compare"),
+    "report": ("planner.cli.report", "report"),
     "lint": ("planner.cli.lint", "lint"),
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
