@@ -7,13 +7,15 @@ checkpointing, ...) is an evaluation of its own. The program runs once per struc
 
 from __future__ import annotations
 
+import html
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from planner import cuda_rules
 from planner.calibration import Coefficients, priors
-from planner.errors import InvalidInput, MissingDependency
+from planner.errors import InvalidInput, MissingDependency, unknown
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import (
@@ -337,3 +339,99 @@ def _parted(holds: Any, pairs: Any, ranks: Any) -> list[tuple[Any, Any]]:
         inside = holds[0, ranks]
         return [(pairs, ranks[inside]), (pairs, ranks[~inside])]
     return [(pairs, ranks[number : number + 1]) for number in range(len(ranks))]
+
+
+class SweepResult(NamedTuple):
+    """Every combination of a sweep: one `Cells` and its `Judged` per choice of settings."""
+
+    choices: tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]
+    """Names of the settings that were chosen, and the values of each evaluation."""
+    cells: tuple[Cells, ...]
+    judged: tuple[Judged, ...]
+
+    def columns(self) -> dict[str, Any]:
+        """One flat array per column: cards, settings, numbers, verdict, bytes, seconds."""
+        np = require_numpy()
+        names, values = self.choices
+        parts: dict[str, list[Any]] = {}
+        for chosen, cells, judged in zip(values, self.cells, self.judged, strict=True):
+            shape = cells.allocated_bytes.shape
+            gpus = np.array([card.gpu_id for card in cells.cards], dtype=object).reshape(-1, 1, 1, 1, 1)
+            columns = {"gpu": gpus, **{n: np.array(v, dtype=object) for n, v in zip(names, chosen, strict=True)}}
+            for place, key in enumerate(NUMBERS, start=1):
+                columns[key] = np.array(getattr(cells.axes, key)).reshape([-1 if p == place else 1 for p in range(5)])
+            tokens = columns["micro_batch_size"] * columns["seq_len"] * columns["gradient_accumulation_steps"]
+            columns |= {
+                "verdict": np.array(VERDICTS, dtype=object)[judged.verdict],
+                "allocated_bytes": cells.allocated_bytes,
+                "device_low_bytes": judged.device_low_bytes,
+                "device_bytes": judged.device_bytes,
+                "device_high_bytes": judged.device_high_bytes,
+                "step_s": cells.step_s,
+                "tokens_per_s": tokens / cells.step_s,
+            }
+            for name, array in columns.items():
+                parts.setdefault(name, []).append(np.broadcast_to(array, shape).ravel())
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame.
+
+        Raises:
+            MissingDependency: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingDependency("to_frame needs pandas; pip install pandas") from error
+        return pd.DataFrame(self.columns())
+
+    def _repr_html_(self) -> str:
+        """The first rows, for a notebook."""
+        columns = self.columns()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        size = len(columns["verdict"])
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_shown(name, a[n]))}</td>" for name, a in columns.items()) + "</tr>"
+            for n in range(min(size, SHOWN_ROWS))
+        )
+        more = f"<p>{size - SHOWN_ROWS:,} more rows</p>" if size > SHOWN_ROWS else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
+
+
+SHOWN_ROWS = 20
+
+
+def _shown(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:,.2f} GiB"
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def sweep(
+    model: ModelSpec,
+    training: TrainingSpec,
+    gpus: Gpu | Sequence[Gpu],
+    axes: Mapping[str, Sequence[Any]],
+    coefficients: Mapping[str, Coefficients] | None = None,
+) -> SweepResult:
+    """Evaluate every combination of `axes`: numbers (NUMBERS) and any other field of TrainingSpec.
+
+    Raises:
+        PlannerError: an unknown field, or settings that exclude each other.
+    """
+    cards = (gpus,) if isinstance(gpus, Gpu) else tuple(gpus)
+    numbers = {key: tuple(axes[key]) if key in axes else (number_of(training, key),) for key in NUMBERS}
+    names = tuple(key for key in axes if key not in NUMBERS)
+    known = [item.name for item in fields(TrainingSpec)]
+    for name in names:
+        if name not in known:
+            raise unknown("setting", name, [*NUMBERS, *known])
+    sweeper = Sweeper(model, Axes(**numbers), coefficients)
+    values = tuple(itertools.product(*(axes[name] for name in names)))
+    cells = []
+    for chosen in values:
+        changes: dict[str, Any] = dict(zip(names, chosen, strict=True))
+        cells.append(sweeper.cells(replace(training, **changes), cards))
+    judged = [judge(model, each, replayed_surplus(model, each)) for each in cells]
+    return SweepResult((names, values), tuple(cells), tuple(judged))

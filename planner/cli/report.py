@@ -67,12 +67,13 @@ def _write_figures(folder: Path, made: list[Picture]) -> None:
 def speeds_of(items: list[Compared]) -> list[Speed]:
     """Throughput over the micro batch of every configuration whose card's rates are known."""
     from planner import sweep
+    from planner.model import ModelSpec
     from planner.report.figures import Speed, label_of
 
     found = []
     for item in items:
         p = item.prediction
-        if p.gpu is None or p.time is None:
+        if p.gpu is None or p.time is None or not isinstance(p.model, ModelSpec):
             continue
         axes = sweep.Axes(
             **{key: (sweep.number_of(p.training, key),) for key in sweep.NUMBERS} | {"micro_batch_size": BATCHES}

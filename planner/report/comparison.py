@@ -89,8 +89,10 @@ def sentences(items: Sequence[Compared]) -> list[str]:
             continue
         gap_s = b.step_s.expected - a.step_s.expected
         why = _contributions(time, number, SMALL_SHARE * a.step_s.expected, lambda v: f"{v:+,.3f}")
-        slower = f"{abs(gap_s):,.3f} s {'slower' if gap_s >= 0 else 'faster'}"
-        lines.append(f"{item.label} is {slower} per step than {first.label}{': ' if why else ''}{why}")
+        slower = f"{abs(gap_s):,.3f} s {'slower' if gap_s >= 0 else 'faster'} per step than"
+        if abs(gap_s) < SMALL_SHARE * a.step_s.expected:
+            slower = "about as fast as"
+        lines.append(f"{item.label} is {slower} {first.label}{': ' if why else ''}{why}")
     return lines
 
 

@@ -195,7 +195,7 @@ def time_bars(items: Sequence[Compared]) -> Picture:
 
 
 def speed_curve(speeds: Sequence[Speed]) -> Picture:
-    """Tokens per second over the micro batch; hollow where it does not fit."""
+    """Tokens per second over the micro batch; hollow where it does not surely fit."""
     figure, axes = _new(9, 3.8)
     for number, speed in enumerate(speeds):
         style = ("-", "--", ":", "-.")[number % 4]
@@ -214,7 +214,7 @@ def speed_curve(speeds: Sequence[Speed]) -> Picture:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("micro batch, rows")
     axes.set_ylabel("tokens per second")
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.1 * max(rate for speed in speeds for rate in speed.tokens_per_s))
     axes.grid(alpha=0.4)
     axes.legend(fontsize=8)
-    return Picture("speed", "Throughput over the micro batch; hollow points do not fit the card", figure)
+    return Picture("speed", "Throughput over the micro batch; hollow points do not surely fit the card", figure)
