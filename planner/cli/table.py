@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -250,7 +251,11 @@ class View(NamedTuple):
 
         columns = columns_of([one.wanted for one in made], made[0].run.amount.given)
         conditions = [report.condition(text, columns) for text in self.where]
-        blocks = (report.select(b, conditions) for b in _with_progress(made))
+        made_blocks = _with_progress(made)
+        first = next(made_blocks, None)
+        if first is None:  # nothing has an answer: say why instead of an empty table
+            raise InvalidInput(next((reason for one in made for reason in one.problems.reasons), "no rows"))
+        blocks = (report.select(b, conditions) for b in itertools.chain([first], made_blocks))
         reorders = self.sort or self.top or self.pareto or self.pivot
         if self.style in report.STREAMED and not reorders:
             count = self._stream(blocks, columns, caption_of(made, final=False))
@@ -266,8 +271,6 @@ class View(NamedTuple):
         for one in made:
             for reason, number in one.problems.reasons.items():
                 problems[reason] = problems.get(reason, 0) + number
-        if problems and not count and not conditions:
-            raise InvalidInput(next(iter(problems)))
         for reason, number in problems.items():
             click.echo(f"left out {number:,}: {one_line(reason, 300)}", err=True)
         return 0 if count else 1

@@ -500,7 +500,8 @@ th{border-bottom:2px solid #444}td.n{text-align:right}
 td.yes::before{content:"\\2713\\a0"}td.no::before{content:"\\2717\\a0"}td.maybe::before{content:"?\\a0"}
 td.no{font-weight:600}td.maybe{font-style:italic}
 .notes{color:#444;font-size:.85rem}.notes p{margin:.2rem 0;overflow-wrap:anywhere}
-figure{margin:1rem 0;overflow-x:auto}figure svg{max-width:100%;min-width:620px;height:auto}figcaption{color:#444;font-size:.85rem}
+figure{margin:1rem 0;overflow-x:auto}figure svg{max-width:100%;min-width:620px;height:auto}
+figcaption{color:#444;font-size:.85rem}
 @media print{body{max-width:none;margin:0}h2{break-after:avoid}figure{break-inside:avoid}}
 """
 
