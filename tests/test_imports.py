@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
     ("search", "validation", "traced", "sweep"),
+    ("largest", "pick"),
     ("calibration_files",),
     ("sources", "importers"),
     ("lint",),
