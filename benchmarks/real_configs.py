@@ -115,7 +115,9 @@ def known_series() -> set[str]:
 def report(outcomes: list[Outcome], show: bool) -> float:
     """Print the counts and return the share."""
     series = known_series()
-    print(f"{len(outcomes)} files: " + ", ".join(f"{n} {kind}" for kind, n in Counter(o.kind for o in outcomes).items()))
+    print(
+        f"{len(outcomes)} files: " + ", ".join(f"{n} {kind}" for kind, n in Counter(o.kind for o in outcomes).items())
+    )
     adapting = [o for o in outcomes if o.adapts]
     counted = [o for o in adapting if is_known_family(o.job.model if o.job else None, series)]
     clean = [o for o in counted if o.kind == "read"]
@@ -126,7 +128,9 @@ def report(outcomes: list[Outcome], show: bool) -> float:
     print(f"of all families: {len(everywhere)} of {len(adapting)}, {100 * len(everywhere) / len(adapting):.1f} %")
     for title, kind in (("refused", "refused"), ("not read", "unreadable")):
         print(f"\n{title}:")
-        for reason, number in Counter(re.sub(r"'.*?'", "...", o.detail)[:110] for o in outcomes if o.kind == kind).most_common():
+        for reason, number in Counter(
+            re.sub(r"'.*?'", "...", o.detail)[:110] for o in outcomes if o.kind == kind
+        ).most_common():
             print(f"  {number:4} {reason}")
     print("\ngaps in counted jobs:")
     for o in counted:

@@ -65,7 +65,9 @@ CLASSES: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_are_those_of_the_installed_framework(name: str) -> None:
     real = CLASSES[name]()
-    stated = {key: value for keys in catalog.framework_tables()[name]["defaults"].values() for key, value in keys.items()}
+    stated = {
+        key: value for keys in catalog.framework_tables()[name]["defaults"].values() for key, value in keys.items()
+    }
     assert len(stated) >= 6
     missing = sorted(stated.keys() - real.keys())
     assert not missing, f"{name} has no {missing} any more"

@@ -1,4 +1,4 @@
-"""Configs from strangers: whatever a file holds, reading it ends in one line or a safe result, soon, and runs nothing."""
+"""Configs from strangers: whatever a file holds, reading it ends soon, in one line or a result, and runs nothing."""
 
 from __future__ import annotations
 
@@ -80,17 +80,38 @@ def test_tags_build_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\xff\xfe\x00\x00", b"base_model: \xff\xfe\n", b"\x00" * 100, b"base_model: a\n\tadapter: b", b"- a\n- b\n",
-        b"just words", b"42", b"base_model: [", b"%YAML 9.9\n---\na: b", b"&a", b"*a", b"? [a, b]\n: c\n",
-        b"a: b\na: {", b"\xef\xbb\xbf", b"---\n---\n", b"base_model: \"\\ud800\"\n", b"{" * 5000, b"a: b: c: d",
+        b"",
+        b"\xff\xfe\x00\x00",
+        b"base_model: \xff\xfe\n",
+        b"\x00" * 100,
+        b"base_model: a\n\tadapter: b",
+        b"- a\n- b\n",
+        b"just words",
+        b"42",
+        b"base_model: [",
+        b"%YAML 9.9\n---\na: b",
+        b"&a",
+        b"*a",
+        b"? [a, b]\n: c\n",
+        b"a: b\na: {",
+        b"\xef\xbb\xbf",
+        b"---\n---\n",
+        b'base_model: "\\ud800"\n',
+        b"{" * 5000,
+        b"a: b: c: d",
     ],
-)  # fmt: skip
+)
 def test_broken_yaml(tmp_path: Path, data: bytes) -> None:
     refused(write(tmp_path, "a.yml", data))
 
 
 def test_long_scalars_and_comments(tmp_path: Path) -> None:
-    for text in ("# " + "x" * 1_000_000, "a: " + "x" * 1_000_000, 'a: "' + "\\n" * 400_000 + '"', "a: |\n" + " x\n" * 300_000):
+    for text in (
+        "# " + "x" * 1_000_000,
+        "a: " + "x" * 1_000_000,
+        'a: "' + "\\n" * 400_000 + '"',
+        "a: |\n" + " x\n" * 300_000,
+    ):
         start = time.process_time()
         with pytest.raises(PlannerError):
             read_job([str(write(tmp_path, "a.yml", text))])
@@ -149,11 +170,21 @@ def test_the_model_of_a_config_stays_in_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{", "[]", "null", '{"peft_type": "LORA",}', '{"peft_type": NaN}', '{"r": 1e999}', '{"a": ' + "9" * 5000 + "}",
-        '{"a":' * 5000 + "1" + "}" * 5000, '{"peft_type": "LORA", "r": {"a": 1}}', '{"peft_type": "LORA", "r": true}',
-        '{"peft_type": "LORA", "r": [1, 2]}', '{"peft_type": 1}', '{"peft_type": "IA3"}',
+        "{",
+        "[]",
+        "null",
+        '{"peft_type": "LORA",}',
+        '{"peft_type": NaN}',
+        '{"r": 1e999}',
+        '{"a": ' + "9" * 5000 + "}",
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        '{"peft_type": "LORA", "r": {"a": 1}}',
+        '{"peft_type": "LORA", "r": true}',
+        '{"peft_type": "LORA", "r": [1, 2]}',
+        '{"peft_type": 1}',
+        '{"peft_type": "IA3"}',
     ],
-)  # fmt: skip
+)
 def test_broken_json(tmp_path: Path, text: str) -> None:
     refused(write(tmp_path, "a.json", text))
 
@@ -182,11 +213,24 @@ def test_scripts_are_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "def f(:", "x = (", "\x00", "LoraConfig(" * 3000, "x = " + "(" * 5000 + ")" * 5000, "x = " + "-" * 50_000 + "1",
-        "x = " + "+".join(["1"] * 60_000), "if x:\n" + "".join(" " * i + "if x:\n" for i in range(1, 200)), "x = 9" + "9" * 5000,
-        "a" + ".b" * 30_000, "f" + "()" * 20_000, "lambda: " * 5000 + "0", "é" * 600_000, "'\\N{x}'", "x = yield", "# coding: rot13\n",
+        "def f(:",
+        "x = (",
+        "\x00",
+        "LoraConfig(" * 3000,
+        "x = " + "(" * 5000 + ")" * 5000,
+        "x = " + "-" * 50_000 + "1",
+        "x = " + "+".join(["1"] * 60_000),
+        "if x:\n" + "".join(" " * i + "if x:\n" for i in range(1, 200)),
+        "x = 9" + "9" * 5000,
+        "a" + ".b" * 30_000,
+        "f" + "()" * 20_000,
+        "lambda: " * 5000 + "0",
+        "é" * 600_000,
+        "'\\N{x}'",
+        "x = yield",
+        "# coding: rot13\n",
     ],
-)  # fmt: skip
+)
 def test_broken_scripts(tmp_path: Path, text: str) -> None:
     refused(write(tmp_path, "a.py", text))
 
@@ -214,10 +258,18 @@ def test_notebooks_with_megabytes_of_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{}", "[]", '{"cells": 1}', '{"cells": [1]}', '{"cells": [{"cell_type": "code"}]}', '{"cells": [null]}', "nope",
-        '{"cells": [{"cell_type": "code", "source": [1]}]}', '{"cells":' * 5000, notebook("x" * 2_000_000),
+        "{}",
+        "[]",
+        '{"cells": 1}',
+        '{"cells": [1]}',
+        '{"cells": [{"cell_type": "code"}]}',
+        '{"cells": [null]}',
+        "nope",
+        '{"cells": [{"cell_type": "code", "source": [1]}]}',
+        '{"cells":' * 5000,
+        notebook("x" * 2_000_000),
     ],
-)  # fmt: skip
+)
 def test_broken_notebooks(tmp_path: Path, text: str) -> None:
     refused(write(tmp_path, "a.ipynb", text))
 
@@ -225,10 +277,57 @@ def test_broken_notebooks(tmp_path: Path, text: str) -> None:
 # --- mutation -----------------------------------------------------------------------------------------------------
 
 WORDS = (
-    "null", "true", "0", "-1", "1e999", "[]", "{}", "'", '"', "&a", "*a", "!!python/object:x", "- ", ": ", "\n", "  ", "\t", "auto",
-    "9" * 40, "é", "\x00", "\x1b[2J", "%", "[[[[", "}}", "#", "|", ">", "?", "---", "<<: *a", "../..", "/etc/passwd", "qlora", "gptq",
-    "((", "lambda:", "=", ",", "None", "torch.float16", "\\", "/", "nan", ".inf", "0x1", "all-linear", "(.*)*$", "fsdp", "deepspeed",
-)  # fmt: skip
+    "null",
+    "true",
+    "0",
+    "-1",
+    "1e999",
+    "[]",
+    "{}",
+    "'",
+    '"',
+    "&a",
+    "*a",
+    "!!python/object:x",
+    "- ",
+    ": ",
+    "\n",
+    "  ",
+    "\t",
+    "auto",
+    "9" * 40,
+    "é",
+    "\x00",
+    "\x1b[2J",
+    "%",
+    "[[[[",
+    "}}",
+    "#",
+    "|",
+    ">",
+    "?",
+    "---",
+    "<<: *a",
+    "../..",
+    "/etc/passwd",
+    "qlora",
+    "gptq",
+    "((",
+    "lambda:",
+    "=",
+    ",",
+    "None",
+    "torch.float16",
+    "\\",
+    "/",
+    "nan",
+    ".inf",
+    "0x1",
+    "all-linear",
+    "(.*)*$",
+    "fsdp",
+    "deepspeed",
+)
 MUTATIONS = 20_000
 
 

@@ -16,7 +16,6 @@ from planner.importers.rules import Value
 from planner.training import Versions
 from tests.training_configs import AXOLOTL, EXAMPLES, SCRIPT_TRL, TRL, Example, notebook
 
-
 AFTER = AXOLOTL.count("\n") + 1
 """The line of what is put behind the axolotl example."""
 
@@ -159,7 +158,7 @@ def test_wrong_values_name_file_line_and_what_is_allowed(tmp_path: Path) -> None
 
 
 def test_a_file_of_no_framework_says_which_are_known(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="has no keys of a training config; known formats: .*axolotl config"):
+    with pytest.raises(InvalidInput, match=r"has no keys of a training config; known formats: .*axolotl config"):
         read_job([write(tmp_path, "a.yml", "name: ci\non: push\n")])
 
 
@@ -278,7 +277,7 @@ def test_rows_work_both_ways(tmp_path: Path, example: Example) -> None:
     written = {option: writing.key_values(framework, option, v.value, v.keys) for option, v in job.given.items()}
     identity = {key for condition in framework.recognise for key in condition}
     document = job.readings[0].document
-    flat = {key: document.get(key) for key in document.entries if key in identity and not document.get(key) == {}}
+    flat = {key: document.get(key) for key in document.entries if key in identity and document.get(key) != {}}
     flat |= {key: value for keys in written.values() for key, value in (keys or {}).items()}
     again = read_job([write(tmp_path, "again.json", json.dumps(nested(flat)))])
     readable = {option for option, keys in written.items() if keys}

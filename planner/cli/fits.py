@@ -20,7 +20,6 @@ from planner.cli.options import (
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
-    from planner.importers import Job
     from planner.report.answer import Answer
     from planner.search import Change
 
@@ -103,7 +102,7 @@ def answer_of(
     Raises:
         PlannerError: the run cannot be planned.
     """
-    from planner.cli.plan import configure, load_model, training_settings
+    from planner.cli.plan import configure, file_notes, load_model, stack_origin, training_settings
     from planner.predict import predict
     from planner.report.answer import Answer
 
@@ -115,9 +114,7 @@ def answer_of(
         return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
     loaded = load_model(model)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
-    job: Job | None = given.get("job")
-    notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
-    notes = (*(str(missing) for missing in job.missing), *notes) if job else notes
+    notes = file_notes(given) + loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
     prediction = predict(loaded.spec, training, card, warnings=notes)
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in ("fits", None):
@@ -125,8 +122,7 @@ def answer_of(
         from planner.search import nearest_changes
 
         found = nearest_changes(prediction, catalog.gpus())
-    origin = job.stack_origin if job and stack == job.stack else "given" if stack else "loraplan default"
-    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin)
+    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=stack_origin(given, stack))
 
 
 def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
