@@ -16,6 +16,10 @@ class UnknownName(PlannerError):
     """A model, GPU, family, module or option value that nothing here knows."""
 
 
+class UnknownFamily(UnknownName):
+    """A model_type that no family of the registry covers."""
+
+
 class InvalidInput(PlannerError):
     """A file or value that cannot be read as what it claims to be."""
 

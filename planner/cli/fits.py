@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
 from planner.cli.options import (
     COST,
     FORMATS,
+    LIBRARIES,
     Sectioned,
     Word,
+    calibration_option,
     cost_options,
     format_option_of,
     trace_options,
@@ -28,11 +31,14 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 
 @click.command(cls=Sectioned)
 @model_or_config(many=True)
-@click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), or local for this machine's.")
+@click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), local for this machine's, or cpu.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
 @click.option("--explain", is_flag=True, help="Every setting with its origin, model facts, sources, uncertainty.")
+@click.option("--explain-time", is_flag=True, help="Where the time of a step goes, by class of operation.")
 @cost_options
+@calibration_option
+@data_options
 @click.option(
     "--via",
     type=Word("way to answer", ("program", "trace")),
@@ -50,6 +56,8 @@ def fits(
     vram: str | None,
     margin: str,
     explain: bool,
+    explain_time: bool,
+    calibration: str | None,
     via: str,
     changes: bool,
     style: str,
@@ -79,9 +87,13 @@ def fits(
         from planner.cli.gate import only_files
 
         raise only_files()
+    from planner.cli.data_options import take
+
     wanted = {name: given.pop(name) for name in COST}
+    data = take(given)
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = answer_of(model, card_of(gpu, vram), percent_of(margin), given, changes, tracing)._replace(explain=explain)
+    answer = answer_of(model, card_of(gpu, vram), percent_of(margin), given, changes, tracing, calibration, data)
+    answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
     return 0 if answer.prediction.verdict in ("fits", None) else 1
@@ -95,38 +107,78 @@ class Tracing(NamedTuple):
 
 
 def answer_of(
-    model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool, tracing: Tracing | None = None
+    model: str,
+    card: Gpu | None,
+    margin: float,
+    given: dict[str, Any],
+    search: bool,
+    tracing: Tracing | None = None,
+    calibration: str | None = None,
+    data: dict[str, Any] | None = None,
 ) -> Answer:
     """Answer for one run; `given` holds what the training options gave.
 
     Raises:
         PlannerError: the run cannot be planned.
     """
-    from planner.cli.plan import configure, file_notes, load_model, stack_origin, training_settings
+    from planner import calibration_files
+    from planner.cli.plan import (
+        configure,
+        file_notes,
+        load_model,
+        stack_origin,
+        training_settings,
+        with_stated_releases,
+    )
     from planner.predict import predict
     from planner.report.answer import Answer
 
+    stated = [name for name in LIBRARIES if given.get(name)]
     stack = training_settings(given)
     card, kept = _with_margin(card, margin)
     if tracing is not None:
         from planner.cli.trace import traced_answer
 
+        if data and data["data_files"]:
+            from planner.errors import Contradiction
+
+            raise Contradiction("--data is planned by loraplan's own program; drop --via trace")
         return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
     loaded = load_model(model)
+    run = None
+    if data and data["data_files"]:
+        from planner.cli.data_options import apply
+
+        run = apply(data, loaded.spec, stack or "custom", given)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
+    resolved = with_stated_releases(resolved, stated)
     notes = file_notes(given) + loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
-    prediction = predict(loaded.spec, training, card, warnings=notes)
+    chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
+    prediction = predict(
+        loaded.spec,
+        training,
+        card,
+        warnings=notes + (chosen.notes if chosen else ()),
+        coefficients=chosen.coefficients if chosen else None,
+        context_bytes=chosen.context_bytes if chosen else None,
+    )
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in ("fits", None):
         from planner import catalog
         from planner.search import nearest_changes
 
         found = nearest_changes(prediction, catalog.gpus())
-    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=stack_origin(given, stack))
+    origin = stack_origin(given, stack)
+    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin, data=run)
 
 
 def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
     """Add the whole run's hours and price, if a run was given."""
+    if answer.data is not None:
+        from planner.cli.money import data_plan
+
+        data, made, remarks = data_plan(answer.prediction, answer.data, wanted)
+        return answer._replace(data=data, run=made, notes=remarks)
     if all(value is None for value in wanted.values()):
         return answer
     from planner.cli.money import amount_of, run_plan
@@ -168,6 +220,10 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
         from planner.cli.local_gpu import local_gpu
 
         return local_gpu(gpu.partition(":")[2])
+    if gpu.lower() == "cpu":
+        from planner import processor
+
+        return processor.as_gpu(processor.facts())
     from planner import catalog
 
     return catalog.gpu(gpu)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from planner import families, lora, sources, stacks
 from planner.cli.options import LIBRARIES, flag_of
 from planner.cli.settled import NOTHING, Settled, settle, without_idle
-from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import lacks_bf16
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
-from planner.training import LoraSpec, TrainingSpec
+from planner.training import LoraSpec, TrainingSpec, Versions
 
 
 class LoadedModel(NamedTuple):
@@ -41,7 +41,10 @@ def read_model(loaded: LoadedConfig) -> LoadedModel:
     Raises:
         PlannerError: a family that is not known, or an impossible value.
     """
-    spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    try:
+        spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    except UnknownFamily as error:
+        spec = _from_class(loaded, error)
     warnings = [*loaded.warnings, *spec.notes]
     if loaded.exact_parameters:
         spec = replace(spec, exact_parameters=loaded.exact_parameters)
@@ -56,6 +59,15 @@ def read_model(loaded: LoadedConfig) -> LoadedModel:
             "planned as if loaded from 16-bit weights"
         )
     return LoadedModel(spec, loaded, tuple(dict.fromkeys(warnings)))
+
+
+def _from_class(loaded: LoadedConfig, error: UnknownFamily) -> ModelSpec:
+    """Read a model outside the registry from transformers' class; without transformers, the error stands."""
+    try:
+        from calibrate.meta_spec import spec_from_class
+    except (ImportError, OSError):  # OSError: a torch whose libraries do not load
+        raise error from None
+    return spec_from_class(loaded.config, model_id=loaded.model_id)
 
 
 def infer_method(given: Mapping[str, Any]) -> str:
@@ -144,6 +156,15 @@ def _resolved(stack: str, settled: Settled, user: Mapping[str, Any]) -> Resolved
         implied = "--quantization none" if merged.get("quantization") == "none" else ""
         settings["method"] = Setting(method, f"implied by {implied}" if implied else "loraplan default")
     return replace(resolved, settings=settings)
+
+
+def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
+    """Say which releases the user gave, and that the others are of the same time (planner.releases)."""
+    if not 0 < len(stated) < len(fields(Versions)):
+        return resolved
+    origin = f"given: {', '.join(stated)}; the others as they were then"
+    found = Setting(resolved["versions"], origin)
+    return replace(resolved, settings={**resolved.settings, "versions": found})
 
 
 _DTYPE_KEYS = ("base_dtype", "autocast", "compute_dtype", "adapter_dtype")

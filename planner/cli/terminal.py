@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -24,11 +25,36 @@ def echo_coloured(text: str, word: str, colour: str) -> None:
         click.echo(text, nl=False, color=False)
 
 
+def is_live() -> bool:
+    """Return whether stderr is a terminal that a line can be rewritten on."""
+    return sys.stderr.isatty() and not os.environ.get("CI")
+
+
 def progress(items: Iterable[Any], label: str) -> Iterator[Any]:
     """Yield the items, with a bar on stderr when that is a terminal."""
-    if not sys.stderr.isatty() or os.environ.get("CI"):
+    if not is_live():
         yield from items
         return
     length = len(items) if isinstance(items, Sized) else None
     with click.progressbar(items, length=length, label=label, file=sys.stderr) as bar:
         yield from bar
+
+
+@contextmanager
+def byte_progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the bytes done since its last call; a bar on stderr when that is a terminal."""
+    if not sys.stderr.isatty() or os.environ.get("CI"):
+        yield lambda _: None
+        return
+    waiting = 0
+    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
+
+        def advance(nbytes: int) -> None:
+            nonlocal waiting
+            waiting += nbytes
+            if waiting > 2**20:  # drawing every line would take longer than reading it
+                bar.update(waiting)
+                waiting = 0
+
+        yield advance
+        bar.update(waiting)

@@ -15,6 +15,7 @@ from planner.units import gib
 
 if TYPE_CHECKING:  # a run that fits needs no search
     from planner.cost import RunPlan
+    from planner.datarun import DataRun
     from planner.search import Change
 
 WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
@@ -31,6 +32,7 @@ class Answer(NamedTuple):
     margin_bytes: int = 0
     """Memory of the card that the user wants kept free."""
     explain: bool = False
+    explain_time: bool = False
     stack_origin: str = "loraplan default"
     run: RunPlan | None = None
     """The whole run, where an amount was given."""
@@ -38,6 +40,8 @@ class Answer(NamedTuple):
     """Useful tokens per row; 0 where not given."""
     notes: tuple[str, ...] = ()
     """Warnings about the run's price."""
+    data: DataRun | None = None
+    """The training data, where it was given."""
 
 
 class Component(NamedTuple):
@@ -135,6 +139,15 @@ def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
     if moment.phase in ("forward", "backward"):
         return f"in the {moment.phase} of {where}"
     return f"{_OUTSIDE.get(moment.phase, moment.phase)}, {where}"
+
+
+def via_words(answer: Answer) -> str:
+    """Say what answered: empty for loraplan's own program, else the libraries that were traced."""
+    p = answer.prediction
+    if p.via == "program":
+        return ""
+    releases = ", ".join(f"{name} {one_line(release.split('+')[0], 30)}" for name, release in p.libraries)
+    return f"via trace: the libraries themselves, all {p.model.num_layers} layers ({releases})"
 
 
 def peak_words(answer: Answer) -> str:

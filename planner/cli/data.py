@@ -1,0 +1,111 @@
+"""`loraplan data`: what is in training files, how long its rows are, and what batching makes of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from planner.cli.options import Word, format_option
+
+if TYPE_CHECKING:
+    from planner.dataset.scan import Scan, Source
+
+
+@click.command()
+@click.argument("paths", metavar="FILE...", nargs=-1, required=True)
+@click.option("--template", default="auto", show_default=True, help="alpaca-seed, alpaca-stanford, chatml, ...")
+@click.option("--tokenizer", metavar="PATH", help="A local tokenizer's folder or tokenizer.json; else an estimate.")
+@click.option("--model", metavar="MODEL", help="Estimate for this model's vocabulary, when there is no tokenizer.")
+@click.option(
+    "--seq-len", "limit", type=click.IntRange(1, 2**27), default=2048, show_default=True, help="Rows are cut here."
+)
+@click.option("--batch", type=click.IntRange(1, 2**20), default=8, show_default=True, help="Rows per micro batch.")
+@click.option("--split", metavar="SHARE", type=float, help="Share of the rows to train on, for example 0.9.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the split.")
+@click.option("--in-order", is_flag=True, help="Split in the order of the files instead of drawing.")
+@click.option("--write", "folder", metavar="FOLDER", help="Write train.jsonl and validation.jsonl there.")
+@click.option(
+    "--as", "shape", type=Word("shape", ("same", "text", "messages", "prompt", "alpaca")), default="same",
+    show_default=True, help="Shape of the written rows.",
+)  # fmt: skip
+@click.option("--show", is_flag=True, help="Print the first row as the template renders it, and nothing else.")
+@click.option("--plot", metavar="FILE", help="Draw the length histogram (.png, .svg or .pdf).")
+@format_option
+def data(
+    paths: tuple[str, ...], template: str, tokenizer: str | None, model: str | None, limit: int, batch: int,
+    split: float | None, seed: int, in_order: bool, folder: str | None, shape: str, show: bool, plot: str | None,
+    style: str,
+) -> int:  # fmt: skip
+    """Read training data, say how long its rows are in tokens and how much padding costs.
+
+    FILE is JSON lines, a JSON array, CSV or parquet; rows in Alpaca, OpenAI messages, ShareGPT, prompt and response,
+    or plain text. A broken line is named and left out. Nothing is executed or fetched.
+
+    \b
+    Examples:
+      loraplan data ./train.jsonl
+      loraplan data ./train.jsonl --tokenizer ./my-model --seq-len 1024 --batch 4
+      loraplan data ./train.jsonl --split 0.9 --write ./split --as messages --format json
+
+    \b
+    Exit codes: 0 every row is usable, 1 some rows were left out, 2 could not answer.
+    """
+    from planner.dataset import scan as scanning
+    from planner.errors import InvalidInput
+    from planner.report.data_report import DataAnswer, render
+
+    if split is not None and not 0 < split <= 1:
+        raise InvalidInput(f"--split is {split}; write the share of rows to train on, above 0 and at most 1")
+    if folder and split is None:
+        split = 1.0
+    found = read(source(paths, template, tokenizer, model))
+    if show:
+        click.echo(found.example, nl=False)
+        return 1 if found.num_problems else 0
+    answer = DataAnswer(found, limit, batch)
+    if split is not None:
+        plan = scanning.Split(split, None if in_order else seed)
+        rows = plan.train_rows(len(found.lengths))
+        answer = answer._replace(split=(rows, len(found.lengths) - rows), seed=plan.seed)
+        if folder:
+            written = scanning.write(found, plan, folder, shape)  # type: ignore[arg-type]
+            answer = answer._replace(written=written, folder=folder)
+    if plot:
+        from planner.report import data_plots
+
+        data_plots.lengths(found, limit, plot)
+    click.echo(render(answer, style), nl=False)
+    return 1 if found.num_problems else 0
+
+
+def source(paths: tuple[str, ...], template: str, tokenizer: str | None, model: str | None) -> Source:
+    """What to read; a model decides whose vocabulary an estimate stands on."""
+    from planner.dataset.scan import Source
+    from planner.dataset.templates import NAMES
+    from planner.dataset.tokens import family_of
+    from planner.errors import unknown
+
+    if template not in NAMES:
+        raise unknown("template", template, NAMES)
+    family = "llama2"
+    if model and not tokenizer:
+        from planner.cli.plan import load_model
+
+        spec = load_model(model).spec
+        family = family_of(spec.model_type, spec.vocab_size)
+    return Source(paths=paths, template=template, tokenizer=tokenizer, family=family)
+
+
+def read(what: Source) -> Scan:
+    """Scan the files, with a progress bar on a terminal."""
+    import os
+
+    from planner.cli.terminal import byte_progress
+    from planner.dataset.files import kind
+    from planner.dataset.scan import scan
+
+    for path in what.paths:
+        kind(path)  # refuses what cannot be read before the bar appears
+    with byte_progress(sum(os.path.getsize(path) for path in what.paths), "reading") as advance:
+        return scan(what, advance)

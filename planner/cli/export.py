@@ -1,0 +1,214 @@
+"""`loraplan export`: the planned run as files that another program launches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cli.data_options import data_options
+from planner.cli.options import Sectioned, Word, training_options
+
+if TYPE_CHECKING:
+    from planner.exporters.recipe import Export, Recipe
+
+TARGETS = (
+    "peft", "trl", "axolotl", "llama-factory", "entrenar", "databricks-air", "databricks-cluster", "databricks-fm",
+)  # fmt: skip
+RUN = (
+    "output_dir",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "epochs",
+    "max_steps",
+    "save_steps",
+    "seed",
+)
+PLACE = ("accelerator", "num_accelerators", "cloud", "node_type", "name", "margin")
+CALL = ("register_to", "data_prep_cluster_id", "duration", "call_file")
+
+
+@click.command(cls=Sectioned)
+@click.argument("target", type=Word("target", TARGETS))
+@click.argument("model", required=False)
+@click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
+@click.option(
+    "--schedule", type=Word("schedule", ("cosine", "linear", "constant")), default="cosine", show_default=True,
+    help="How the learning rate falls.",
+)  # fmt: skip
+@click.option("--warmup-steps", type=click.IntRange(0), default=0, help="Steps of linear warm-up.")
+@click.option("--weight-decay", type=float, default=0.0, help="Weight decay.")
+@click.option("--epochs", type=float, default=3.0, show_default=True, help="Passes over the data.")
+@click.option("--max-steps", type=click.IntRange(0), default=0, help="Stop after N optimizer steps.")
+@click.option("--save-steps", type=click.IntRange(0), default=500, show_default=True, help="Checkpoint every N steps.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Seed of the run.")
+@click.option("--output-dir", default="output", show_default=True, help="Where the run writes.")
+@click.option("--gpu", metavar="GPU", help="The card the plan is for.")
+@click.option("--vram", metavar="SIZE", help="Memory of a card of your own.")
+@click.option("--accelerator", metavar="TYPE", help="databricks-air: GPU_1xA10, GPU_1xH100, ...; else the smallest.")
+@click.option("--num-accelerators", type=int, help="databricks-air: accelerators, in whole nodes.")
+@click.option("--margin", type=float, default=5.0, show_default=True, help="databricks-air: percent to keep free.")
+@click.option("--cloud", type=Word("cloud", ("aws", "azure")), default="aws", help="databricks-cluster: aws or azure.")
+@click.option("--node-type", metavar="TYPE", help="databricks-cluster: the node; else the cheapest that fits.")
+@click.option("--name", default="loraplan", show_default=True, help="Databricks: experiment or cluster name.")
+@click.option("--register-to", metavar="NAME", help="databricks-fm: catalog.schema[.model].")
+@click.option("--data-prep-cluster-id", metavar="ID", help="databricks-fm: cluster that reads a Delta table.")
+@click.option("--duration", metavar="TEXT", help="databricks-fm: for example 3ep.")
+@click.option("--call", "call_file", metavar="FILE", help="databricks-fm: check the arguments in this JSON file.")
+@click.option("--part", metavar="NAME", help="Print this file of the export instead of the first.")
+@click.option("--write", "folder", metavar="FOLDER", help="Write all files of the export there.")
+@data_options
+@training_options
+def export(target: str, model: str | None, part: str | None, folder: str | None, **given: Any) -> int:
+    """Write a planned run as a recipe that TARGET launches; what the target cannot say is told on stderr.
+
+    TARGET is peft, trl, axolotl, llama-factory, entrenar, databricks-air, databricks-cluster or databricks-fm.
+
+    \b
+    Examples:
+      loraplan export peft Qwen/Qwen2.5-7B --gpu l4 --rank 16
+      loraplan export axolotl meta-llama/Llama-3.1-8B --data ./train.jsonl --padding packed --write ./job
+      loraplan export databricks-air meta-llama/Llama-3.1-8B --method lora
+
+    \b
+    Exit codes: 0 written, 1 written but it does not fit or would be refused, 2 could not answer.
+    """
+    made = _export(target, model, given)
+    for note in made.notes:
+        click.echo(f"note: {note}", err=True)
+    for error in made.errors:
+        click.echo(f"problem: {error}", err=True)
+    if folder:
+        _write(made, folder)
+    else:
+        click.echo(_part(made, part), nl=False)
+    return 1 if made.errors else 0
+
+
+def _part(made: Export, name: str | None) -> str:
+    from planner.errors import unknown
+
+    texts = {artifact.name: artifact.text for artifact in made.artifacts}
+    if name is None:
+        return made.artifacts[0].text
+    if name not in texts:
+        raise unknown("part", name, texts)
+    return texts[name]
+
+
+def _write(made: Export, folder: str) -> None:
+    import os
+
+    os.makedirs(folder, exist_ok=True)
+    for artifact in made.artifacts:
+        path = os.path.join(folder, artifact.name)
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(artifact.text)
+        click.echo(path)
+
+
+def _export(target: str, model: str | None, given: dict[str, Any]) -> Export:
+    from planner.errors import Contradiction
+
+    place = {name: given.pop(name) for name in PLACE}
+    call = {name: given.pop(name) for name in CALL}
+    if call["call_file"] is not None:
+        if target != "databricks-fm":
+            raise Contradiction("--call is checked by target databricks-fm only; drop it")
+        from planner.exporters import databricks_fm
+
+        return databricks_fm.export(_read_call(call["call_file"]))
+    if model is None:
+        raise Contradiction("which model? name it after the target, for example loraplan export peft Qwen/Qwen2.5-7B")
+    recipe, fits, tokens = _recipe(model, given)
+    made = _made(target, recipe, place, call, tokens)
+    if fits == "does not fit" and not target.startswith("databricks"):
+        from dataclasses import replace
+
+        made = replace(made, errors=(*made.errors, "the run does not fit the card: loraplan fits says what to change"))
+    return made
+
+
+def _made(target: str, recipe: Recipe, place: dict[str, Any], call: dict[str, Any], tokens: float) -> Export:
+    if target == "databricks-air":
+        from planner.exporters import databricks_air as air
+
+        choice = air.choose(recipe, place["accelerator"], place["num_accelerators"], place["margin"])
+        return air.export(recipe, choice, experiment=place["name"])
+    if target == "databricks-cluster":
+        from planner.exporters import databricks_cluster as cluster
+
+        return cluster.export(recipe, cluster.choose(recipe, place["cloud"], place["node_type"]), name=place["name"])
+    if target == "databricks-fm":
+        from planner.exporters import databricks_fm as fm
+
+        given = {
+            "register_to": call["register_to"], "data_prep_cluster_id": call["data_prep_cluster_id"],
+            "training_duration": call["duration"],
+        }  # fmt: skip
+        return fm.export(fm.call_of(recipe, given), tokens, recipe.data_shape)
+    from planner.exporters import frameworks, script
+
+    exporters = {
+        "peft": script.export, "trl": frameworks.trl, "axolotl": frameworks.axolotl,
+        "llama-factory": frameworks.llama_factory, "entrenar": frameworks.entrenar,
+    }  # fmt: skip
+    return exporters[target](recipe)
+
+
+def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, str | None, float]:
+    """The planned run, its verdict on the card that was named, and the tokens it trains on."""
+    from planner import stacks
+    from planner.cli.data_options import apply, take
+    from planner.cli.fits import card_of
+    from planner.cli.plan import configure, load_model, training_settings
+    from planner.exporters.recipe import Recipe
+    from planner.predict import predict
+    from planner.report.answer import training_words
+
+    run = {name: given.pop(name) for name in RUN}
+    card = card_of(given.pop("gpu"), given.pop("vram"))
+    data = take(given)
+    stack = training_settings(given) or "custom"
+    loaded = load_model(model)
+    found = apply(data, loaded.spec, stack, given)
+    resolved, training = configure(loaded.spec, stack, given, card=card)
+    plan = predict(loaded.spec, training, card)
+    limit = found.batching.limit if found else resolved["seq_len"]
+    more: dict[str, Any] = {}
+    if found:
+        more = {
+            "data": data["data_files"][0],
+            "data_shape": found.found.shapes[0][0],
+            "template": found.found.template.name,
+            "padding": found.batching.padding,
+        }
+    words = training_words(loaded.spec.model_id.rpartition("/")[2], training)
+    words += f"; device memory {plan.device.expected / 2**30:.2f} GiB ({plan.device.low / 2**30:.2f} to "
+    words += f"{plan.device.high / 2**30:.2f})" + (f" on {card.name}: {plan.verdict}" if card else "")
+    recipe = Recipe(model_id=model, model=loaded.spec, training=training, limit=limit, plan_words=words, **run, **more)
+    tokens = found.seen.total * run["epochs"] if found else 0.0
+    return recipe, plan.verdict, tokens
+
+
+def _read_call(path: str) -> dict[str, Any]:
+    """The arguments of a create() call in a JSON file.
+
+    Raises:
+        InvalidInput: no JSON object.
+    """
+    import json
+
+    from planner.errors import InvalidInput, one_line
+
+    with open(path, "rb") as file:
+        raw = file.read(2**20)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{one_line(path, 200)} is not a JSON object of arguments of foundation_model.create")
+    return value

@@ -1,0 +1,123 @@
+"""`loraplan lora`: what a LoRA or QLoRA configuration is, and the course's labs for any model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from planner.cli.options import Sectioned, Word, format_option, training_options
+
+if TYPE_CHECKING:
+    from planner.hardware import Gpu
+    from planner.model import ModelSpec
+    from planner.report.lora_report import Rival
+    from planner.training import TrainingSpec
+
+
+@click.command(cls=Sectioned)
+@click.argument("model")
+@click.option("--lab", type=Word("lab", ("5.1", "5.2", "5.3")), help="Answer a lab of the course, as JSON.")
+@click.option("--data", "data_file", metavar="FILE", help="The lab's data (5.1, 5.3).")
+@click.option("--with", "rival", type=Word("other planner", ("entrenar",)), help="Its answer beside ours, and why.")
+@click.option("--gpu", metavar="GPU", help="The card, for --with.")
+@click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for --with.")
+@format_option
+@training_options
+def lora(
+    model: str, lab: str | None, data_file: str | None, rival: str | None, gpu: str | None, vram: str | None,
+    style: str, **given: Any,
+) -> int:  # fmt: skip
+    """Show what a LoRA or QLoRA configuration trains and stores, exactly, beside what other formulas say.
+
+    \b
+    Examples:
+      loraplan lora meta-llama/Llama-3.1-8B --rank 16 --targets q_proj,v_proj
+      loraplan lora meta-llama/Llama-2-7b-hf --double-quant --with entrenar --vram 24GB
+      loraplan lora Qwen/Qwen2.5-7B --lab 5.2
+
+    \b
+    Exit codes: 0 an answer, 2 could not answer.
+    """
+    from planner import adapter, labs
+    from planner.cli.fits import card_of
+    from planner.cli.plan import configure, load_model, training_settings
+    from planner.errors import Contradiction
+    from planner.report.lora_report import LoraAnswer, render
+
+    if lab == "5.1":
+        click.echo(_lab_5_1(data_file), nl=False)
+        return 0
+    if data_file and lab is None:
+        raise Contradiction("--data belongs to --lab 5.1 or 5.3; for a run on data use loraplan fits --data")
+    card = card_of(gpu, vram)
+    if (rival is None) != (card is None):
+        raise Contradiction("--with needs a card (--gpu or --vram), and a card is only used by --with")
+    stack = training_settings(given)
+    spec = load_model(model).spec
+    _, training = configure(spec, stack or "custom", given, card=card)
+    if training.lora is None:
+        raise Contradiction("method full has no adapter; choose --method lora or qlora")
+    facts = adapter.facts(spec, training)
+    if lab is not None:
+        answer = labs.lab_5_2(spec, training, facts) if lab == "5.2" else _lab_5_3(spec, training, model, data_file)
+        click.echo(_json(answer), nl=False)
+        return 0
+    beside = _entrenar(spec, training, card) if card else None
+    click.echo(
+        render(LoraAnswer(spec.model_id, training, facts, labs.compare(spec, training, facts), beside), style), nl=False
+    )
+    return 0
+
+
+def _json(value: Any) -> str:
+    from planner.report.tables import json_text
+
+    return json_text(value)
+
+
+def _lab_5_1(data_file: str | None) -> str:
+    """The learner's DatasetPreparer on a file: rows, first text, split, lengths."""
+    from planner import labs
+    from planner.cli.data import read, source
+    from planner.errors import Contradiction
+    from planner.report.data_report import DataAnswer, statistics
+
+    if data_file is None:
+        raise Contradiction("lab 5.1 prepares a data set: give it with --data FILE")
+    found = read(source((data_file,), "auto", None, None))
+    answer = {
+        **labs.lab_5_1(len(found.lengths)),
+        "template": found.template.name,
+        "first": found.example,
+        "tokens": {"counted": found.token_label, **statistics(DataAnswer(found, 512, 4))},
+        "left_out": found.num_problems,
+    }
+    return _json(answer)
+
+
+def _lab_5_3(spec: ModelSpec, training: TrainingSpec, model: str, data_file: str | None) -> dict[str, Any]:
+    from planner import labs
+
+    job = labs.Job(model_name=model, **({"dataset_path": data_file} if data_file else {}))
+    return labs.lab_5_3(spec, training, job)
+
+
+def _entrenar(spec: ModelSpec, training: TrainingSpec, card: Gpu) -> Rival:
+    """Its plan for the model's size and the card, beside our prediction of this run."""
+    from dataclasses import replace
+
+    from planner import rivals
+    from planner.lora import trainable_lora_parameters
+    from planner.predict import predict
+    from planner.report.lora_report import Rival
+
+    assert training.lora is not None
+    method: Literal["lora", "qlora"] = "qlora" if training.method == "qlora" else "lora"
+    plan = rivals.entrenar_plan(spec.num_parameters, card.memory_bytes, method)
+    adapter = replace(training.lora, r=plan.rank, lora_alpha=plan.alpha, target_modules=("attention",))
+    request = replace(training, lora=adapter, micro_batch_size=rivals.ENTRENAR_BATCH, seq_len=rivals.ENTRENAR_LENGTH)
+    exact = trainable_lora_parameters(spec, adapter)
+    same, own = predict(spec, request, card), predict(spec, training, card)
+    notes = rivals.entrenar_differences(plan, exact, same.device.expected)
+    return Rival(plan, exact, same.device.expected, same.verdict, own.device.expected, own.verdict, tuple(notes))

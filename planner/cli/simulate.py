@@ -1,0 +1,187 @@
+"""`loraplan simulate`: a training run as a timeline, printed, drawn or replayed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cli.data_options import data_options
+from planner.cli.options import COST, FORMATS, Sectioned, Word, cost_options, training_options
+
+if TYPE_CHECKING:
+    from planner.report.simulation import Simulation
+    from planner.simulate import Plan
+
+RUN = (
+    "learning_rate", "shape", "warmup_steps", "warmup_ratio", "save_steps", "eval_steps", "eval_rows", "drop_last",
+    "seed",
+)  # fmt: skip
+"""Parameters that go into the plan as they are."""
+
+
+@click.command(cls=Sectioned)
+@click.argument("model")
+@click.option("--gpu", metavar="GPU", required=True, help="A card of the catalogue (loraplan gpus), or local.")
+@click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
+@click.option(
+    "--schedule", "shape", type=Word("schedule", ("cosine", "linear", "constant")), default="cosine", show_default=True,
+    help="How the learning rate falls.",
+)  # fmt: skip
+@click.option("--warmup-steps", type=int, help="Steps of linear warm-up.")
+@click.option("--warmup-ratio", type=float, help="The same as a share of the run.")
+@click.option("--save-steps", type=click.IntRange(0), default=500, show_default=True, help="Checkpoint every N steps.")
+@click.option("--eval-steps", type=click.IntRange(0), default=0, help="Evaluate every N steps.")
+@click.option("--eval-rows", type=click.IntRange(0), default=0, help="Rows of an evaluation.")
+@click.option("--drop-last", is_flag=True, help="Whole effective batches only (floor), as the course counts.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the shuffles and the synthetic loss.")
+@click.option("--every", type=click.IntRange(0), default=0, help="Print every N-th step.")
+@click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="Replay live, so many times as fast.")
+@click.option("--plot", metavar="FILE", help="Draw the run (.png, .svg or .pdf).")
+@click.option(
+    "--format", "style", type=Word("format", (*FORMATS, "jsonl")), default="table", show_default=True,
+    help="How to print.",
+)  # fmt: skip
+@cost_options
+@data_options
+@training_options
+def simulate(
+    model: str, gpu: str, every: int, speed: float | None, plot: str | None, style: str, **given: Any
+) -> int:  # fmt: skip
+    """Play a training run through: steps, learning rate, time, tokens, memory and cost of every optimizer step.
+
+    Time, memory and tokens are predicted. The loss curve is synthetic: an illustration, and labelled so.
+
+    \b
+    Examples:
+      loraplan simulate meta-llama/Llama-3.1-8B --gpu rtx-4090 --rows 1000 --epochs 3 --batch 4 --grad-accum 4
+      loraplan simulate Qwen/Qwen2.5-7B --gpu l4 --data ./train.jsonl --padding grouped --plot ./run.png
+      loraplan simulate Qwen/Qwen2.5-7B --gpu l4 --rows 200 --mean-tokens 300 --seq-len 512 --format csv
+
+    \b
+    Exit codes: 0 the run works, 1 it trains nothing or does not fit, 2 could not answer.
+    """
+    simulation = _simulation(model, gpu, given, every)
+    if plot:
+        from planner.report import data_plots
+
+        data_plots.timeline(simulation.timeline, plot)
+    if speed:
+        _replay(simulation, speed, style)
+    else:
+        from planner.report.simulation import render
+
+        click.echo(render(simulation, style), nl=False)
+    works = len(simulation.timeline) and not simulation.timeline.out_of_memory_step()
+    return 0 if works and simulation.timeline.cost.prediction.verdict == "fits" else 1
+
+
+def _simulation(model: str, gpu: str, given: dict[str, Any], every: int) -> Simulation:
+    from planner import adapter
+    from planner.cli.data_options import apply, take
+    from planner.cli.fits import card_of
+    from planner.cli.money import price_of
+    from planner.cli.plan import configure, load_model, training_settings
+    from planner.curves import StepCost
+    from planner.report.answer import training_words
+    from planner.report.simulation import Simulation
+    from planner.simulate import Timeline, closed_form
+
+    wanted = {name: given.pop(name) for name in COST}
+    run = {name: given.pop(name) for name in RUN}
+    data = take(given)
+    card = card_of(gpu, None)
+    assert card is not None
+    stack = training_settings(given)
+    loaded = load_model(model)
+    found = apply(data, loaded.spec, stack or "custom", given)
+    _, training = configure(loaded.spec, stack or "custom", given, card=card)
+    lengths, how, words = (
+        (found.found.lengths, found.batching, _data_words(found)) if found else _constant(training, wanted, data)
+    )
+    shortest = found.seen.shortest if found else training.seq_len
+    cost = StepCost(loaded.spec, training, card, shortest, training.seq_len)
+    price = price_of(cost.prediction, wanted)
+    plan = _plan(run, lengths, how, training.gradient_accumulation_steps, wanted["epochs"], price)
+    notes = [*loaded.warnings, *cost.prediction.warnings]
+    if training.lora is not None:
+        notes += adapter.facts(loaded.spec, training).warnings
+    if price is not None:
+        import datetime
+
+        notes += price.warnings(datetime.date.today())
+    return Simulation(
+        timeline=Timeline(plan, cost),
+        closed=closed_form(plan, cost),
+        run_words=training_words(loaded.spec.model_id.rpartition("/")[2], training),
+        card=card.name,
+        data=words,
+        every=every,
+        notes=tuple(dict.fromkeys(notes)),
+        price=f"{price.usd_per_hour:,.3f} USD/h ({price.instance_type or price.source} {price.date})" if price else "",
+    )
+
+
+def _plan(run: dict[str, Any], lengths: Any, how: Any, accumulation: int, epochs: float | None, price: Any) -> Plan:
+    from planner.simulate import Plan
+
+    return Plan(
+        lengths=lengths, batching=how, accumulation=accumulation, epochs=3.0 if epochs is None else epochs,
+        usd_per_hour=price.usd_per_hour if price else 0.0, **run,
+    )  # fmt: skip
+
+
+def _data_words(found: Any) -> str:
+    scan = found.found
+    return f"{len(scan.lengths):,} rows as {scan.template.name}, {scan.lengths.total:,} tokens ({scan.token_label})" + (
+        f"; {scan.num_problems:,} rows left out" if scan.num_problems else ""
+    )
+
+
+def _constant(training: Any, wanted: dict[str, Any], data: dict[str, Any]) -> tuple[Any, Any, str]:
+    """Rows of one length, when there is no data: all padded to the length.
+
+    Raises:
+        PlannerError: neither data nor a number of rows.
+    """
+    from itertools import repeat
+
+    from planner.cli.money import amount_of
+    from planner.dataset.batches import Batching
+    from planner.dataset.lengths import Lengths
+    from planner.errors import Contradiction, InvalidInput
+
+    if wanted["rows"] is None or wanted["tokens"] is not None:
+        raise Contradiction("what is trained? give --data FILE, or --rows N")
+    amount_of(wanted)  # checks the ranges
+    if wanted["rows"] > 50_000_000:
+        raise InvalidInput(f"--rows is {wanted['rows']:,}; a timeline takes at most 50,000,000")
+    mean = min(round(wanted["mean_tokens"] or training.seq_len), training.seq_len)
+    lengths = Lengths(repeat(max(mean, 1), wanted["rows"]))
+    how = Batching(batch=training.micro_batch_size, limit=training.seq_len, padding="max")
+    return lengths, how, f"{wanted['rows']:,} rows of {mean:,} tokens, padded to {training.seq_len:,} (no data given)"
+
+
+def _replay(simulation: Simulation, speed: float, style: str) -> None:
+    """Print the steps as they would happen, `speed` times as fast, with a bar on a terminal's stderr."""
+    import sys
+    import time
+
+    from planner.report import simulation as report
+
+    wanted = {step.step for step in report.shown(simulation)}
+    with click.progressbar(
+        length=len(simulation.timeline), label="training", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        start = time.monotonic()
+        for step in simulation.timeline:
+            wait = step.elapsed_s / speed - (time.monotonic() - start)
+            if wait > 0:
+                time.sleep(wait)
+            bar.update(1)
+            if style == "jsonl" or step.step in wanted:
+                click.echo(report.line(step) if style == "jsonl" else "  ".join(report.table_row(step)).rstrip())
+                sys.stdout.flush()
+    if style != "jsonl":
+        click.echo("")
+        click.echo(report.render(simulation, style), nl=False)

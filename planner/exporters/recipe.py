@@ -1,0 +1,125 @@
+"""What an export writes down: the planned settings in the words that exporters translate."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from planner.dataset.batches import Padding
+from planner.errors import Contradiction, InvalidInput, one_line
+from planner.lora import resolve_targets
+from planner.model import ModelSpec
+from planner.records import record
+from planner.schedule import Shape
+from planner.training import TrainingSpec
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "adamw-bf16-states": "adamw_torch",
+    "adamw-8bit": "adamw_8bit", "paged-adamw": "paged_adamw_32bit", "paged-adamw-8bit": "paged_adamw_8bit",
+    "lion": "lion_32bit", "lion-8bit": "lion_8bit", "adafactor": "adafactor", "sgd": "sgd",
+}  # fmt: skip
+"""Optimizer -> its name in transformers (training_args.py OptimizerNames)."""
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash2": "flash_attention_2"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+ON_THE_FLY = ("none", "nf4", "fp4", "int8")
+"""Quantizations that a trainer applies while it loads 16-bit weights."""
+
+
+class Artifact(NamedTuple):
+    """A file to write."""
+
+    name: str
+    text: str
+
+
+@record
+class Export:
+    """The files of one target, and what its reader must know."""
+
+    artifacts: tuple[Artifact, ...]
+    """The main one first."""
+    notes: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    """What the target would refuse."""
+
+
+@record
+class Recipe:
+    """A planned run with the names that no model or training setting holds."""
+
+    model_id: str
+    model: ModelSpec
+    training: TrainingSpec
+    limit: int
+    """Rows are cut to this many tokens."""
+    data: str = "train.jsonl"
+    data_shape: str = "alpaca"
+    template: str = "alpaca-seed"
+    padding: Padding = "longest"
+    output_dir: str = "output"
+    learning_rate: float = 2e-4
+    schedule: Shape = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    epochs: float = 3.0
+    max_steps: int = 0
+    """0: as many as the epochs take."""
+    save_steps: int = 500
+    seed: int = 42
+    plan_words: str = ""
+    """The plan in a line, for a comment."""
+
+    def __post_init__(self) -> None:
+        kind = self.training.quantization.kind
+        if kind not in ON_THE_FLY:
+            raise Contradiction(
+                f"a {kind} base is a checkpoint of its own: exports load 16-bit weights and quantize them with "
+                f"bitsandbytes; choose one of {', '.join(ON_THE_FLY)}"
+            )
+        for name in ("model_id", "data", "output_dir"):
+            value = getattr(self, name)
+            if not value or not value.isprintable():
+                raise InvalidInput(f"{name} is {one_line(value)!r}; must be a name without control characters")
+
+    @property
+    def targets(self) -> list[str]:
+        """The adapted modules by the last part of their names; empty for full fine-tuning."""
+        if self.training.lora is None:
+            return []
+        adapted = resolve_targets(self.model, self.training.lora)
+        if any(item.kind == "parameter" for item in adapted):
+            raise Contradiction(
+                f"the adapters of {one_line(self.model_id)} are on fused expert parameters, which exports do not write "
+                "yet; target the attention modules: --targets attention"
+            )
+        return list(dict.fromkeys(item.name.rpartition(".")[2] for item in adapted))
+
+    @property
+    def adapter(self) -> str:
+        """none, lora or qlora, as axolotl says it."""
+        if self.training.lora is None:
+            return "none"
+        return "lora" if self.training.quantization.kind == "none" else "qlora"
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether the base is loaded in 4 bit."""
+        return self.training.quantization.kind in ("nf4", "fp4")
+
+    @property
+    def packing(self) -> bool:
+        """Whether rows are packed."""
+        return self.padding == "packed"
+
+
+def common_notes(recipe: Recipe) -> list[str]:
+    """What the plan has and an export cannot say."""
+    training, notes = recipe.training, []
+    if training.kernels in ("unsloth", "fms-fused"):
+        notes.append(f"the plan uses {training.kernels} kernels, which only their own trainer has; they are left out")
+    if training.lora is not None and training.lora.target_slices:
+        notes.append("target_slices exist in litgpt only; whole modules are adapted instead")
+    if training.quantization.quantized_modules == "adapted-only":
+        notes.append("the plan quantizes adapted modules only; bitsandbytes quantizes every linear module")
+    if recipe.padding == "max":
+        notes.append("the plan pads every row to the limit; trainers pad to the longest of a batch")
+    return notes

@@ -1,0 +1,200 @@
+"""The report of `loraplan lora`: what a configuration trains, how it is scaled, what it stores, what others would say."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from planner.adapter import AdapterFacts
+from planner.errors import one_line
+from planner.labs import Comparison
+from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
+from planner.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
+from planner.training import TrainingSpec
+from planner.units import GB, human_bytes
+
+SCHEMA_VERSION = 1
+
+
+class Rival(NamedTuple):
+    """What entrenar answers for the same card, beside our own figures for it."""
+
+    plan: EntrenarPlan
+    exact_trainable: int
+    """Of its configuration: its rank, attention modules."""
+    memory_bytes: int
+    """Predicted here for its configuration and its built-in batch and length."""
+    verdict: str | None
+    """Of the same."""
+    own_memory_bytes: int
+    """Predicted for the configuration that was asked for."""
+    own_verdict: str | None
+    notes: tuple[str, ...]
+
+
+class LoraAnswer(NamedTuple):
+    """Everything a report about a configuration may print."""
+
+    model_id: str
+    training: TrainingSpec
+    facts: AdapterFacts
+    comparisons: tuple[Comparison, ...]
+    rival: Rival | None = None
+
+
+def render(answer: LoraAnswer, style: str) -> str:
+    """Return the report as table, json, csv or markdown."""
+    if style == "json":
+        return json_text(document(answer))
+    if style == "csv":
+        return csv_text(_MODULE_HEADERS, _module_rows(answer.facts))
+    return _markdown(answer) if style == "markdown" else _text(answer)
+
+
+_MODULE_HEADERS = ("module", "in", "out", "r", "times", "each", "parameters")
+
+
+def _module_rows(facts: AdapterFacts) -> list[tuple[Any, ...]]:
+    return [(m.name, m.in_features, m.out_features, m.rank, m.count, m.each, m.total) for m in facts.modules]
+
+
+def summary(answer: LoraAnswer) -> list[tuple[str, str]]:
+    """(name, value with its unit) of everything but the modules."""
+    f, lora = answer.facts, answer.training.lora
+    assert lora is not None
+    lines = [
+        ("trainable", f"{f.trainable_parameters:,} of {f.model_parameters:,} parameters ({f.trainable_share:.3%})"),
+        ("scaling", f"{f.scaling:.4g} ({f.scaling_rule}, alpha {lora.lora_alpha:g}, r {lora.r})"),
+        ("adapter file", f"{human_bytes(f.file_bytes)} ({f.file_bytes:,} bytes, {f.file_dtype})"),
+    ]
+    if f.saved_module_parameters:
+        lines.insert(1, ("modules to save", f"{f.saved_module_parameters:,} parameters, trained in full"))
+    base, kind = f.base, answer.training.quantization.kind
+    if base.quantized_elements:
+        bits = f"{base.bits_per_weight:.10g} bits a weight" if base.bits_per_weight else kind
+        lines += [
+            ("quantized base", f"{base.quantized_elements:,} weights as {kind}, {bits}: {base.quantized_bytes / GB:.3f} GB"),
+            ("rest of the base", f"{base.other_elements:,} weights: {base.other_bytes / GB:.3f} GB"),
+        ]  # fmt: skip
+    lines.append(("base", f"{base.total_bytes:,} bytes ({base.bits_overall:.2f} bits a weight over the whole model)"))
+    return lines
+
+
+def _text(answer: LoraAnswer) -> str:
+    blocks = [
+        aligned(_MODULE_HEADERS, _module_rows(answer.facts)),
+        "".join(f"{wrapped(f'{name:<18}{value}', 96, ' ' * 18)}\n" for name, value in summary(answer)),
+        "by other formulas, for the same configuration:\n" + aligned(_FORMULA_HEADERS, _formula_rows(answer)),
+        "".join(f"{wrapped(f'{c.what}: {c.why}', 96, '  ')}\n" for c in answer.comparisons if c.why),
+    ]
+    if answer.rival:
+        blocks.append(_rival_text(answer.rival))
+    blocks.append("".join(f"{wrapped(f'warning: {note}', 96, '  ')}\n" for note in answer.facts.warnings))
+    return "\n".join(block for block in blocks if block)
+
+
+_FORMULA_HEADERS = ("formula", "says", "exact", "unit", "ratio")
+
+
+def _formula_rows(answer: LoraAnswer) -> list[tuple[Any, ...]]:
+    return [(c.what, _number(c.theirs), _number(c.exact), c.unit, f"{c.ratio:.3g}") for c in answer.comparisons]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _rival_rows(rival: Rival) -> list[tuple[Any, ...]]:
+    plan = rival.plan
+    words = {"fits": "yes", "does not fit": "no"}
+    ours, own = words.get(rival.verdict or "", "unclear"), words.get(rival.own_verdict or "", "unclear")
+    asked = "as asked"
+    return [
+        ("fits", "yes" if plan.fits else "no", ours, own),
+        ("memory (GB)", _gb(plan.memory_bytes), _gb(rival.memory_bytes), _gb(rival.own_memory_bytes)),
+        ("rank", str(plan.rank), str(plan.rank), asked),
+        ("trainable", f"{plan.trainable_parameters:,}", f"{rival.exact_trainable:,}", ""),
+        ("rows x tokens", _ENTRENAR_BATCH, _ENTRENAR_BATCH, asked),
+    ]
+
+
+_ENTRENAR_BATCH = f"{ENTRENAR_BATCH} x {ENTRENAR_LENGTH}"
+_RIVAL_HEADERS = ("", "entrenar says", "its plan, here", "your run, here")
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / GB:.2f}"
+
+
+def _rival_text(rival: Rival) -> str:
+    title = f"entrenar-lora plan, method {rival.plan.method}, for this model's size and card:\n"
+    table = aligned(_RIVAL_HEADERS, _rival_rows(rival))
+    return title + table + "".join(f"{wrapped(f'- {note}', 96, '  ')}\n" for note in rival.notes)
+
+
+def document(answer: LoraAnswer) -> dict[str, Any]:
+    """Everything as plain JSON values."""
+    f = answer.facts
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": answer.model_id,
+        "modules": [
+            {
+                "name": m.name, "in_features": m.in_features, "out_features": m.out_features, "r": m.rank,
+                "count": m.count, "parameters_each": m.each, "parameters": m.total,
+            }
+            for m in f.modules
+        ],
+        "trainable_parameters": f.trainable_parameters,
+        "saved_module_parameters": f.saved_module_parameters,
+        "model_parameters": f.model_parameters,
+        "scaling": f.scaling,
+        "scaling_rule": f.scaling_rule,
+        "adapter_file_bytes": f.file_bytes,
+        "base": {
+            "quantized_elements": f.base.quantized_elements,
+            "quantized_bytes": f.base.quantized_bytes,
+            "bits_per_weight": f.base.bits_per_weight or None,
+            "other_elements": f.base.other_elements,
+            "other_bytes": f.base.other_bytes,
+            "bytes": f.base.total_bytes,
+        },
+        "formulas": [
+            {"formula": c.what, "says": c.theirs, "exact": c.exact, "unit": c.unit, "why": c.why or None}
+            for c in answer.comparisons
+        ],
+        "entrenar": _rival_document(answer.rival),
+        "warnings": list(f.warnings),
+    }  # fmt: skip
+
+
+def _rival_document(rival: Rival | None) -> dict[str, Any] | None:
+    if rival is None:
+        return None
+    plan = rival.plan
+    return {
+        "method": plan.method, "rank": plan.rank, "alpha": plan.alpha, "fits": plan.fits,
+        "trainable_parameters": plan.trainable_parameters, "memory_bytes": plan.memory_bytes,
+        "utilization": plan.utilization, "speedup": plan.speedup,
+        "ours": {
+            "verdict": rival.verdict, "memory_bytes": rival.memory_bytes,
+            "trainable_parameters": rival.exact_trainable,
+        },
+        "asked_for": {"verdict": rival.own_verdict, "memory_bytes": rival.own_memory_bytes},
+        "notes": list(rival.notes),
+    }  # fmt: skip
+
+
+def _markdown(answer: LoraAnswer) -> str:
+    blocks = [
+        f"## {escape(one_line(answer.model_id))}",
+        markdown(_MODULE_HEADERS, _module_rows(answer.facts)).rstrip(),
+        markdown(("", ""), summary(answer)).rstrip(),
+        markdown((*_FORMULA_HEADERS, "why"), [
+            (*row, c.why) for row, c in zip(_formula_rows(answer), answer.comparisons, strict=True)
+        ]).rstrip(),
+    ]  # fmt: skip
+    if answer.rival:
+        blocks.append(markdown(_RIVAL_HEADERS, _rival_rows(answer.rival)).rstrip())
+        blocks.append("\n".join(f"- {escape(note)}" for note in answer.rival.notes))
+    blocks.append("\n".join(f"- Warning: {escape(note)}" for note in answer.facts.warnings))
+    return "\n\n".join(block for block in blocks if block) + "\n"
