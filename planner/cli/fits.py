@@ -30,7 +30,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 
 
 @click.command(cls=Sectioned)
-@model_or_config(many=True)
+@model_or_config(many=True, reports_gaps=True)
 @click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), local for this machine's, or cpu.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the command's help needs none of these
 
 
 @click.command(cls=Sectioned)
-@model_or_config()
+@model_or_config(reports_gaps=True)
 @click.option("--gpu", metavar="GPU", help="The card whose kernels are imitated (loraplan gpus); default an A100's.")
 @click.option(
     "--layers",
