@@ -93,6 +93,20 @@ def training_settings(given: dict[str, Any]) -> str | None:
     return stack
 
 
+def file_notes(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the config files of `given` ask for and the estimate lacks, as warnings."""
+    job = given.get("job")
+    return tuple(str(missing) for missing in job.missing) if job else ()
+
+
+def stack_origin(given: Mapping[str, Any], stack: str | None) -> str:
+    """Say where the choice of the framework comes from."""
+    job = given.get("job")
+    if job is not None and stack == job.stack:
+        return str(job.stack_origin)
+    return "given" if stack else "loraplan default"
+
+
 def configure(
     model: ModelSpec | None, stack: str, given: Mapping[str, Any], *, lenient: bool = False, card: Gpu | None = None
 ) -> tuple[Resolved, TrainingSpec]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.data_options import data_options
+from planner.cli.from_config import model_or_config
 from planner.cli.options import COST, FORMATS, Sectioned, Word, cost_options, training_options
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ RUN = (
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--gpu", metavar="GPU", required=True, help="A card of the catalogue (loraplan gpus), or local.")
 @click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
 @click.option(
