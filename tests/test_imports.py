@@ -17,16 +17,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
-    ("model", "training", "hardware"),
+    ("model", "training", "hardware", "dataset", "schedule"),
     ("lora", "families", "stacks", "headers"),
     ("gguf_config",),
     ("step", "allocator"),
     ("memory", "calibration"),
     ("timing",),
     ("predict", "cost"),
-    ("search", "validation", "traced"),
+    ("search", "validation", "traced", "curves", "adapter"),
+    ("simulate", "rivals"),
+    ("datarun", "labs"),
     ("catalog",),
-    ("sources",),
+    ("sources", "exporters"),
     ("report",),
     ("cli",),
 )
@@ -38,6 +40,10 @@ LAZY = {
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
     "matplotlib": ("report",),
+    "tokenizers": ("dataset",),
+    "jinja2": ("dataset",),
+    "pyarrow": ("dataset",),
+    "orjson": ("dataset",),
 }
 """What is not in the standard library and may be imported inside a function, and where ("" is everywhere)."""
 

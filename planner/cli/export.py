@@ -160,7 +160,6 @@ def _made(target: str, recipe: Recipe, place: dict[str, Any], call: dict[str, An
 
 def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, str | None, float]:
     """The planned run, its verdict on the card that was named, and the tokens it trains on."""
-    from planner import stacks
     from planner.cli.data_options import apply, take
     from planner.cli.fits import card_of
     from planner.cli.plan import configure, load_model, training_settings

@@ -70,10 +70,14 @@ def data_plan(
     if prediction.gpu is None or prediction.time is None:
         return run, None, ("no hours and no cost: the card's rates are not known",)
     from planner.datarun import planned
+    from planner.model import ModelSpec
+
+    model = prediction.model
+    assert isinstance(model, ModelSpec), "data is planned by loraplan's own program"
 
     price = price_of(prediction, wanted)
     epochs = 1.0 if wanted["epochs"] is None else wanted["epochs"]
-    done, made = planned(run, prediction.model, prediction.training, prediction.gpu, epochs=epochs, price=price)
+    done, made = planned(run, model, prediction.training, prediction.gpu, epochs=epochs, price=price)
     notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
     return done, made, notes
 

@@ -81,7 +81,7 @@ def _alpaca(value: Mapping[str, Any]) -> Row:
     if not instruction:
         raise RowError("instruction is empty")
     question = f"{instruction}\n{given}" if given else instruction
-    turns = (Turn("user", question), Turn("assistant", answer))
+    turns: tuple[Turn, ...] = (Turn("user", question), Turn("assistant", answer))
     if system:
         turns = (Turn("system", system), *turns)
     return Row("alpaca", turns, instruction, given, answer)
