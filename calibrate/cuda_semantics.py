@@ -185,8 +185,9 @@ def int8_matmul(
 # --- autocast ------------------------------------------------------------------------------------------------------
 
 FP32_OPS = (
-    "layer_norm", "native_layer_norm", "group_norm", "rsqrt", "reciprocal", "exp", "log", "log2", "softplus",
-    "logsumexp", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "cosh", "sinh", "tan",
+    "layer_norm", "native_layer_norm", "group_norm", "rsqrt", "reciprocal", "exp", "expm1", "log", "log10", "log1p",
+    "log2", "softplus", "logsumexp", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "acos", "asin", "cosh",
+    "erfinv", "sinh", "tan", "nll_loss", "nll_loss2d",
 )  # fmt: skip
 FP32_OPT_DTYPE_OPS = ("log_softmax.int", "cumsum", "sum", "sum.dim_IntList", "prod.dim_int")
 FALLTHROUGH_OPS = ("cross_entropy_loss",)
@@ -196,7 +197,8 @@ FALLTHROUGH_OPS = ("cross_entropy_loss",)
 def cuda_autocast_lists(enabled: bool) -> Iterator[None]:
     """Give CPU autocast CUDA's lists of operations that run in fp32.
 
-    Source: ATen/autocast_mode.h AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE.
+    Source: ATen/autocast_mode.h AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE (a dtype that the caller names stays:
+    cross_entropy_loss names that of the logits).
     """
     if not enabled:
         yield
@@ -242,9 +244,8 @@ def _with_fp32_dtype(op: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with _no_autocast():
             first = args[0]
-            if kwargs.get("dtype") is None and first.dtype in (torch.float16, torch.bfloat16):
-                if "log_softmax" in str(op) and len(args) > 2:
-                    args = args[:2]
+            given = kwargs.get("dtype") or (args[2] if "log_softmax" in str(op) and len(args) > 2 else None)
+            if given is None and first.dtype in (torch.float16, torch.bfloat16):
                 kwargs["dtype"] = torch.float32
             return op(*args, **kwargs)
 
@@ -317,6 +318,32 @@ def _efficient_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence
     b, h, s_q, d = query.shape
     # dk and dv of grouped heads are tensors of GroupedEfficientAttention, not hidden buffers: h key heads here.
     return cuda_rules.efficient_backward_workspace(b, s_q, key.shape[2], h, h, d, query.element_size())
+
+
+@contextmanager
+def grouped_mm_dtypes() -> Iterator[None]:
+    """Let grouped_mm take fp32 and fp16 as its CUDA kernel does; torch 2.13's shape function still asks for bf16.
+
+    Source: ATen/native/cuda/GroupedBlas.cpp _grouped_mm_cuda (falls back to one mm per group) and
+    torch/_meta_registrations.py _meta_grouped_mm_common.
+    """
+    from torch import _meta_registrations as meta
+
+    original = meta._meta_grouped_mm_common
+
+    def common(mat_a: torch.Tensor, mat_b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        wanted = mat_a.dtype
+        if wanted not in (torch.float32, torch.float16) or mat_b.dtype != wanted:
+            return original(mat_a, mat_b, *args, **kwargs)
+        a, b = (torch.empty_like(m, dtype=torch.bfloat16) for m in (mat_a, mat_b))
+        out = original(a, b, *args, **{**kwargs, "out_dtype": None})
+        return torch.empty_strided(out.size(), out.stride(), dtype=wanted, device=out.device)
+
+    meta._meta_grouped_mm_common = common
+    try:
+        yield
+    finally:
+        meta._meta_grouped_mm_common = original
 
 
 # --- transformers --------------------------------------------------------------------------------------------------

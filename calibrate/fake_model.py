@@ -24,6 +24,8 @@ NOT_CONFIG = ("torch_dtype", "dtype", "quantization_config", "architectures", "a
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 MARKS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "all-linear": r"layers|blocks|\.h\."}
 """How module paths show what a target keyword means."""
+IN_LAYER = re.compile(r"^.*\.(layers|h|blocks|block)\.\d+\.")
+"""The way to a decoder layer: what follows names a module in it ("attn.c_proj" where the MLP has a c_proj too)."""
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -86,24 +88,34 @@ def build(config: dict[str, Any], training: TrainingSpec, layers: int | None = N
     return model, notes
 
 
-def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
+def causal_model(cfg: Any, implementation: str, dtype: torch.dtype) -> tuple[Any, str]:
+    """Return the causal language model of a config and the attention implementation that its class has.
+
+    Raises:
+        UnknownName: the installed transformers has no decoder-only language model for it.
+    """
     from transformers import AutoModelForCausalLM
 
-    if type(cfg) not in AutoModelForCausalLM._model_mapping:
+    if type(cfg) not in AutoModelForCausalLM._model_mapping or cfg.is_encoder_decoder:
         raise UnknownName(
-            f"transformers has no causal language model for model_type {one_line(cfg.model_type)!r}; "
-            "only decoder-only language models are planned"
+            f"transformers has no decoder-only language model for model_type {one_line(cfg.model_type)!r}; "
+            "only such models are planned"
         )
+    try:
+        return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=implementation), implementation
+    except ValueError as error:
+        if implementation == "eager" or "attention implementation" not in str(error):
+            raise
+        return AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="eager"), "eager"
+
+
+def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
     implementation = "eager" if training.attention == "eager" else "sdpa"
     dtype = DTYPES[training.base_dtype]
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation=implementation)
-        except ValueError as error:
-            if implementation == "eager" or "attention implementation" not in str(error):
-                raise
-            notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
-            model = AutoModelForCausalLM.from_config(cfg, dtype=dtype, attn_implementation="eager")
+        model, taken = causal_model(cfg, implementation, dtype)
+    if taken != implementation:
+        notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
     _keep_in_fp32(model, dtype)
     model.tie_weights()
     if training.untied_head and cfg.tie_word_embeddings:
@@ -213,14 +225,16 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
     if names == ("all-linear",):
         return "all-linear"
     found: set[str] = set()
-    kinds = (nn.Linear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, Conv1D)
     for wanted in names:
         if wanted not in ("attention", "mlp", "all-linear"):
             found.add(wanted)
             continue
         for path, module in model.named_modules():
             if isinstance(module, kinds) and "lm_head" not in path and re.search(MARKS[wanted], path):
-                found.add(path.rsplit(".", 1)[-1])
+                found.add(IN_LAYER.sub("", path))
     return sorted(found)
 
 
@@ -234,11 +248,18 @@ def fake_maker(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def random_maker(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A small random tensor for real runs."""
-    if dtype.is_floating_point:
-        return (torch.randn(shape, dtype=torch.float32) * 0.02).to(dtype)
-    return torch.zeros(shape, dtype=dtype)
+class RandomMaker:
+    """Small random tensors for real runs, made on the device: never zeros, on which multipliers draw less power."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if dtype.is_floating_point:
+            values = torch.randn(shape, dtype=torch.float32, device=self.device) * 0.02
+            return (values + 1.0 if len(shape) == 1 else values).to(dtype)  # norms scale by about one
+        least, most = (-127, 128) if dtype == torch.int8 else (0, 2)
+        return torch.randint(least, most, shape, dtype=dtype, device=self.device)
 
 
 def materialise(model: nn.Module, training: TrainingSpec, make: Maker) -> Iterator[tuple[str, torch.Tensor]]:
@@ -277,7 +298,7 @@ def _materialise_4bit(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     quant = training.quantization
     n, k = module.out_features, module.in_features
-    if make is random_maker:
+    if isinstance(make, RandomMaker):
         weight, state = bnb.functional.quantize_4bit(
             make((n, k), DTYPES[training.base_dtype]),
             blocksize=cuda_rules.BLOCKSIZE_4BIT,
@@ -334,6 +355,8 @@ def _materialise_int8(path: str, module: Any, make: Maker) -> Iterator[tuple[str
     n, k = module.out_features, module.in_features
     weight = make((n, k), torch.int8)
     scale = make((n,), torch.float32)
+    if isinstance(make, RandomMaker):
+        scale = scale * (0.02 * 3.0 / 127)  # int8 rows whose largest entry is about three standard deviations
     parameter = nn.Parameter(weight, requires_grad=False)
     parameter.CB = parameter.SCB = None
     module.weight = parameter

@@ -101,7 +101,8 @@ def _sources(result: TraceResult, block: Block) -> Iterator[Block]:
 
 def _is_input(block: Block) -> bool:
     """Token ids, rotary tables and masks among what is made before the first layer; the rest are embeddings."""
-    floating = block.dtype.startswith(("float", "bfloat"))
+    made_there = block.op == "aten.native_dropout"  # its mask is of bools too
+    floating = made_there or block.dtype.startswith(("float", "bfloat"))
     return not floating or "rotary" in block.module or len(block.shape) > 3
 
 

@@ -1,4 +1,4 @@
-"""The optimizers of TrainingSpec, from torch, bitsandbytes and transformers, constructed for a trace."""
+"""The optimizers of TrainingSpec, from torch, bitsandbytes and transformers, constructed for a trace or a real step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from calibrate.tracker import Tracker
-from planner.cuda_rules import Architecture
 from planner.training import TrainingSpec
 
 PAGED_MIN_ELEMENTS = 100_000
 """bitsandbytes keeps smaller states on the device even in paged optimizers (optim/optimizer.py get_state_buffer)."""
 
 
-def make_optimizer(
-    training: TrainingSpec, parameters: list[torch.nn.Parameter], tracker: Tracker, arch: Architecture
-) -> Any:
-    """Return the optimizer; its states appear in the tracker when the first step makes them."""
+def make_optimizer(training: TrainingSpec, parameters: list[torch.nn.Parameter], tracker: Tracker | None = None) -> Any:
+    """Return the optimizer; its states appear in the tracker, if there is one, when the first step makes them."""
     name = training.optimizer
     if name in ("adamw", "adamw-bf16-states"):
         return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
@@ -33,7 +30,7 @@ def make_optimizer(
     return _bitsandbytes(name, parameters, tracker)
 
 
-def _bitsandbytes(name: str, parameters: list[torch.nn.Parameter], tracker: Tracker) -> Any:
+def _bitsandbytes(name: str, parameters: list[torch.nn.Parameter], tracker: Tracker | None) -> Any:
     import bitsandbytes as bnb
 
     kinds: dict[str, Any] = {
@@ -46,7 +43,7 @@ def _bitsandbytes(name: str, parameters: list[torch.nn.Parameter], tracker: Trac
     with unset_fake_temporarily():  # fill_qmap reads tensor values
         optimizer = kinds[name](parameters, lr=1e-4)
         optimizer.fill_qmap()
-    if name.startswith("paged"):
+    if tracker is not None and name.startswith("paged"):
         device_buffer = optimizer.get_state_buffer
 
         def state_buffer(p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,101 +11,35 @@ from torch import nn
 
 from calibrate.optimizers import make_optimizer
 from calibrate.tracker import Tracker
+from calibrate.training_step import TrainingStep
 from planner.cuda_rules import Architecture, cublas_handles, cublas_workspace_bytes
 from planner.training import TrainingSpec
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAYER = re.compile(r"(.*\.)?(layers|h|blocks|block)\.(\d+)$")
 
 
-class Step:
-    """Runs forward, loss, backward, clipping, optimizer; every call is one optimizer step."""
+class Step(TrainingStep):
+    """A training step whose phases and modules the tracker knows; fake tensors unless `real`."""
 
     def __init__(self, model: Any, training: TrainingSpec, tracker: Tracker, arch: Architecture, *, real: bool) -> None:
-        self.model = model
-        self.training = training
         self.tracker = tracker
-        self.arch = arch
-        self.real = real
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.vocab_size = int(base.config.get_text_config().vocab_size)
-        layers = [(m[3], module) for name, module in base.named_modules() if (m := LAYER.match(name))]
-        self.num_layers = len(layers)
-        if training.gradient_checkpointing != "none":
-            self._enable_checkpointing(base)
-        self._label_modules(base, {id(module): int(index) for index, module in layers})
-        base.loss_function = self._loss
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(training, self.trainable, tracker, arch)
+        super().__init__(model, training, real=real)
         if arch.blas_workspaces:
             for _ in range(cublas_handles()):
                 tracker.allocate(cublas_workspace_bytes(arch.capability), "cublas workspace")
 
+    def _prepare(self) -> None:
+        layers = [(m[3], module) for name, module in self.base.named_modules() if (m := LAYER.match(name))]
+        self.num_layers = len(layers)
+        self._label_modules(self.base, {id(module): int(index) for index, module in layers})
+
+    def _make_optimizer(self) -> Any:
+        return make_optimizer(self.training, self.trainable, self.tracker)
+
     @property
     def micro_steps(self) -> int:
-        """Micro batches run per optimizer step."""
+        """At most two: more look the same."""
         return min(self.training.gradient_accumulation_steps, 2)
-
-    # --- the step ----------------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Run one optimizer step (at most two micro steps: more look the same)."""
-        self.optimizer.zero_grad(set_to_none=True)
-        for _ in range(self.micro_steps):
-            self._micro_step()
-        self._enter("optimizer", "optimizer")
-        with torch.no_grad():
-            if self.training.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(self.trainable, self.training.max_grad_norm, foreach=True)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._enter("end", "end")
-
-    def _micro_step(self) -> None:
-        training = self.training
-        self._enter("forward", "embedding")
-        batch = self._batch()
-        with ExitStack() as stack:
-            if training.autocast != "none":
-                dtype = AUTOCAST[training.autocast]
-                stack.enter_context(torch.autocast("cpu", dtype))
-                # PEFT's bitsandbytes layers ask for the CUDA flag.
-                stack.callback(torch.set_autocast_enabled, "cuda", torch.is_autocast_enabled("cuda"))
-                torch.set_autocast_enabled("cuda", True)
-                torch.set_autocast_dtype("cuda", dtype)
-            outputs = self.model(**batch)
-        if training.outputs_to_fp32:
-            outputs["logits"] = outputs["logits"].float()
-        loss = outputs["loss"]
-        if not training.keeps_outputs:
-            del outputs
-        if training.gradient_accumulation_steps > 1:
-            loss = loss / training.gradient_accumulation_steps
-        self._enter("backward", "head backward")
-        loss.backward()
-        self._enter("end", "end")
-
-    def _batch(self) -> dict[str, torch.Tensor]:
-        shape = (self.training.micro_batch_size, self.training.seq_len)
-        ids = torch.randint(0, self.vocab_size, shape) if self.real else torch.empty(shape, dtype=torch.int64)
-        batch = {"input_ids": ids, "labels": ids.clone()}
-        if self.training.padded:
-            mask = torch.ones(shape, dtype=torch.int64)
-            if self.real:
-                mask[0, -1:].zero_()
-            batch["attention_mask"] = mask
-        return batch
-
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
-        self._enter("loss", "loss")
-        if self.training.loss == "full-logits-fp32":
-            return ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
-        if self.training.loss != "full-logits":
-            raise NotImplementedError(f"the trace has no {self.training.loss} loss")
-        labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
-        return nn.functional.cross_entropy(logits.view(-1, vocab_size), labels.view(-1), ignore_index=-100)
 
     # --- labels ------------------------------------------------------------------------------------------------
 
@@ -160,9 +93,9 @@ class Step:
 
     # --- checkpointing -----------------------------------------------------------------------------------------
 
-    def _enable_checkpointing(self, base: Any) -> None:
-        base.activation_checkpointing_enable({"use_reentrant": self.training.use_reentrant})
-        for module in base.modules():
+    def _enable_checkpointing(self) -> None:
+        super()._enable_checkpointing()
+        for module in self.base.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 checkpoint = module._gradient_checkpointing_func
                 if self.training.gradient_checkpointing == "offload":

@@ -1,6 +1,7 @@
 """Summary: what a trace says about its last step, segment by segment, small enough to print and to extrapolate.
 
-Bytes are blocks of 512, as torch.cuda.max_memory_allocated counts them; FLOPs are those of one micro batch.
+Bytes are blocks of 512, as torch.cuda.max_memory_allocated counts them, or requested bytes (block=1); FLOPs are those
+of one micro batch.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from calibrate import extrapolate as depths
-from calibrate import ledger
+from calibrate import alike, ledger
 from calibrate.trace import STEPS, TraceResult, trace
 from planner.cuda_rules import Architecture
 from planner.memory import BLOCK, CATEGORIES
 from planner.training import TrainingSpec
 
 Counts = dict[str, int]
+
+SHALLOW, DEEP = 3, 4
+"""Repetitions traced: a first, a last, and one or two between them."""
 
 _LAYER = re.compile(r"layer\.(\d+) (forward|backward)")
 _WRAPPERS = re.compile(r"^(base_model\.model\.)+")
@@ -103,28 +106,40 @@ class Summary:
 
 
 def summarise(
-    config: dict[str, Any], training: TrainingSpec, *, layers: int | None = None, arch: Architecture | None = None
+    config: dict[str, Any],
+    training: TrainingSpec,
+    *,
+    layers: int | None = None,
+    arch: Architecture | None = None,
+    block: int = BLOCK,
 ) -> Summary:
-    """Trace a few layers and extrapolate to the model's depth (or to `layers`), where its layers are alike.
+    """Trace two shallow stacks and extrapolate to the model's depth (or to `layers`), where its layers repeat.
 
-    Stacks of unlike layers are traced in full.
+    Otherwise, or where that would save nothing, every layer is traced.
     """
-    depth = layers or depths.depth(config)
-    if depth <= depths.DEEP + 1 or not depths.uniform(config):
-        return of_trace(trace(config, training, layers=layers, arch=arch))
-    shallow, deep = (
-        of_trace(trace(config, training, layers=number, arch=arch)) for number in (depths.SHALLOW, depths.DEEP)
-    )
-    return extrapolated(shallow, deep, depth)
+    kinds = alike.layer_kinds(config, layers)
+    pattern = alike.pattern(kinds)
+    few, more = (pattern.depth(repetitions) for repetitions in (SHALLOW, DEEP))
+    if few + more >= len(kinds) or not all(_starts_alike(config, kinds, pattern, n) for n in (few, more)):
+        return of_trace(trace(config, training, layers=layers, arch=arch), block)
+    shallow, deep = (of_trace(trace(config, training, layers=number, arch=arch), block) for number in (few, more))
+    return extrapolated(shallow, deep, pattern)
+
+
+def _starts_alike(config: dict[str, Any], kinds: list[int], pattern: alike.Pattern, layers: int) -> bool:
+    """Whether the model cut to `layers` starts, repeats and ends as the whole one."""
+    end = pattern.period + pattern.rest
+    return alike.layer_kinds(config, layers) == [*kinds[: layers - end], *kinds[-end:]]
 
 
 # --- from one trace ------------------------------------------------------------------------------------------------
 
 
-def of_trace(result: TraceResult) -> Summary:
+def of_trace(result: TraceResult, block: int = BLOCK) -> Summary:
     """Summarise one trace at the depth it was run."""
-    levels = _levels(result)
-    alive = _alive_at(result, {segment.peak_event for segment in levels.values()})
+    sizes = [rounded(event.nbytes, block) for event in result.events]
+    levels = _levels(result, sizes)
+    alive = _alive_at(result, sizes, {segment.peak_event for segment in levels.values()})
     flops = _flops_by_segment(result)
     segments = []
     for name, level in levels.items():
@@ -148,9 +163,9 @@ def of_trace(result: TraceResult) -> Summary:
     )
 
 
-def rounded(nbytes: int) -> int:
+def rounded(nbytes: int, block: int) -> int:
     """Whole blocks of the allocator, for allocations (positive) and releases (negative) alike."""
-    return -(-nbytes // BLOCK) * BLOCK if nbytes > 0 else nbytes // BLOCK * BLOCK
+    return -(-nbytes // block) * block if nbytes > 0 else nbytes // block * block
 
 
 @dataclass(slots=True)
@@ -161,12 +176,12 @@ class _Level:
     peak_event: int
 
 
-def _levels(result: TraceResult) -> dict[str, _Level]:
+def _levels(result: TraceResult, sizes: list[int]) -> dict[str, _Level]:
     """Start, highest and last level of every segment of the last step, in order of first appearance."""
     found: dict[str, _Level] = {}
     level = 0
     for index, event in enumerate(result.events):
-        before, level = level, level + rounded(event.nbytes)
+        before, level = level, level + sizes[index]
         if event.step != STEPS:
             continue
         at = found.get(event.segment)
@@ -178,7 +193,7 @@ def _levels(result: TraceResult) -> dict[str, _Level]:
     return found
 
 
-def _alive_at(result: TraceResult, moments: set[int]) -> dict[int, tuple[Counts, Counts]]:
+def _alive_at(result: TraceResult, sizes: list[int], moments: set[int]) -> dict[int, tuple[Counts, Counts]]:
     """Bytes alive right after some events, by category and by module."""
     lives = ledger._Lifetimes(result)
     owners: Counts = dict.fromkeys(CATEGORIES, 0)
@@ -190,8 +205,8 @@ def _alive_at(result: TraceResult, moments: set[int]) -> dict[int, tuple[Counts,
         if event.id not in labels:
             labels[event.id] = ledger.category(result, block, lives), module_name(block.module, block.segment)
         owner, module = labels[event.id]
-        owners[owner] = owners.get(owner, 0) + rounded(event.nbytes)
-        modules[module] = modules.get(module, 0) + rounded(event.nbytes)
+        owners[owner] = owners.get(owner, 0) + sizes[index]
+        modules[module] = modules.get(module, 0) + sizes[index]
         if index in moments:
             found[index] = _nonzero(owners), _nonzero(modules)
     return found
@@ -229,14 +244,15 @@ def _added(parts: Iterable[dict[str, Counts]]) -> dict[str, Counts]:
 # --- from two traces -----------------------------------------------------------------------------------------------
 
 
-def extrapolated(shallow: Summary, deep: Summary, layers: int) -> Summary:
-    """Return the summary of a stack of `layers` like layers from stacks of SHALLOW and DEEP.
+def extrapolated(shallow: Summary, deep: Summary, pattern: alike.Pattern) -> Summary:
+    """Return the summary of a deep stack from stacks with SHALLOW and DEEP repetitions of its pattern.
 
-    Every quantity of a segment is linear in the depth and, for the layers between the first and the last, in the
-    layer's number (see calibrate.extrapolate): bytes by category and module too, because a segment reaches its peak
-    at the same operation in both stacks.
+    Every quantity of a segment is linear in the number of repetitions and, for the layers between the first and the
+    last repetition, in the number of the repetition: the level a segment starts from changes, not what happens in it.
+    This holds for bytes by category and module too, because a segment peaks at the same operation in both stacks.
+    Requested bytes are exact; a buffer that spans all layers (norms of all gradients) may be a block off when rounded.
     """
-    more = layers - deep.layers
+    more = (pattern.layers - pattern.depth(DEEP)) // pattern.period
     thin = {s.name: s for s in shallow.segments}
     thick = {s.name: s for s in deep.segments}
     segments: list[Segment] = []
@@ -246,31 +262,43 @@ def extrapolated(shallow: Summary, deep: Summary, layers: int) -> Summary:
             continue
         direction = segment.name.rpartition(" ")[2]
         if segment.layer == (0 if direction == "forward" else deep.layers - 1):  # the first of its direction to run
-            order = range(layers) if direction == "forward" else reversed(range(layers))
-            segments += [_layer(thin, thick, index, layers, direction) for index in order]
+            order = range(pattern.layers) if direction == "forward" else reversed(range(pattern.layers))
+            segments += [_layer(thin, thick, index, pattern, direction) for index in order]
+
+    def linear(few: int, many: int) -> int:
+        return many + more * (many - few)
+
     return Summary(
-        layers=layers,
+        layers=pattern.layers,
         traced=(shallow.layers, deep.layers),
-        static_bytes=deep.static_bytes + more * (deep.static_bytes - shallow.static_bytes),
-        parameters=deep.parameters + more * (deep.parameters - shallow.parameters),
-        trainable_parameters=deep.trainable_parameters
-        + more * (deep.trainable_parameters - shallow.trainable_parameters),
+        static_bytes=linear(shallow.static_bytes, deep.static_bytes),
+        parameters=linear(shallow.parameters, deep.parameters),
+        trainable_parameters=linear(shallow.trainable_parameters, deep.trainable_parameters),
         segments=tuple(segments),
         notes=deep.notes,
         versions=deep.versions,
     )
 
 
-def _layer(thin: dict[str, Segment], thick: dict[str, Segment], index: int, layers: int, direction: str) -> Segment:
-    """One layer's segment in a stack of `layers`: like the first, the last or the second of the traced stacks."""
-    name, more = f"layer.{index} {direction}", layers - depths.DEEP
-    if index in (0, layers - 1):
-        same = (0, 0) if index == 0 else (depths.SHALLOW - 1, depths.DEEP - 1)
-        terms = ((1 + more, thick[f"layer.{same[1]} {direction}"]), (-more, thin[f"layer.{same[0]} {direction}"]))
-        return _combined(name, terms)
-    second, third = thick[f"layer.1 {direction}"], thick[f"layer.2 {direction}"]
-    along = ((index - 1, third), (1 - index, second))
-    return _combined(name, ((1 + more, second), (-more, thin[f"layer.1 {direction}"]), *along))
+def _layer(
+    thin: dict[str, Segment], thick: dict[str, Segment], index: int, pattern: alike.Pattern, direction: str
+) -> Segment:
+    """One layer's segment: like one of the first repetition, of the last, or of the second and third."""
+    more = (pattern.layers - pattern.depth(DEEP)) // pattern.period
+    begin, end = pattern.prefix + pattern.period, pattern.layers - pattern.period - pattern.rest
+    repetition = 0
+    if index < begin:
+        here = there = index
+    elif index >= end:
+        here, there = (pattern.depth(n) - pattern.layers + index for n in (DEEP, SHALLOW))
+    else:
+        repetition, place = divmod(index - begin, pattern.period)
+        here = there = begin + place
+    first = thick[f"layer.{here} {direction}"]
+    terms: Terms = ((1 + more, first), (-more, thin[f"layer.{there} {direction}"]))
+    if repetition:
+        terms = (*terms, (repetition, thick[f"layer.{here + pattern.period} {direction}"]), (-repetition, first))
+    return _combined(f"layer.{index} {direction}", terms)
 
 
 Terms = tuple[tuple[int, Segment], ...]

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import sys
@@ -32,8 +31,8 @@ from calibrate import cuda_semantics, fake_model
 from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture
-from planner.errors import Contradiction
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
+from planner.errors import Contradiction, InvalidInput
+from planner.training import TrainingSpec, training_from_dict
 
 STEPS = 2
 
@@ -140,12 +139,15 @@ def _trace(
         if not real:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(cuda_semantics.transformers_as_on_device(padded=training.padded))
+            stack.enter_context(cuda_semantics.grouped_mm_dtypes())
         stack.enter_context(cuda_semantics.cuda_autocast_lists(arch.autocast_lists))
         stack.enter_context(fake_model.quantized_parameters())
         _load(model, training, tracker, real=real)
         stack.enter_context(tracker)
         stack.enter_context(cuda_semantics.cuda_functions(arch, force_flash=training.attention == "flash2"))
         step = Step(model, training, tracker, arch, real=real)
+        if not step.num_layers:
+            raise InvalidInput("no stack of decoder layers was found in the model; its class cannot be traced")
         for number in range(1, STEPS + 1):
             tracker.labels.step = number
             step.run()
@@ -189,7 +191,7 @@ def refuse_unsupported(training: TrainingSpec) -> None:
 
 
 def _load(model: nn.Module, training: TrainingSpec, tracker: Tracker, *, real: bool) -> None:
-    make = fake_model.random_maker if real else fake_model.fake_maker
+    make = fake_model.RandomMaker() if real else fake_model.fake_maker
     for name, tensor in fake_model.materialise(model, training, make):
         path, _, leaf = name.rpartition(".")
         tracker.labels.modules[:] = [path]
@@ -236,28 +238,6 @@ def _versions() -> dict[str, str]:
 
 
 # --- input ---------------------------------------------------------------------------------------------------------
-
-
-def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
-    """Build a TrainingSpec from nested values or from the flat form of `TrainingSpec.describe()`."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        group, dot, leaf = name.partition(".")
-        if dot:
-            nested.setdefault(group, {})[leaf] = value
-        elif not (value is None and group in nested):
-            nested[name] = value
-    parts: tuple[tuple[str, Any], ...] = (
-        ("lora", LoraSpec),
-        ("quantization", QuantizationSpec),
-        ("versions", Versions),
-    )
-    for name, kind in parts:
-        if isinstance(nested.get(name), dict):
-            known = {f.name for f in dataclasses.fields(kind)}
-            inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
-            nested[name] = kind(**inner)
-    return TrainingSpec(**nested)
 
 
 def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) -> Iterator[str]:

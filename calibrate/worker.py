@@ -28,7 +28,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run the trace that was asked for."""
     _say("loading torch, transformers, peft and bitsandbytes")
     from calibrate import summary
-    from calibrate.trace import quiet, trace, training_from_dict
+    from calibrate.trace import quiet, trace
+    from planner.training import training_from_dict
 
     config, training = request["config"], training_from_dict(request["training"])
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request["arch"].items()}

@@ -6,17 +6,21 @@ public microbenchmarks and are wide; a calibration on the hardware replaces them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from planner.errors import InvalidInput
-from planner.hardware import Gpu
+from planner.hardware import CPU, Gpu
 from planner.records import record
+from planner.training import Versions
 
 FORMULA_VERSION = 1
 """Raised when `planner.timing` changes what a coefficient means: older calibrations then no longer apply."""
 
-Origin = Literal["microbenchmark", "library source", "assumed", "fitted"]
+Origin = Literal["microbenchmark", "library source", "assumed", "fitted", "borrowed"]
 
 
 @record
@@ -46,8 +50,15 @@ class Coefficient:
 class Coefficients(Mapping[str, Coefficient]):
     """The coefficients that one prediction used, by name."""
 
-    def __init__(self, items: Mapping[str, Coefficient]) -> None:
+    def __init__(
+        self, items: Mapping[str, Coefficient], formula_error: float | None = None, label: str = "not calibrated"
+    ) -> None:
         self._items = dict(items)
+        self.label = label
+        """Where they come from, for a report."""
+        self.formula_error = formula_error
+        """Relative standard error of predictions with these coefficients for models that the fit had not seen; it
+        contains the errors of the fitted ones. None: not calibrated."""
 
     def __getitem__(self, name: str) -> Coefficient:
         return self._items[name]
@@ -61,6 +72,118 @@ class Coefficients(Mapping[str, Coefficient]):
     def value(self, name: str) -> float:
         """The number alone."""
         return self._items[name].value
+
+
+@record
+class Calibration:
+    """Coefficients fitted to bursts on one device with one software stack, and how well they predict."""
+
+    gpu_id: str
+    device: Mapping[str, Any]
+    """Identity of the device as the runs recorded it."""
+    formula_version: int
+    created: str
+    versions: Mapping[str, str]
+    coefficients: Coefficients
+    """All of the device's: fitted ones, and priors that the bursts do not reach."""
+    repeatability: float
+    """Ratio - 1 within which two runs of one burst lie in 9 of 10 cases; 0: no burst was repeated."""
+    context_bytes: tuple[int, int, int] | None
+    """Device memory beyond reserved: least, median, most of the bursts; None on a CPU or without NVML."""
+    bursts: int
+    report: Mapping[str, Any]
+    """Residuals, correlations, held-out errors: what `calibrate show` prints."""
+    path: str = ""
+
+    @property
+    def label(self) -> str:
+        """A few words for a report."""
+        return describe(self.gpu_id, self.device, self.bursts, self.created)
+
+
+def describe(gpu_id: str, device: Mapping[str, Any], bursts: int, created: str) -> str:
+    """A few words that name a calibration in reports."""
+    threads = device.get("threads")
+    on = f" ({threads} thread{'s' if threads != 1 else ''})" if threads else ""
+    return f"{device.get('name', gpu_id)}{on}, {bursts} bursts, {created[:10]}"
+
+
+class Selection(NamedTuple):
+    """The coefficients for a card, the calibration they come from (None: priors), and what to tell the user."""
+
+    coefficients: Coefficients
+    calibration: Calibration | None
+    notes: tuple[str, ...]
+    borrowed: bool = False
+
+    @property
+    def context_bytes(self) -> tuple[int, int, int] | None:
+        """Measured device memory beyond reserved, where this very card was measured."""
+        return self.calibration.context_bytes if self.calibration is not None and not self.borrowed else None
+
+
+BORROWED_ERROR = 0.10
+"""Relative standard error added to a dimensionless coefficient that was measured on another card: assumed."""
+BORROWED_FORMULA = 1.5
+"""Factor on the other card's held-out error: assumed."""
+STACK = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | None = None) -> Selection:
+    """The newest calibration of this card; else the dimensionless coefficients of the nearest card; else priors.
+
+    Calibrations under another FORMULA_VERSION are passed over, `versions` that differ from the fitted stack are told.
+    """
+    usable = sorted((c for c in candidates if c.formula_version == FORMULA_VERSION), key=lambda c: c.created)
+    own = [c for c in usable if matches(c, gpu)]
+    if own:
+        return Selection(own[-1].coefficients, own[-1], _stack_notes(own[-1], versions))
+    others = [c for c in usable if (c.device.get("kind") == "cpu") == (gpu.vendor == CPU)]
+    if not others:
+        return Selection(priors(gpu), None, ())
+    nearest = min(others, key=lambda c: _distance(c, gpu))
+    note = f"{gpu.name} is not calibrated: dimensionless coefficients borrowed from {nearest.label}, intervals wider"
+    return Selection(_borrow(gpu, nearest), nearest, (note, *_stack_notes(nearest, versions)), True)
+
+
+def matches(calibration: Calibration, gpu: Gpu) -> bool:
+    """Whether a calibration was made on such a card (of a CPU: the same name and number of threads)."""
+    if gpu.vendor == CPU:
+        same = calibration.device.get("name") == gpu.name
+        return calibration.gpu_id == "cpu" and same and calibration.device.get("threads") == gpu.sm_count
+    return calibration.gpu_id == gpu.gpu_id
+
+
+def _distance(calibration: Calibration, gpu: Gpu) -> tuple[float, float, str]:
+    """Compute capability first, then the ratio of bandwidths."""
+    capability = calibration.device.get("compute_capability") or (0, 0)
+    mine = gpu.compute_capability or (0, 0)
+    steps = abs(10 * (capability[0] - mine[0]) + capability[1] - mine[1])
+    theirs = calibration.device.get("bandwidth_bytes_per_s") or 1.0
+    return float(steps), abs(math.log(theirs / (gpu.bandwidth_bytes_per_s or 1.0))), calibration.gpu_id
+
+
+def _borrow(gpu: Gpu, other: Calibration) -> Coefficients:
+    items = dict(priors(gpu))
+    for name, found in other.coefficients.items():
+        if found.origin != "fitted" or found.unit in ("s", "bytes/s"):
+            continue
+        error = math.hypot(found.standard_error, BORROWED_ERROR * found.value)
+        items[name] = replace(found, standard_error=error, origin="borrowed", source=f"fitted on {other.label}")
+    wider = other.coefficients.formula_error
+    return Coefficients(items, wider * BORROWED_FORMULA if wider else None, f"borrowed from {other.label}")
+
+
+def _stack_notes(calibration: Calibration, versions: Versions | None) -> tuple[str, ...]:
+    """Say which libraries differ in (major, minor) from those that the bursts ran."""
+    differing = []
+    for name in STACK if versions is not None else ():
+        fitted, planned = calibration.versions.get(name, ""), getattr(versions, name)
+        if fitted and tuple(int(part) for part in re.findall(r"\d+", fitted)[:2]) != tuple(planned):
+            differing.append(f"{name} {fitted.partition('+')[0]} (planned {planned[0]}.{planned[1]})")
+    if not differing:
+        return ()
+    return (f"the calibration was fitted with {', '.join(differing)}: step times may differ",)
 
 
 _FRACTION = ("share of the data sheet's rate", 0.01, 1.0)
@@ -109,6 +232,26 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
     ("host_link", 22e9, 5e9, ("bytes/s", 1e9, 5e11), "assumed", "pinned copies over PCIe 4.0 x16"),
 )  # fmt: skip
 
+# name, value, standard error; one thread of an AVX-512 Xeon with MKL and oneDNN products was looked at for the scale
+_CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
+    ("matmul", 0.3, 0.15, "oneDNN bf16 products, converted where the CPU has no bf16 instructions"),
+    ("matmul_fp32", 0.7, 0.2, "MKL sgemm; the nominal rate supposes two multiply-add units and no lower AVX clock"),
+    ("tile_reuse_half", 12.0, 6.0, "narrow blocks fill few vector lanes"),
+    ("matmul_k_half", 10.0, 5.0, "short inner products of adapters"),
+    ("bandwidth", 0.1, 0.05, "share of 32 bytes per cycle, from cache or memory"),
+    ("dequantize", 0.4, 0.2, "bitsandbytes' CPU kernels"),
+    ("flash_forward", 0.5, 0.25, "aten/src/ATen/native/cpu/FlashAttentionKernel.cpp on 16-bit inputs"),
+    ("flash_backward", 0.25, 0.15, "the same kernel's backward"),
+    ("efficient_fp32", 0.15, 0.08, "the same kernel on fp32 inputs"),
+    ("flash_length_half", 0.0, 0.0, "blocks are short: no start-up to amortise"),
+    ("kernel_latency", 0.0, 0.0, "an operation costs its dispatch only"),
+    ("launch_forward", 10e-6, 6e-6, "Python, dispatcher and autograd record per operation"),
+    ("launch_backward", 8e-6, 5e-6, "autograd's engine and dispatcher per operation"),
+    ("launch_quantized", 30e-6, 20e-6, "a Python custom operator and a ctypes call"),
+    ("launch_optimizer", 20e-6, 15e-6, "per operation over a list of tensors"),
+)  # fmt: skip
+"""Where a CPU's coefficients differ: all assumed. An error of 0: not a coefficient of a CPU."""
+
 _OLD_DEQUANTIZE = {(6, 0): 1.7, (7, 5): 1.5, (8, 0): 1.7, (9, 0): 1.7}
 """Compute capability -> how much slower 4-bit dequantization was before bitsandbytes 0.48 (PR 1747: 1.36 to 2.07
 times on P100, A100, H100; 1.25 to 1.8 on T4; elsewhere 1.3 to 1.6 for small sizes only)."""
@@ -127,6 +270,10 @@ def priors(gpu: Gpu) -> Coefficients:
         )
         for name, value, error, (unit, low, high), origin, source in _PRIORS
     }
+    if gpu.vendor == CPU:
+        for name, value, error, source in _CPU_PRIORS:
+            items[name] = replace(items[name], value=value, standard_error=error, origin="assumed", source=source)
+        return Coefficients(items)
     for name, measured, nominal in (
         ("matmul", gpu.measured_matmul_flops_per_s, max(gpu.bf16_flops_per_s, gpu.fp16_flops_per_s)),
         ("bandwidth", gpu.measured_bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),

@@ -264,6 +264,31 @@ def _model_index() -> tuple[dict[str, str], dict[str, str]]:
     return full, {name: found[0] for name, found in short.items() if len(found) == 1}
 
 
+# --- training frameworks ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def framework_tables() -> dict[str, dict[str, Any]]:
+    """Return the key maps of the training frameworks by file name (data/frameworks, data/README.md), words included."""
+    names = sorted(name for name in os.listdir(data_path("frameworks")) if name.endswith(".json"))
+    return {name[:-5]: _load("frameworks", name) for name in names}
+
+
+# --- library releases ---------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def release_dates() -> dict[str, dict[tuple[int, int], str]]:
+    """Return the day (YYYY-MM-DD) of the first release of each (major, minor) by library."""
+    table: dict[str, dict[str, str]] = _load("releases.json")["releases"]
+    return {name: {_release(text): day for text, day in days.items()} for name, days in table.items()}
+
+
+def _release(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 

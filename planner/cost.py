@@ -7,13 +7,16 @@ all of them. USD and hours are intervals, as the step's seconds are.
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from planner.errors import Contradiction, InvalidInput
 from planner.hardware import Gpu, Instance
 from planner.records import record
 from planner.timing import Seconds, StepTime
+
+Number = Any
+"""int or float, or a numpy array in a table."""
 
 PRICE_MAX_AGE_DAYS = 120
 
@@ -90,25 +93,36 @@ def useful_tokens_per_step(time: StepTime, mean_tokens: float, seq_len: int) -> 
     return time.tokens * (min(mean_tokens, seq_len) / seq_len) if mean_tokens else float(time.tokens)
 
 
+def optimizer_steps(amount: Amount, rows_per_step: Number, tokens_per_step: Number) -> Number:
+    """Optimizer steps of a run, for numbers or arrays; rows are counted per epoch as transformers' Trainer does."""
+    if amount.rows:
+        return ceiling(ceiling(amount.rows / rows_per_step) * amount.epochs)
+    return ceiling(amount.tokens / tokens_per_step)
+
+
+def ceiling(value: Number) -> Number:
+    """The smallest whole number that is not smaller, of a number or of each in an array."""
+    return -(-value // 1)
+
+
 def plan(
     time: StepTime, gpu: Gpu, amount: Amount, *, micro_batch_size: int, seq_len: int, price: Price | None = None
 ) -> RunPlan:
     """Return steps, hours, cost and energy of training on `amount`.
 
-    Rows: ceil(rows / rows per step) steps per epoch, as transformers' Trainer counts them.
+    See `optimizer_steps`.
     """
     rows_per_step = micro_batch_size * time.gradient_accumulation_steps
     per_step = useful_tokens_per_step(time, amount.mean_tokens, seq_len)
+    steps = optimizer_steps(amount, rows_per_step, per_step)
     if amount.rows:
-        steps = math.ceil(math.ceil(amount.rows / rows_per_step) * amount.epochs)
         per_row = amount.mean_tokens or seq_len
         tokens = amount.rows * amount.epochs * min(per_row, seq_len)
     else:
-        steps = math.ceil(amount.tokens / per_step)
         tokens = amount.tokens
     hours = _scaled(time.step_s, steps / 3600)
     return RunPlan(
-        optimizer_steps=steps,
+        optimizer_steps=int(steps),
         rows_per_step=rows_per_step,
         tokens=tokens,
         hours=hours,

@@ -40,6 +40,11 @@ class Architecture:
     host_scalars: bool = True
     """Optimizer step counters and Python scalars stay on the host and are not counted."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether these are a CPU's kernels (`plain`)."""
+        return not self.sdpa_kernels
+
     @classmethod
     def plain(cls) -> Architecture:
         """Every CUDA rule switched off."""
@@ -126,6 +131,11 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     Checked on a T4: 8 519 680 B a handle.
     """
     return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
+
+
+def program_class(capability: tuple[int, int]) -> tuple[object, ...]:
+    """All that the rules of this module read of a capability: cards of one class run the same program."""
+    return capability >= (8, 0), cublas_workspace_bytes(capability)
 
 
 def cublas_handles(*, trains: bool = True) -> int:

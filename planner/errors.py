@@ -16,12 +16,20 @@ class UnknownName(PlannerError):
     """A model, GPU, family, module or option value that nothing here knows."""
 
 
+class UnknownFamily(UnknownName):
+    """A model_type that no family of the registry covers."""
+
+
 class InvalidInput(PlannerError):
     """A file or value that cannot be read as what it claims to be."""
 
 
 class Contradiction(PlannerError):
     """Two settings that exclude each other."""
+
+
+class NotPlanned(PlannerError):
+    """A job that can be read but is of a kind that is not planned here (several GPUs, reinforcement learning)."""
 
 
 class MissingDependency(PlannerError):

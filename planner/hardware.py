@@ -5,10 +5,13 @@ from __future__ import annotations
 from planner.errors import InvalidInput
 from planner.records import record
 
+CPU = "CPU"
+"""Vendor of a processor used as the device."""
+
 
 @record
 class Gpu:
-    """One accelerator as software sees it. Rates are dense; 0 means no source states it."""
+    """One accelerator, or a CPU, as software sees it. Rates are dense; 0 means no source states it."""
 
     gpu_id: str
     name: str
@@ -39,6 +42,11 @@ class Gpu:
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
             raise InvalidInput(f"{self.gpu_id}: memory is {self.memory_bytes} bytes; must be positive")
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether an operation returns when it is done (a CPU), instead of being queued (a GPU)."""
+        return self.vendor == CPU
 
     @property
     def free_bytes(self) -> int:

@@ -7,7 +7,6 @@ kMinBlockSize).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from planner.records import record
 from planner.step.engine import Record, Segment
@@ -88,33 +87,24 @@ class MemoryBreakdown:
     segments: tuple[SegmentPeak, ...]
 
 
-def rounded(nbytes: Any, block: int = BLOCK) -> Any:
+def rounded(nbytes: int, block: int = BLOCK) -> int:
     """Round a request up to whole blocks; a release (negative) gives back as many blocks as its request took."""
-    taken = nbytes > 0 if isinstance(nbytes, int) else bool((nbytes > 0).any())
-    return -(-nbytes // block) * block if taken else nbytes // block * block
+    return -(-nbytes // block) * block if nbytes > 0 else nbytes // block * block
 
 
-def peak_bytes(record: Record, block: int = BLOCK) -> Any:
-    """Return only the peak, for numbers or arrays (one value a cell). block=1 counts requested bytes."""
-    level: Any = 0
-    peak: Any = 0
+def peak_bytes(record: Record, block: int = BLOCK) -> int:
+    """Return only the peak (planner.sweep_memory: of many configurations). block=1 counts requested bytes."""
+    level = peak = 0
     for segment in record.segments:
         start, inner = level, level
         for _, size in record.events[segment.start : segment.end]:
-            level = level + (rounded(size, block) if block > 1 else size)
-            inner = _maximum(inner, level)
+            level += rounded(size, block)
+            if level > inner:
+                inner = level
         extra = (segment.repeat - 1) * (level - start)
-        peak = _maximum(peak, inner + _maximum(extra, 0 * extra))
-        level = level + extra
+        peak = max(peak, inner + max(extra, 0))
+        level += extra
     return peak
-
-
-def _maximum(a: Any, b: Any) -> Any:
-    if isinstance(a, int) and isinstance(b, int):
-        return a if a >= b else b
-    import numpy as np
-
-    return np.maximum(a, b)
 
 
 def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: int = BLOCK) -> MemoryBreakdown:
@@ -166,7 +156,7 @@ def _ledger(record: Record, at: Segment, position: int, repetitions: int, block:
 
 def _until(
     record: Record, at: Segment, position: int, repetitions: int
-) -> Iterator[tuple[Segment, list[tuple[int, Any]], int]]:
+) -> Iterator[tuple[Segment, list[tuple[int, int]], int]]:
     for segment in record.segments:
         if segment is at:
             if repetitions > 1:

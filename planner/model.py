@@ -324,6 +324,8 @@ class ModelSpec:
     """quant_method of the checkpoint itself (gptq, awq, mxfp4, fp8, ...); empty: none."""
     remote_code: bool = False
     """The published class is not in transformers: the structure rests on the model's own code."""
+    derived: bool = False
+    """Read from transformers' class on the meta device (calibrate.meta_spec), not by a family of the registry."""
     keep_in_fp32: tuple[str, ...] = ()
     """Module names the class keeps in fp32 when loaded in 16 bit (_keep_in_fp32_modules)."""
     sources: tuple[str, ...] = ()

@@ -6,11 +6,12 @@ Three numbers, never mixed: *allocated* is torch.cuda.max_memory_allocated, *res
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, priors
-from planner.hardware import Gpu
+from planner.hardware import CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.records import record
 from planner.step import program, sequence
@@ -84,6 +85,8 @@ class Prediction:
 def architecture(gpu: Gpu | None, training: TrainingSpec) -> cuda_rules.Architecture:
     """The facts about card and libraries that decide which kernels run; an A100's where nothing is known."""
     versions = training.versions
+    if gpu is not None and gpu.vendor == CPU:
+        return replace(cuda_rules.Architecture.plain(), torch=versions.torch, bitsandbytes=versions.bitsandbytes)
     known = gpu is not None and gpu.compute_capability is not None
     return cuda_rules.Architecture(
         capability=gpu.compute_capability if known and gpu and gpu.compute_capability else (8, 0),
@@ -100,11 +103,13 @@ def predict(
     *,
     warnings: tuple[str, ...] = (),
     coefficients: Coefficients | None = None,
+    context_bytes: tuple[int, int, int] | None = None,
 ) -> Prediction:
     """Predict the memory of one training step and, with a GPU, whether the run fits and how long a step takes.
 
     Args:
         coefficients: of the time model; the card's priors by default.
+        context_bytes: low, expected and high device memory beyond reserved; by default assumed.
 
     Raises:
         PlannerError: for settings that exclude each other or that the model does not have.
@@ -115,7 +120,9 @@ def predict(
     breakdown = memory.breakdown(run.record, names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
-    device = reserved.shifted(CONTEXT_BYTES)
+    if gpu is not None and gpu.vendor == CPU:
+        reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
+    device = reserved.shifted(context_bytes or CONTEXT_BYTES)
     return Prediction(
         model=model,
         training=training,
@@ -217,6 +224,8 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     )
     if own_attention:
         reasons.append(("the class's own attention keeps score matrices whose lifetimes are modelled coarsely", 0.2))
+    if model.derived:
+        reasons.append(("a class outside the registry: operations are taken from a common decoder layer", 0.10))
     if model.remote_code:
         reasons.append(("the model's own code is not in transformers", 0.05))
     if any(layer.experts is not None for layer, _ in model.distinct_layers()):
@@ -239,6 +248,11 @@ def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu 
     half = "bf16" in (training.autocast, training.base_dtype, training.quantization.compute_dtype)
     if gpu and half and lacks_bf16(gpu):
         notes.append(f"{gpu.name} has no bf16 tensor cores: use fp16 (--autocast fp16 --base-dtype fp16)")
+    if {training.autocast, training.base_dtype} == {"bf16", "fp16"}:
+        notes.append(
+            f"autocast {training.autocast} makes a copy of every {training.base_dtype} weight it meets: "
+            f"--base-dtype {training.autocast} avoids it"
+        )
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
     if model is None:

@@ -21,7 +21,7 @@ KEYS: tuple[str, ...] = (
     "lora_dropout", "target_modules", "target_slices", "modules_to_save", "use_dora", "use_rslora",
     "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "use_reentrant",
     "attention", "padded", "kernels", "loss", "optimizer", "optimizer_in_backward", "max_grad_norm", "keeps_outputs",
-    "outputs_to_fp32", "compile", "untied_head",
+    "outputs_to_fp32", "compile", "tf32", "untied_head",
 )  # fmt: skip
 """Option keys in the order they are resolved: a default may depend on keys to its left only."""
 
@@ -35,7 +35,7 @@ QUANTIZATION_KEYS = frozenset(
 )
 _BOOLEANS = frozenset(
     {"double_quant", "kbit_preparation", "fp32_norms_only", "use_dora", "use_rslora", "use_reentrant", "padded"}
-    | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "untied_head"}
+    | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "tf32", "untied_head"}
 )
 _CHOSEN = {
     "method": "method", "quantization": "quantization", "base_dtype": "dtype", "compute_dtype": "dtype",
@@ -86,10 +86,15 @@ class Stack:
 
 
 class Setting(NamedTuple):
-    """A resolved value and where it came from: "given", "stack NAME: SOURCE" or "loraplan default"."""
+    """A resolved value and where it came from: "given", "file NAME:LINE KEY", "stack NAME: SOURCE", ... ."""
 
     value: object
     origin: str
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user stated it, typed or in a config file."""
+        return self.origin == "given" or self.origin.startswith("file ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +120,7 @@ class Resolved:
 
     def defaults_used(self) -> dict[str, Setting]:
         """The settings that apply and that the user did not give, in a fixed order."""
-        return {k: s for k, s in self.settings.items() if s.origin != "given" and self.applies(k)}
+        return {k: s for k, s in self.settings.items() if not s.is_given and self.applies(k)}
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return value and origin of every setting as plain JSON values."""
@@ -173,19 +178,27 @@ def to_training_spec(resolved: Resolved) -> TrainingSpec:
 
 
 def parse_versions(texts: Mapping[str, str]) -> Versions:
-    """Parse release texts ("2.4.1+cu121"); a library that is not named is taken to be of torch's time.
+    """Parse release texts ("2.4.1+cu121"); a library that is not named is taken to be of the others' time.
+
+    Raises:
+        InvalidInput: for a text that does not start with MAJOR.MINOR.
+    """
+    stated = stated_versions(texts)
+    if not stated or len(stated) == len(fields(Versions)):
+        return Versions(**stated)
+    from planner.releases import contemporary  # a data file that a run with the newest releases does not need
+
+    return Versions(**{**contemporary(stated), **stated})
+
+
+def stated_versions(texts: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Parse the release texts of the libraries that are named.
 
     Raises:
         InvalidInput: for a text that does not start with MAJOR.MINOR.
     """
     names = [f.name for f in fields(Versions)]
-    releases = {name: _release(name, text) for name, text in texts.items() if name in names and text}
-    if "torch" in releases:
-        for torch, contemporary in _CONTEMPORARY:
-            if releases["torch"] <= torch:
-                releases = {**contemporary, **releases}
-                break
-    return Versions(**releases)
+    return {name: _release(name, text) for name, text in texts.items() if name in names and text}
 
 
 def _release(name: str, text: str) -> tuple[int, int]:
@@ -267,26 +280,13 @@ def _d(key: str, value: object, source: str, before: tuple[str, tuple[int, int]]
 
 _BEFORE_V5 = ("transformers", (5, 0))
 
-# Releases that were current together; a table that names torch only means the others of that time.
-_CONTEMPORARY: tuple[tuple[tuple[int, int], dict[str, tuple[int, int]]], ...] = (
-    ((2, 0), {"transformers": (4, 31), "peft": (0, 4), "bitsandbytes": (0, 41)}),
-    ((2, 1), {"transformers": (4, 36), "peft": (0, 7), "bitsandbytes": (0, 41)}),
-    ((2, 2), {"transformers": (4, 38), "peft": (0, 9), "bitsandbytes": (0, 42)}),
-    ((2, 3), {"transformers": (4, 41), "peft": (0, 11), "bitsandbytes": (0, 43)}),
-    ((2, 4), {"transformers": (4, 45), "peft": (0, 13), "bitsandbytes": (0, 43)}),
-    ((2, 5), {"transformers": (4, 47), "peft": (0, 14), "bitsandbytes": (0, 45)}),
-    ((2, 6), {"transformers": (4, 50), "peft": (0, 14), "bitsandbytes": (0, 45)}),
-    ((2, 7), {"transformers": (4, 52), "peft": (0, 15), "bitsandbytes": (0, 45)}),
-    ((2, 8), {"transformers": (4, 56), "peft": (0, 17), "bitsandbytes": (0, 47)}),
-    ((2, 9), {"transformers": (4, 57), "peft": (0, 18), "bitsandbytes": (0, 48)}),
-)
-
 _NEUTRAL: tuple[Default, ...] = (
     _d("versions", Versions(), ""),
     _d("quantization", "nf4", "", method="qlora"),
     _d("quantization", "none", ""),
     _d("double_quant", False, ""),
     _d("base_dtype", "bf16", ""),
+    _d("autocast", "fp16", "", base_dtype="fp16"),
     _d("autocast", "bf16", ""),
     _d("compute_dtype", "fp16", "", autocast="fp16"),
     _d("compute_dtype", "bf16", "", autocast="bf16"),
@@ -325,6 +325,7 @@ _NEUTRAL: tuple[Default, ...] = (
     _d("keeps_outputs", False, ""),
     _d("outputs_to_fp32", False, ""),
     _d("compile", False, ""),
+    _d("tf32", False, ""),
     _d("untied_head", False, ""),
 )
 
@@ -537,6 +538,7 @@ _LITGPT = Stack(
         _d("adapter_dtype", "fp16", f"{_FABRIC}/half.py (casts every parameter)", base_dtype="fp16"),
         _d("adapter_dtype", "fp32", f"{_LIT}:litgpt/utils.py (bf16-mixed)"),
         _d("skip_modules", (), f"{_FABRIC}/bitsandbytes.py (the head is quantized too)"),
+        _d("tf32", True, f"{_LIT}:litgpt/__main__.py set_float32_matmul_precision"),
         _d("r", 8, _LIT_LORA),
         _d("lora_alpha", 16.0, _LIT_LORA),
         _d("lora_dropout", 0.05, _LIT_LORA),

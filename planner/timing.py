@@ -7,6 +7,7 @@ shapes), the card's data sheet, `planner.calibration`'s coefficients. Seconds ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from planner.calibration import Coefficients, old_dequantize_factor
@@ -26,6 +27,8 @@ CLASSES = (
 
 TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
 """Output tiles a product may be cut into (CUTLASS and cuBLAS ship these for 16-bit operands)."""
+CPU_TILES = ((64, 64), (32, 32), (16, 16))
+"""Blocks of a CPU's products: narrower ones use each loaded vector less often (an AVX-512 vector has 16 floats)."""
 SPLITS = (1, 2, 4, 8, 16, 32)
 """Into how many parts the inner dimension may be cut when there are fewer tiles than multiprocessors."""
 
@@ -91,7 +94,7 @@ class StepTime:
     """Model FLOPs and what checkpointing computes again."""
     peak_flops_per_s: float
     coefficients: Coefficients
-    uncertainty: tuple[tuple[str, float], ...]
+    uncertainty: tuple[tuple[str, Number], ...]
     """(coefficient, relative share) of the interval."""
 
     @property
@@ -118,6 +121,21 @@ class _Price(NamedTuple):
     latency: Number
 
 
+class WholeStep(NamedTuple):
+    """Seconds of one optimizer step."""
+
+    device: Number
+    host: Number
+    wait: Number
+    """Device idle time, waiting for the host to launch."""
+    total: Number
+    """Expected, with the training loop's own work."""
+    spread: Number
+    """Half of the 90 % interval over the expected value."""
+    shares: tuple[tuple[str, Number], ...]
+    """(coefficient, relative share) of the interval."""
+
+
 class Rates:
     """What a card reaches: FLOP/s by dtype, bytes/s, and the efficiencies of its kernels."""
 
@@ -132,6 +150,8 @@ class Rates:
             dequantize /= old_dequantize_factor(self.capability)
         self.dequantize_bytes_per_s = self.bytes_per_s * dequantize
         self.compiled = training.compile
+        self.splits = (1,) if gpu.synchronous else SPLITS
+        self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
         self._tiles = self._tile_rates()
 
     def peak(self, dtype: str) -> float:
@@ -141,20 +161,26 @@ class Rates:
             return 2 * (gpu.fp16_flops_per_s or gpu.fp32_flops_per_s)
         if dtype == "bf16" and gpu.bf16_native is False:
             return gpu.fp32_flops_per_s
+        if dtype == FP32 and self.tf32:
+            return gpu.tf32_flops_per_s
         half = gpu.bf16_flops_per_s if dtype == "bf16" else gpu.fp16_flops_per_s
         return (half if dtype in ("bf16", "fp16") else 0.0) or gpu.fp32_flops_per_s
 
     def product(self, dtype: str) -> float:
         """FLOP/s that a large product reaches."""
-        simt = self.peak(dtype) == self.gpu.fp32_flops_per_s
-        return self.peak(dtype) * self.c["matmul_fp32" if simt else "matmul"]
+        return self.peak(dtype) * self.c["matmul_fp32" if self.simt(dtype) else "matmul"]
+
+    def simt(self, dtype: str) -> bool:
+        """Whether products of `dtype` run without matrix units, at the rate of fp32."""
+        return dtype == FP32 if self.gpu.synchronous else self.peak(dtype) == self.gpu.fp32_flops_per_s
 
     def _tile_rates(self) -> tuple[tuple[int, int, float], ...]:
         """(rows, columns, rate relative to the largest tile): a larger tile uses each loaded operand more often."""
         half = self.c["tile_reuse_half"]
-        reuse = [rows * columns / (rows + columns) for rows, columns in TILES]
+        tiles = CPU_TILES if self.gpu.synchronous else TILES
+        reuse = [rows * columns / (rows + columns) for rows, columns in tiles]
         share = [r / (r + half) for r in reuse]
-        return tuple((*tile, s / share[0]) for tile, s in zip(TILES, share, strict=True))
+        return tuple((*tile, s / share[0]) for tile, s in zip(tiles, share, strict=True))
 
     def matmul_s(self, shape: Shape, dtype: str) -> tuple[Number, Number]:
         """(arithmetic, memory) seconds of a product, cut into whole tiles that fill whole waves of multiprocessors."""
@@ -163,7 +189,7 @@ class Rates:
         best: Number = None
         for rows, columns, relative in self._tiles:
             tiles = batch * _ceil(m / rows) * _ceil(n / columns)
-            for parts in SPLITS:
+            for parts in self.splits:
                 inner = _ceil(k / parts)
                 waves = _ceil(tiles * parts / self.multiprocessors)
                 work = 2.0 * rows * columns * (inner + self.c["matmul_k_half"])
@@ -179,11 +205,11 @@ class Rates:
         backward = kernel.op.endswith("_backward")
         way = "backward" if backward else "forward"
         share = self.c[f"efficient_{way}"] if kernel.op.startswith("efficient") else self.c[f"flash_{way}"]
-        if kernel.op.startswith("efficient") and kernel.dtype == FP32:
-            share = self.c["efficient_fp32"]
+        if kernel.dtype == FP32 and (kernel.op.startswith("efficient") or self.gpu.synchronous):
+            return kernel.flops / (self.product(FP32) * self.c["efficient_fp32"])
         if kernel.op.startswith("flash"):
             if self.capability >= (9, 0):
-                share *= self.c["flash_hopper"]
+                share = share * self.c["flash_hopper"]
             share = share * tokens_per_row / (tokens_per_row + self.c["flash_length_half"])
         return kernel.flops / (self.product(kernel.dtype) * share)
 
@@ -200,9 +226,27 @@ class Rates:
         if kernel.op == "host_transfer":
             return _Price(0.0, kernel.bytes / self.c["host_link"], latency)
         traffic = kernel.bytes / self.bytes_per_s
-        if self.compiled and kernel.op != "optimizer":
-            return _Price(0.0, traffic * self.c["compiled_traffic"], latency * COMPILED_LAUNCHES)
-        return _Price(0.0, traffic, latency)
+        if self.latency_share(kernel) != 1.0:
+            traffic = traffic * self.c["compiled_traffic"]
+        return _Price(0.0, traffic, latency * self.latency_share(kernel))
+
+    def latency_share(self, kernel: Kernel) -> float:
+        """Share of the recorded kernels that run: torch.compile merges element-wise ones."""
+        own = kernel.shape is not None or kernel.op.startswith((*_FUSED, "dequantize", "host_transfer", "optimizer"))
+        return COMPILED_LAUNCHES if self.compiled and not own else 1.0
+
+    def launched(self, kernel: Kernel) -> float:
+        """Share of the recorded launches that the host still makes."""
+        fused = self.compiled and kernel.shape is None and kernel.op != "optimizer"
+        return COMPILED_LAUNCHES if fused else 1.0
+
+    def host_s(self, op: str, part: str, launches: Number, calls: Number) -> Number:
+        """Seconds the host takes to launch kernels of an operation that is called `calls` times."""
+        name = {"optimizer": "launch_optimizer", "backward": "launch_backward"}.get(part, "launch_forward")
+        seconds = launches * self.c[name]
+        if op in ("dequantize", "int8_quantize"):
+            seconds = seconds + calls * self.c["launch_quantized"]
+        return seconds
 
 
 def predictable(gpu: Gpu | None) -> bool:
@@ -213,13 +257,13 @@ def predictable(gpu: Gpu | None) -> bool:
 def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients) -> StepTime:
     """Price the kernels of one recorded step (second step: optimizer state exists) on `gpu`."""
     rates = Rates(gpu, coefficients, training)
-    sums = _Sums(rates, training)
+    sums = Sums(rates, training)
     for kernel in run.kernels:
         sums.add(kernel, run)
     return sums.result(coefficients)
 
 
-class _Sums:
+class Sums:
     """Seconds, FLOPs, bytes and launches added up by part of the step and by class of operation."""
 
     def __init__(self, rates: Rates, training: TrainingSpec) -> None:
@@ -246,15 +290,9 @@ class _Sums:
         times = segment.repeat
         price = self._price(kernel)
         seconds = _maximum(price.compute, price.memory) + price.latency
-        fused = self.rates.compiled and kernel.shape is None and kernel.op != "optimizer"
-        launches = kernel.count * (COMPILED_LAUNCHES if fused else 1) * times
-        launch = "launch_optimizer" if part == "optimizer" else "launch_backward"
-        if part in ("forward", "recomputation"):
-            launch = "launch_forward"
+        launches = kernel.count * self.rates.launched(kernel) * times
         self.device[part] += seconds * times
-        self.host[part] += launches * self.rates.c[launch]
-        if kernel.op in ("dequantize", "int8_quantize"):
-            self.host[part] += times * self.rates.c["launch_quantized"]
+        self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
         self.flops[part] += kernel.flops * times
         steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
@@ -264,41 +302,39 @@ class _Sums:
         line = self.classes[class_of(kernel.op, segment.layer)]
         for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
             line[place] += amount * steps
-        name = self._coefficient(kernel, bound)
-        self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * steps
+        for name, share in shares_of(self.rates, kernel, bound):
+            self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
 
     def _price(self, kernel: Kernel) -> _Price:
-        tokens = self.training.seq_len
         key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count)
-        try:
-            found = self.known.get(key)
-        except TypeError:  # arrays of a sweep
-            return self.rates.price(kernel, tokens)
+        found = self.known.get(key)
         if found is None:
-            found = self.known[key] = self.rates.price(kernel, tokens)
+            found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
         return found
 
-    def _coefficient(self, kernel: Kernel, bound: Number) -> str:
-        """The coefficient that most of a kernel's time is proportional to."""
-        if kernel.shape is not None:
-            simt = self.rates.product(kernel.dtype) == self.rates.product(FP32)
-            return ("matmul_fp32" if simt else "matmul") if _mostly(bound) else "bandwidth"
-        if kernel.op.startswith(_FUSED):
-            family = "flash" if kernel.op.startswith("flash") else "efficient"
-            return f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}"
-        return {"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth")
+    def whole_step(self, coefficients: Mapping[str, Any]) -> WholeStep:
+        """One optimizer step: what the device and the host take, the wait between them, and how sure that is.
 
-    def result(self, coefficients: Coefficients) -> StepTime:
-        """Put the sums together."""
+        `coefficients`: by name, what has a `relative_error`.
+        """
         steps = self.accumulation
         micro = ("forward", "recomputation", "backward")
         device = sum(self.device[p] for p in micro) * steps + self.device["optimizer"]
         host = sum(self.host[p] for p in micro) * steps + self.host["optimizer"]
         overhead = self.rates.c["framework_step"]
-        wait = _maximum(host - device, 0.0 * device)
+        # what a GPU waits for its host; a CPU does both in turn
+        wait = host if self.rates.gpu.synchronous else _maximum(host - device, 0.0 * device)
         total = device + wait + overhead
         shares = _uncertainty(self.by_coefficient, wait, overhead, total, coefficients)
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
+        return WholeStep(device, host, wait, total, spread, shares)
+
+    def result(self, coefficients: Coefficients) -> StepTime:
+        """Put the sums together."""
+        steps = self.accumulation
+        micro = ("forward", "recomputation", "backward")
+        device, host, wait, total, spread, shares = self.whole_step(coefficients)
+        overhead = self.rates.c["framework_step"]
         lower = _maximum(_maximum(self.compute, self.memory), host)
         parts = {p: self.device[p] + wait * self.host[p] / _maximum(host, 1e-12) for p in PARTS}
         return StepTime(
@@ -341,6 +377,18 @@ class _Sums:
         return LedgerLine(name=name, seconds=seconds, flops=flops, bytes=moved, launches=launches, bound=bound)
 
 
+def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
+    """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
+    if kernel.shape is not None:
+        return ("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)
+    if kernel.op.startswith(_FUSED):
+        if kernel.dtype == FP32:
+            return (("efficient_fp32", 1.0),)
+        family = "flash" if kernel.op.startswith("flash") else "efficient"
+        return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
+    return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
+
+
 def part_of(phase: str, recomputed: bool) -> str | None:
     """The part of the step a kernel belongs to; None before the step begins."""
     if recomputed:
@@ -368,14 +416,18 @@ def class_of(op: str, layer: int) -> str:
 
 
 def _uncertainty(
-    by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Coefficients
-) -> tuple[tuple[str, float], ...]:
+    by_coefficient: dict[str, Number], wait: Number, overhead: Number, total: Number, coefficients: Mapping[str, Any]
+) -> tuple[tuple[str, Number], ...]:
     """Relative standard error of the step that each coefficient's own error causes (its share of the time)."""
     amounts = {**by_coefficient, "launch_forward": wait, "framework_step": overhead}
-    shares = [("formulas", FORMULA_ERROR)]
+    held_out = getattr(coefficients, "formula_error", None)
+    shares: list[tuple[str, Number]] = [("formulas", FORMULA_ERROR if held_out is None else held_out)]
     for name, seconds in amounts.items():
-        share = _mean(seconds / total) * coefficients[name].relative_error
-        if share > 0.001:
+        if held_out is not None and coefficients[name].origin == "fitted":
+            continue  # the error on held-out runs contains its error
+        share = seconds / total * coefficients[name].relative_error
+        share = share * (share > 0.001)
+        if _some(share):
             shares.append((name, share))
     return tuple(shares)
 

@@ -54,8 +54,8 @@ def choice(what: str, value: str) -> Any:
 
 
 def _positive(name: str, value: Any, lowest: int = 1, highest: int = 2**40) -> None:
-    if hasattr(value, "shape"):  # an array of values (sweeps) is checked by its extremes
-        low, high = int(value.min()), int(value.max())
+    if hasattr(value, "extremes"):  # a polynomial of a sweep is checked by its extremes
+        low, high = value.extremes()
     elif isinstance(value, bool) or not isinstance(value, int):
         raise InvalidInput(f"{name} must be a whole number, not {one_line(value)!r}")
     else:
@@ -123,7 +123,7 @@ class Versions:
 
 @record
 class TrainingSpec:
-    """One fine-tuning configuration. `micro_batch_size`, `seq_len` and LoRA rank may be arrays in a sweep."""
+    """One fine-tuning configuration. In a sweep the sizes and the LoRA rank are polynomials of its cells."""
 
     method: Method = "qlora"
     lora: LoraSpec | None = None
@@ -153,6 +153,8 @@ class TrainingSpec:
     """Gradient clipping; 0 switches it off."""
     kernels: Kernels = "none"
     compile: bool = False
+    tf32: bool = False
+    """fp32 products run on tensor cores (torch.set_float32_matmul_precision "high"; off in PyTorch by default)."""
     untied_head: bool = False
     """The stack keeps its own head weight even where the model ties it (litgpt)."""
     optimizer_in_backward: bool = False
@@ -189,8 +191,7 @@ class TrainingSpec:
     @property
     def gradient_accumulation_steps_exceed_one(self) -> bool:
         """Whether gradients of an earlier micro batch are alive during the forward."""
-        steps: Any = self.gradient_accumulation_steps
-        return bool((steps > 1).any()) if hasattr(steps, "shape") else bool(steps > 1)
+        return self.gradient_accumulation_steps > 1
 
     @property
     def uses_own_modules(self) -> bool:
@@ -199,7 +200,7 @@ class TrainingSpec:
 
     @property
     def rows_tokens(self) -> Any:
-        """Tokens in one micro batch: micro_batch_size * seq_len (may be an array)."""
+        """Tokens in one micro batch: micro_batch_size * seq_len (a polynomial in a sweep)."""
         return self.micro_batch_size * self.seq_len
 
     def describe(self) -> dict[str, Any]:
@@ -214,3 +215,25 @@ class TrainingSpec:
             else:
                 flat[item.name] = value
         return flat
+
+
+def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
+    """Build a TrainingSpec from nested values or from the flat form of `TrainingSpec.describe()`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        group, dot, leaf = name.partition(".")
+        if dot:
+            nested.setdefault(group, {})[leaf] = value
+        elif not (value is None and group in nested):
+            nested[name] = value
+    parts: tuple[tuple[str, Any], ...] = (
+        ("lora", LoraSpec),
+        ("quantization", QuantizationSpec),
+        ("versions", Versions),
+    )
+    for name, kind in parts:
+        if isinstance(nested.get(name), dict):
+            known = {f.name for f in fields(kind)}
+            inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
+            nested[name] = kind(**inner)
+    return TrainingSpec(**nested)

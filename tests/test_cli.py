@@ -663,7 +663,7 @@ def test_no_driver_or_binding_is_one_line(run, monkeypatch, module, text):
 
 
 def _table(tmp_path: Path, *rows: dict[str, str]) -> str:
-    from planner.validation import COLUMNS
+    from planner.measurements import COLUMNS
 
     path = tmp_path / "table.csv"
     with path.open("w", newline="") as file:

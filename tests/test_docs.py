@@ -118,7 +118,7 @@ def test_help_has_examples_that_run(command: str) -> None:
     assert examples, "no example in the help"
     for example in examples:
         # The reader's own files and GPU stand for themselves.
-        if not re.search(r"(\./|\.(json|csv|gguf)\b|\blocal\b)", example):
+        if not re.search(r"(\./|\.(json|csv|gguf|ya?ml)\b|\blocal\b)", example):
             code, output = loraplan(example)
             assert code in (0, 1), output
 

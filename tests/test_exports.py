@@ -214,6 +214,35 @@ def test_checkpoints_of_their_own_cannot_be_exported() -> None:
 
 # --- consumers ------------------------------------------------------------------------------------------------------
 
+PLANNED = {
+    "lora": {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "v_proj"), "micro_batch_size": 2, "quantization": "none"},
+    "qlora": {
+        "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "micro_batch_size": 1, "gradient_accumulation_steps": 4,
+        "quantization": "nf4", "double_quant": True, "optimizer": "paged-adamw-8bit",
+    },
+    "full": {"method": "full", "micro_batch_size": 1},
+    "int8": {"r": 8, "quantization": "int8"},
+}  # fmt: skip
+COMMON = {"seq_len": 512, "gradient_checkpointing": "full", "attention": "sdpa", "autocast": "bf16"}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("target", ["peft", "trl", "axolotl", "llama-factory"])
+def test_what_is_exported_is_read_back(name: str, target: str, tmp_path: Path) -> None:
+    """The importer of the same framework finds the planned settings in the export."""
+    from planner.importers import read_job
+
+    artifact = exports(recipe(TRAININGS[name]))[target].artifacts[0]
+    path = tmp_path / artifact.name
+    path.write_text(artifact.text, encoding="utf-8")
+    job = read_job([str(path)])
+    found = {key: value.value for key, value in job.values.items()}
+    wanted = {**COMMON, **PLANNED[name]}
+    assert job.model == NAME
+    # a script without a quantization states none
+    assert {key: found.get(key, "none") for key in wanted} == wanted
+
+
 FIELDS = json.loads((ROOT / "tests" / "framework_fields.json").read_text(encoding="utf-8"))
 
 

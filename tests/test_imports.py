@@ -18,17 +18,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
     ("model", "training", "hardware", "dataset", "schedule"),
-    ("lora", "families", "stacks", "headers"),
+    ("catalog", "measurements"),
+    ("releases",),
+    ("lora", "families", "stacks", "headers", "processor"),
     ("gguf_config",),
     ("step", "allocator"),
     ("memory", "calibration"),
     ("timing",),
+    ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
-    ("search", "validation", "traced", "curves", "adapter"),
-    ("simulate", "rivals"),
+    ("search", "validation", "traced", "sweep", "curves", "adapter"),
+    ("simulate", "rivals", "calibration_files"),
     ("datarun", "labs"),
-    ("catalog",),
-    ("sources", "exporters"),
+    ("sources", "importers", "exporters"),
+    ("lint",),
     ("report",),
     ("cli",),
 )
@@ -36,13 +39,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
+    "pyarrow": ("report", "dataset"),
+    "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
+    "yaml": ("cli", "importers"),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
     "matplotlib": ("report",),
     "tokenizers": ("dataset",),
     "jinja2": ("dataset",),
-    "pyarrow": ("dataset",),
     "orjson": ("dataset",),
 }
 """What is not in the standard library and may be imported inside a function, and where ("" is everywhere)."""
@@ -52,7 +57,7 @@ AT_IMPORT = {"click": ("cli",)}
 
 HEAVY = (
     "torch", "transformers", "peft", "bitsandbytes", "numpy", "pandas", "yaml", "matplotlib", "pydantic", "tabulate",
-    "calibrate",
+    "calibrate", "planner.importers",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
 

@@ -129,7 +129,7 @@ def test_dora_adds_one_value_per_output() -> None:
     [
         ({"model_type": "lama"}, UnknownName, "llama"),
         ({"model_type": "t5"}, UnknownName, "encoder-decoder"),
-        ({"model_type": "qwen3_next"}, UnknownName, "--via trace"),
+        ({"model_type": "qwen3_next"}, UnknownName, "Known families: apertus.*starcoder2"),
         ({}, InvalidInput, "model_type"),
         ({"model_type": "llama"}, InvalidInput, "hidden_size"),
         ({"model_type": "llama", "hidden_size": "4096"}, InvalidInput, "hidden_size"),

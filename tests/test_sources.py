@@ -20,7 +20,10 @@ from planner import catalog, sources
 from planner.config_values import boolean, integer, integer_list, number, text, text_list
 from planner.errors import InvalidInput, PlannerError, UnknownName
 from planner.families import build_spec
+from planner.model import ModelSpec
+from planner.predict import predict
 from planner.sources import load_config
+from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -546,8 +549,21 @@ def mutated(rng: random.Random, configs: list[dict[str, Any]], keys: list[str]) 
     return {"model_type": "x", "text_config": config, "vision_config": {}} if rng.random() < 0.05 else config
 
 
+def _predicted(spec: ModelSpec, config: dict[str, Any]) -> None:
+    training = TrainingSpec(lora=LoraSpec(), quantization=QuantizationSpec(kind="nf4"), seq_len=512)
+    try:
+        found = predict(spec, training, catalog.gpu("t4"))
+    except PlannerError as error:
+        assert str(error).isprintable()
+        return
+    assert 0 < found.allocated.low <= found.allocated.expected <= found.reserved.high, config
+
+
 def test_fuzz_configs() -> None:
-    """20,000 mutated published configs through the families: a model or a PlannerError, fast, in bounded memory."""
+    """20,000 mutated published configs through the families: a model or a PlannerError, fast, in bounded memory.
+
+    Every hundredth model goes all the way to a prediction.
+    """
     records = [catalog.model_record(name) for name in catalog.model_ids()]
     configs = [dict(r.config) for r in records if r is not None]
     keys = sorted({key for config in configs for key in config})
@@ -557,6 +573,7 @@ def test_fuzz_configs() -> None:
     for turn in range(20_000):
         config = mutated(rng, configs, keys)
         start = time.perf_counter()
+        spec = None
         try:
             spec = build_spec(config, model_id="fuzz")
             models += 1
@@ -566,6 +583,8 @@ def test_fuzz_configs() -> None:
         except Exception as error:
             raise AssertionError(f"turn {turn}: {type(error).__name__}: {error} for {config!r}") from error
         assert time.perf_counter() - start < 2, f"turn {turn} hangs: {config!r}"
+        if spec is not None and models % 100 == 0:
+            _predicted(spec, config)
     assert 2_000 < models < 20_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 

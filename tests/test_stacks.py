@@ -173,10 +173,16 @@ def test_arrays_pass_through() -> None:
 
 def test_versions() -> None:
     assert parse_versions({"torch": "2.4.1+cu121", "peft": "0.13.2"}) == Versions(
-        torch=(2, 4), transformers=(4, 45), peft=(0, 13), bitsandbytes=(0, 43)
+        torch=(2, 4), transformers=(4, 47), peft=(0, 13), bitsandbytes=(0, 45)
+    )  # before PEFT 0.14 of 2024-12-06
+    # before torch 2.2 of 2024-01-30; peft 0.8 came on that very day
+    assert parse_versions({"torch": "2.1.1"}) == Versions(
+        torch=(2, 1), transformers=(4, 37), peft=(0, 7), bitsandbytes=(0, 42)
     )
-    assert parse_versions({"torch": "2.1.1"}).transformers == (4, 36)
-    assert parse_versions({"torch": "2.14.0+cu130"}) == Versions(torch=(2, 14))
+    assert parse_versions({"torch": "2.1", "transformers": "4.44.2"}).peft == (0, 12)  # the later one dates the run
+    assert parse_versions({"transformers": "4.57"}).torch == (2, 10)
+    assert parse_versions({"peft": "0.99"}) == Versions(peft=(0, 99))  # newer than the table: the newest of the rest
+    assert parse_versions({"torch": "0.4"}).transformers < (4, 25)
     assert parse_versions({"torch": "", "other": "1.2"}) == Versions()
     with pytest.raises(InvalidInput, match=r"torch version is 'nightly'"):
         parse_versions({"torch": "nightly"})

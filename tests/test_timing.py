@@ -116,6 +116,13 @@ def test_cards_without_bf16_units_run_bf16_at_the_fp32_rate() -> None:
     assert seconds(gpu=t4, base_dtype="bf16", autocast="bf16", seq_len=512) > 2 * half
 
 
+def test_tf32_speeds_up_fp32_products_where_the_card_has_it() -> None:
+    fp32: dict[str, Any] = {"base_dtype": "fp32", "autocast": "none", "micro_batch_size": 4}
+    assert seconds(tf32=True, **fp32) < 0.5 * seconds(**fp32)
+    t4 = catalog.gpu("t4")
+    assert seconds(gpu=t4, tf32=True, **fp32) == seconds(gpu=t4, **fp32)
+
+
 def test_accumulation_repeats_all_but_the_optimizer() -> None:
     one, four = run().time, run(gradient_accumulation_steps=4).time
     assert one is not None

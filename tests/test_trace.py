@@ -16,10 +16,10 @@ for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
 from calibrate.extrapolate import extrapolate  # noqa: E402
-from calibrate.trace import TraceResult, main, trace, training_from_dict  # noqa: E402
+from calibrate.trace import TraceResult, main, trace  # noqa: E402
 from planner import cuda_rules  # noqa: E402
 from planner.cuda_rules import Architecture  # noqa: E402
-from planner.training import TrainingSpec  # noqa: E402
+from planner.training import TrainingSpec, training_from_dict  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

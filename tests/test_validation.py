@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from planner import stacks, validation
+from planner import measurements, stacks, validation
+from planner.cli.main import cli
 from planner.errors import InvalidInput, PlannerError, UnknownName
+from planner.measurements import COLUMNS, parse_measurements, select
 from planner.training import TrainingSpec
-from planner.validation import COLUMNS, NotScored, parse_measurements, row_flags, row_options, score, select
+from planner.validation import NotScored, row_flags, row_options, score
 
 BASE = {
     "id": "x-1", "source": "x", "model": "org/model", "framework": "peft-loop", "method": "lora",
@@ -142,7 +144,7 @@ def test_unlisted_frameworks_are_scored_and_flagged() -> None:
 def test_the_upper_bound_of_the_length_is_used_and_flagged() -> None:
     row = make(seq_len="", seq_len_max="768")
     assert row_options(row)["seq_len"] == 768
-    assert row_flags(row) == ("padded length unknown: scored at its upper bound 768",)
+    assert row_flags(row)[0] == "padded length unknown: scored at its upper bound 768"
 
 
 def test_unstated_upcast_is_fp32_unless_a_kernel_reads_the_logits() -> None:
@@ -306,7 +308,7 @@ def test_confidence_c_is_left_out_unless_asked_for() -> None:
     loose = run(row, answer=fake(step=1.0), include_loose=True)
     assert len(loose.comparisons) == 2
     assert not loose.skipped
-    assert len(loose.flagged) == 2
+    assert [s.reason for s in loose.flagged][-2:] == ["confidence C", "confidence C (time)"]
 
 
 def test_equal_configurations_are_predicted_once_and_refusals_become_reasons() -> None:
@@ -404,13 +406,66 @@ def outcome(data: bytes) -> Any:
 def test_read_from_disk(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_bytes(table(make()))
-    assert validation.read_measurements(path) == [make()]
+    assert measurements.read_measurements(path) == [make()]
     with pytest.raises(InvalidInput, match="cannot read"):
-        validation.read_measurements(tmp_path / "none.csv")
+        measurements.read_measurements(tmp_path / "none.csv")
     with pytest.raises(InvalidInput, match="cannot read"):
-        validation.read_measurements(tmp_path)
+        measurements.read_measurements(tmp_path)
 
 
 def test_not_scored_is_the_only_refusal_of_a_row() -> None:
     with pytest.raises(NotScored, match="unknown method 'x'"):
         row_options(make(method="x"))
+
+
+# A table from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({}, "no library release given: the newest are assumed"),
+        (
+            {"torch": "2.1.1", "method": "qlora", "quantization": "nf4"},
+            "library releases of the time of those given: transformers 4.37, peft 0.7, bitsandbytes 0.42",
+        ),
+        ({"torch": "2.4.1", "transformers": "4.45.2", "peft": "0.13.2"}, ""),  # no bitsandbytes in the run
+        ({"method": "full", "torch": "2.9", "transformers": "4.57"}, ""),
+    ],
+)
+def test_assumed_releases_are_flagged(changes: dict[str, str], flag: str) -> None:
+    assert row_flags(make(**changes)) == ((flag,) if flag else ())
+
+
+def test_a_table_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real predictor on rows that no source here has: each is scored, or skipped with its reason."""
+    size = str(4 * 2**30)
+    known = make(model="HuggingFaceTB/SmolLM2-360M", allocated_bytes_low=size, allocated_bytes_high=size)
+    rows = [
+        {**known, "id": "framework", "framework": "homegrown-trainer"},
+        {**known, "id": "no-card", "gpu": ""},
+        {**known, "id": "no-card-oom", "gpu": "", "outcome": "oom"},
+        {**known, "id": "card", "gpu": "voodoo-3"},
+        {**known, "id": "value", "attention": "ring"},
+        {**known, "id": "optimizer", "optimizer": "muon"},
+        {**known, "id": "model", "model": "nobody/nothing-9b"},
+        {**known, "id": "gpus", "num_gpus": "4", "parallel": "fsdp"},
+        {**known, "id": "old", "torch": "2.1.0"},
+        {**known, "id": "release", "torch": "nightly"},
+    ]
+    path = tmp_path / "elsewhere.csv"
+    path.write_bytes(table(*rows))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["validate", str(path), "--rows", "--format", "json"])
+    document = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    scored = {row["id"] for row in document["rows"]}
+    assert scored == {"framework", "no-card", "card", "old"}
+    reasons = {item["id"]: item["reason"] for item in document["skipped"]}
+    assert reasons.keys() == {row["id"] for row in rows} - scored
+    assert reasons["value"] == "unknown attention 'ring'" and reasons["optimizer"] == "unknown optimizer 'muon'"
+    assert "unknown model 'nobody/nothing-9b'" in reasons["model"] and "4 GPUs" in reasons["gpus"]
+    assert "unknown size" in reasons["no-card-oom"] and "'nightly'" in reasons["release"]
+    flags = {(item["id"], item["reason"].partition(":")[0]) for item in document["flagged"]}
+    assert ("framework", "framework homegrown-trainer") in flags
+    assert ("old", "library releases of the time of those given") in flags

@@ -7,10 +7,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from planner.cli.data_options import data_options
-from planner.cli.options import COST, Sectioned, Word, cost_options, format_option, trace_options, training_options
+from planner.cli.from_config import model_or_config
+from planner.cli.options import (
+    COST,
+    FORMATS,
+    LIBRARIES,
+    Sectioned,
+    Word,
+    calibration_option,
+    cost_options,
+    format_option_of,
+    trace_options,
+    training_options,
+)
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
+    from planner.importers import Job
     from planner.report.answer import Answer
     from planner.search import Change
 
@@ -18,12 +31,14 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
-@click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), or local for this machine's.")
+@model_or_config(many=True)
+@click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), local for this machine's, or cpu.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
 @click.option("--explain", is_flag=True, help="Every setting with its origin, model facts, sources, uncertainty.")
+@click.option("--explain-time", is_flag=True, help="Where the time of a step goes, by class of operation.")
 @cost_options
+@calibration_option
 @data_options
 @click.option(
     "--via",
@@ -33,7 +48,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
     help="Ask loraplan's own program, or run the real libraries under fake tensors (slower; any model they know).",
 )
 @click.option("--changes/--no-changes", default=True, help="Search for what would fit if it does not.")
-@format_option
+@format_option_of((*FORMATS, "github"))
 @trace_options
 @training_options
 def fits(
@@ -42,6 +57,8 @@ def fits(
     vram: str | None,
     margin: str,
     explain: bool,
+    explain_time: bool,
+    calibration: str | None,
     via: str,
     changes: bool,
     style: str,
@@ -52,26 +69,32 @@ def fits(
     """Say whether a fine-tuning run fits on a GPU, where memory and time go, what it costs and what to change.
 
     MODEL is an id of the catalogue (loraplan models), a model folder, a config.json, a .gguf file, or a hub id in the
-    local Hugging Face cache.
+    local Hugging Face cache. A training config takes its place: --from qlora.yml, or the file itself; several files
+    are checked one by one, in one table.
 
     \b
     Examples:
       loraplan fits meta-llama/Llama-3.1-8B --gpu rtx-4090 --method qlora
       loraplan fits Qwen/Qwen2.5-7B --vram 16GiB -r 16 --seq-len 4096 --explain
       loraplan fits ./my-model --gpu a100-80gb --stack trl --format json
+      loraplan fits --from qlora.yml --gpu a10g
+      loraplan fits configs/*.yml --gpu a10g --margin 10 --format github
 
     \b
     Exit codes: 0 it fits (or no card was named), 1 it does not fit or is too
     close to call, 2 could not answer.
     """
+    if style == "github":
+        from planner.cli.gate import only_files
+
+        raise only_files()
     from planner.cli.data_options import take
 
     wanted = {name: given.pop(name) for name in COST}
     data = take(given)
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = _answer(model, card_of(gpu, vram), _percent(margin), given, changes, tracing, data)._replace(
-        explain=explain
-    )
+    answer = answer_of(model, card_of(gpu, vram), percent_of(margin), given, changes, tracing, calibration, data)
+    answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
     return 0 if answer.prediction.verdict in ("fits", None) else 1
@@ -84,38 +107,64 @@ class Tracing(NamedTuple):
     use_cache: bool
 
 
-def _answer(
-    model: str, card: Gpu | None, margin: float, given: dict[str, Any], search: bool, tracing: Tracing | None,
-    data: dict[str, Any],
-) -> Answer:  # fmt: skip
-    from planner.cli.plan import configure, load_model, training_settings
+def answer_of(
+    model: str,
+    card: Gpu | None,
+    margin: float,
+    given: dict[str, Any],
+    search: bool,
+    tracing: Tracing | None = None,
+    calibration: str | None = None,
+    data: dict[str, Any] | None = None,
+) -> Answer:
+    """Answer for one run; `given` holds what the training options gave.
+
+    Raises:
+        PlannerError: the run cannot be planned.
+    """
+    from planner import calibration_files
+    from planner.cli.plan import configure, load_model, training_settings, with_stated_releases
     from planner.predict import predict
     from planner.report.answer import Answer
 
+    stated = [name for name in LIBRARIES if given.get(name)]
     stack = training_settings(given)
     card, kept = _with_margin(card, margin)
     if tracing is not None:
         from planner.cli.trace import traced_answer
 
-        if data["data_files"]:
+        if data and data["data_files"]:
             from planner.errors import Contradiction
 
             raise Contradiction("--data is planned by loraplan's own program; drop --via trace")
         return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
     loaded = load_model(model)
-    from planner.cli.data_options import apply
+    run = None
+    if data and data["data_files"]:
+        from planner.cli.data_options import apply
 
-    run = apply(data, loaded.spec, stack or "custom", given)
+        run = apply(data, loaded.spec, stack or "custom", given)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
+    resolved = with_stated_releases(resolved, stated)
+    job: Job | None = given.get("job")
     notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
-    prediction = predict(loaded.spec, training, card, warnings=notes)
+    notes = (*(str(missing) for missing in job.missing), *notes) if job else notes
+    chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
+    prediction = predict(
+        loaded.spec,
+        training,
+        card,
+        warnings=notes + (chosen.notes if chosen else ()),
+        coefficients=chosen.coefficients if chosen else None,
+        context_bytes=chosen.context_bytes if chosen else None,
+    )
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in ("fits", None):
         from planner import catalog
         from planner.search import nearest_changes
 
         found = nearest_changes(prediction, catalog.gpus())
-    origin = "given" if stack else "loraplan default"
+    origin = job.stack_origin if job and stack == job.stack else "given" if stack else "loraplan default"
     return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin, data=run)
 
 
@@ -167,12 +216,21 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
         from planner.cli.local_gpu import local_gpu
 
         return local_gpu(gpu.partition(":")[2])
+    if gpu.lower() == "cpu":
+        from planner import processor
+
+        return processor.as_gpu(processor.facts())
     from planner import catalog
 
     return catalog.gpu(gpu)
 
 
-def _percent(text: str) -> float:
+def percent_of(text: str) -> float:
+    """Return a share given in percent.
+
+    Raises:
+        InvalidInput: not a number from 0 to below 100.
+    """
     from planner.errors import InvalidInput, one_line
 
     try:

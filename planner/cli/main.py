@@ -16,9 +16,12 @@ EXIT_NO_ANSWER = 2
 _COMMANDS = {
     "fits": ("planner.cli.fits", "fits"),
     "trace": ("planner.cli.trace", "trace"),
+    "table": ("planner.cli.table", "table"),
+    "lint": ("planner.cli.lint", "lint"),
     "models": ("planner.cli.catalogue", "models"),
     "gpus": ("planner.cli.catalogue", "gpus"),
     "validate": ("planner.cli.validate", "validate"),
+    "calibrate": ("planner.cli.calibrate", "calibrate"),
     "data": ("planner.cli.data", "data"),
     "lora": ("planner.cli.lora", "lora"),
     "simulate": ("planner.cli.simulate", "simulate"),

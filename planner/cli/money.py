@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner import catalog, cost
 from planner.errors import Contradiction, InvalidInput, one_line
+from planner.hardware import Gpu
 from planner.predict import Prediction
 from planner.units import MiB, parse_count
 
@@ -46,7 +47,7 @@ def run_plan(
         return None, ()
     if prediction.gpu is None or prediction.time is None:
         return None, ("no hours and no cost: the card's rates are not known",)
-    price = price_of(prediction, wanted)
+    price = price_of(prediction.gpu, wanted)
     training = prediction.training
     made = cost.plan(
         prediction.time, prediction.gpu, amount, micro_batch_size=training.micro_batch_size, seq_len=training.seq_len,
@@ -72,17 +73,16 @@ def data_plan(
     from planner.datarun import planned
     from planner.model import ModelSpec
 
-    model = prediction.model
-    assert isinstance(model, ModelSpec), "data is planned by loraplan's own program"
+    assert isinstance(prediction.model, ModelSpec)  # --data with --via trace was refused
 
-    price = price_of(prediction, wanted)
+    price = price_of(prediction.gpu, wanted)
     epochs = 1.0 if wanted["epochs"] is None else wanted["epochs"]
-    done, made = planned(run, model, prediction.training, prediction.gpu, epochs=epochs, price=price)
+    done, made = planned(run, prediction.model, prediction.training, prediction.gpu, epochs=epochs, price=price)
     notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
     return done, made, notes
 
 
-def price_of(prediction: Prediction, wanted: dict[str, Any]) -> cost.Price | None:
+def price_of(gpu: Gpu, wanted: dict[str, Any]) -> cost.Price | None:
     """The user's price, else the cheapest machine with this card.
 
     Raises:
@@ -93,8 +93,7 @@ def price_of(prediction: Prediction, wanted: dict[str, Any]) -> cost.Price | Non
     if wanted["price"] is not None:
         return cost.Price(usd_per_hour=wanted["price"], source="given")
     table = read_dbu_table(wanted["dbu_table"]) if wanted["dbu_table"] is not None else None
-    assert prediction.gpu is not None
-    return cost.cheapest(prediction.gpu, catalog.instances(), dbu=table, dbu_rate=wanted["dbu_rate"] or 0.0)
+    return cost.cheapest(gpu, catalog.instances(), dbu=table, dbu_rate=wanted["dbu_rate"] or 0.0)
 
 
 def read_dbu_table(path: str) -> dict[str, float]:

@@ -41,11 +41,24 @@ class Word(_Choice):
         return word
 
 
+def format_option_of(formats: tuple[str, ...]) -> Callable[[_Command], _Command]:
+    """Return the decorator that adds `--format` with these words (parameter `style`)."""
+    return click.option(
+        "--format", "style", type=Word("format", formats), default="table", show_default=True, help="How to print."
+    )
+
+
 def format_option(command: _Command) -> _Command:
     """Add `--format` to a command (parameter `style`)."""
+    return format_option_of(FORMATS)(command)
+
+
+def calibration_option(command: _Command) -> _Command:
+    """Add `--calibration` (parameter `calibration`)."""
     return click.option(
-        "--format", "style", type=Word("format", FORMATS), default="table", show_default=True, help="How to print."
-    )(command)
+        "--calibration", metavar="FILE|none",
+        help="Coefficients of the times: a calibration (file or id), or none; by default the newest of the card.",
+    )(command)  # fmt: skip
 
 
 COST = ("tokens", "rows", "epochs", "mean_tokens", "price", "dbu_table", "dbu_rate")
@@ -169,6 +182,7 @@ TRAINING: dict[str, tuple[Option, ...]] = {
         Option(("--padded/--no-padded",), "padded", _FLAG, "Rows carry a padding mask."),
         Option(("--kernels",), "kernels", Word("kernels", CHOICES["kernels"]), "Fused kernels."),
         Option(("--compile/--no-compile",), "compile", _FLAG, "torch.compile."),
+        Option(("--tf32/--no-tf32",), "tf32", _FLAG, "fp32 products on TF32 tensor cores."),
         Option(("--autocast",), "autocast", _dtype("autocast", ("none", "bf16", "fp16")), "Mixed precision."),
     ),
     "Loss and optimizer": (

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from planner import families, lora, sources, stacks
 from planner.cli.options import LIBRARIES, flag_of
-from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.cli.settled import NOTHING, Settled, settle, without_idle
+from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import lacks_bf16
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
-from planner.training import LoraSpec, TrainingSpec
+from planner.training import LoraSpec, TrainingSpec, Versions
 
 
 class LoadedModel(NamedTuple):
@@ -40,7 +41,10 @@ def read_model(loaded: LoadedConfig) -> LoadedModel:
     Raises:
         PlannerError: a family that is not known, or an impossible value.
     """
-    spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    try:
+        spec = families.build_spec(loaded.config, model_id=loaded.model_id)
+    except UnknownFamily as error:
+        spec = _from_class(loaded, error)
     warnings = [*loaded.warnings, *spec.notes]
     if loaded.exact_parameters:
         spec = replace(spec, exact_parameters=loaded.exact_parameters)
@@ -55,6 +59,15 @@ def read_model(loaded: LoadedConfig) -> LoadedModel:
             "planned as if loaded from 16-bit weights"
         )
     return LoadedModel(spec, loaded, tuple(dict.fromkeys(warnings)))
+
+
+def _from_class(loaded: LoadedConfig, error: UnknownFamily) -> ModelSpec:
+    """Read a model outside the registry from transformers' class; without transformers, the error stands."""
+    try:
+        from calibrate.meta_spec import spec_from_class
+    except (ImportError, OSError):  # OSError: a torch whose libraries do not load
+        raise error from None
+    return spec_from_class(loaded.config, model_id=loaded.model_id)
 
 
 def infer_method(given: Mapping[str, Any]) -> str:
@@ -85,32 +98,59 @@ def configure(
 ) -> tuple[Resolved, TrainingSpec]:
     """Resolve the given options with the framework's defaults, for this model.
 
+    The option `job` (`planner.cli.from_config`) holds what config files say: it yields to options the user typed.
+
     `lenient` accepts settings that the run has no use for: tables fill columns that do not apply. On a `card` without
     bf16 the defaults become fp16. Of a model that no family describes (None) module names are not checked here.
 
     Raises:
         PlannerError: unknown values, settings that exclude each other or that the model does not have.
     """
-    method = infer_method(given)
-    resolved = stacks.resolve(stack, method=method, given=given)
+    user = {key: value for key, value in given.items() if key != "job" and value is not None}
+    settled = settle(given.get("job"), user, stack, model)
+    resolved = _resolved(stack, settled, user)
     if not lenient:
-        _refuse_idle(resolved, given)
-    if model is not None and method != "full" and given.get("target_modules") is None:
-        resolved = _with_known_targets(model, resolved, given)
-    if given.get("method") is None:
-        implied = "--quantization none" if given.get("quantization") == "none" else ""
-        origin = f"implied by {implied}" if implied else "loraplan default"
-        resolved = replace(resolved, settings={**resolved.settings, "method": Setting(method, origin)})
+        _refuse_idle(resolved, user)
+    if settled is not NOTHING:
+        settled = without_idle(settled, resolved)
+        resolved = _resolved(stack, settled, user)
+    hard = {**settled.stated, **user}
+    if model is not None and resolved["method"] != "full" and "target_modules" not in hard:
+        resolved = _with_known_targets(model, resolved, {**settled.unasked, **hard})
     if card is not None and lacks_bf16(card):
-        resolved = _in_fp16(resolved, given, card)
+        resolved = _in_fp16(resolved, hard, card)
     training = stacks.to_training_spec(resolved)
     if model is None:
         return resolved, training
     if training.lora is not None:
         lora.saved_module_parameters(model, training.lora)  # refuses a module that the model does not have
-    if given.get("skip_modules"):
+    if user.get("skip_modules"):
         _check_skipped(model, training.quantization.skip_modules)
     return resolved, training
+
+
+def _resolved(stack: str, settled: Settled, user: Mapping[str, Any]) -> Resolved:
+    """Resolve the options of user, files and frameworks, and say where each came from."""
+    merged = {**settled.unasked, **settled.stated, **user}
+    method = infer_method(merged)
+    resolved = stacks.resolve(stack, method=method, given=merged)
+    settings = dict(resolved.settings)
+    for key, origin in settled.origins.items():
+        if key not in user and key in merged:
+            settings[key] = settings[key]._replace(origin=origin)
+    if "method" not in merged:
+        implied = "--quantization none" if merged.get("quantization") == "none" else ""
+        settings["method"] = Setting(method, f"implied by {implied}" if implied else "loraplan default")
+    return replace(resolved, settings=settings)
+
+
+def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
+    """Say which releases the user gave, and that the others are of the same time (planner.releases)."""
+    if not 0 < len(stated) < len(fields(Versions)):
+        return resolved
+    origin = f"given: {', '.join(stated)}; the others as they were then"
+    found = Setting(resolved["versions"], origin)
+    return replace(resolved, settings={**resolved.settings, "versions": found})
 
 
 _DTYPE_KEYS = ("base_dtype", "autocast", "compute_dtype", "adapter_dtype")
@@ -153,7 +193,8 @@ def _with_known_targets(model: ModelSpec, resolved: Resolved, given: Mapping[str
             continue
         found = stacks.resolve(resolved.stack, method=resolved["method"], given={**given, "target_modules": targets})
         origin = f"{name}: {model.model_type} has no {missing} ({resolved.settings['target_modules'].origin})"
-        return replace(found, settings={**found.settings, "target_modules": Setting(targets, origin)})
+        changed = {"target_modules": Setting(targets, origin), "target_slices": found.settings["target_slices"]}
+        return replace(resolved, settings={**resolved.settings, **changed})
     return resolved
 
 

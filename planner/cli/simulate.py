@@ -101,7 +101,7 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int) -> Simu
     )
     shortest = found.seen.shortest if found else training.seq_len
     cost = StepCost(loaded.spec, training, card, shortest, training.seq_len)
-    price = price_of(cost.prediction, wanted)
+    price = price_of(card, wanted)
     plan = _plan(run, lengths, how, training.gradient_accumulation_steps, wanted["epochs"], price)
     notes = [*loaded.warnings, *cost.prediction.warnings]
     if training.lora is not None:

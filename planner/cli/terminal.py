@@ -25,9 +25,14 @@ def echo_coloured(text: str, word: str, colour: str) -> None:
         click.echo(text, nl=False, color=False)
 
 
+def is_live() -> bool:
+    """Return whether stderr is a terminal that a line can be rewritten on."""
+    return sys.stderr.isatty() and not os.environ.get("CI")
+
+
 def progress(items: Iterable[Any], label: str) -> Iterator[Any]:
     """Yield the items, with a bar on stderr when that is a terminal."""
-    if not sys.stderr.isatty() or os.environ.get("CI"):
+    if not is_live():
         yield from items
         return
     length = len(items) if isinstance(items, Sized) else None

@@ -57,7 +57,7 @@ def trace(
 
     \b
     Examples:
-      loraplan trace openai-community/gpt2 --batch 4
+      loraplan trace openai-community/gpt2 --gpu rtx-4090 --compare
       loraplan trace ./my-model --gpu rtx-4090 --method qlora --compare
       loraplan trace ./my-model --layers full --plot step.svg
 
@@ -172,14 +172,17 @@ def _run(
 
 
 def _other_releases(given: dict[str, Any], traced: Traced) -> tuple[str, ...]:
-    """Say so where the user named releases other than the installed ones."""
-    wanted = given.get("versions") or {}
-    installed = dict(traced.versions)
-    return tuple(
-        f"the trace ran {name} {installed[name]}, which is installed, not {'.'.join(map(str, release))}"
-        for name, release in wanted.items()
-        if name in installed and installed[name].split(".")[:2] != [str(n) for n in release[:2]]
-    )
+    """Say so where the releases asked for are not the installed ones, which are what is traced."""
+    from planner.training import Versions
+
+    asked, usual = given.get("versions") or Versions(), Versions()
+    installed = {name: release.split("+")[0] for name, release in traced.versions}
+    notes = []
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        release = ".".join(map(str, getattr(asked, name)))
+        if getattr(asked, name) != getattr(usual, name) and not f"{installed.get(name)}.".startswith(f"{release}."):
+            notes.append(f"the trace ran {name} {installed.get(name)}, which is installed, not {release}")
+    return tuple(notes)
 
 
 # --- output --------------------------------------------------------------------------------------------------------

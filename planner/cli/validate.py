@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli.options import Word, format_option
+from planner.cli.options import Word, calibration_option, format_option
 
 if TYPE_CHECKING:
     from planner.predict import Prediction
@@ -22,9 +22,17 @@ if TYPE_CHECKING:
     help="Correct times by the first timed row of each card and framework (not scored then).",
 )  # fmt: skip
 @click.option("--include-c", is_flag=True, help="Score figures of confidence C too.")
+@calibration_option
 @format_option
 def validate(
-    file: str, sources: tuple[str, ...], where: tuple[str, ...], rows: bool, anchor: str, include_c: bool, style: str
+    file: str,
+    sources: tuple[str, ...],
+    where: tuple[str, ...],
+    rows: bool,
+    anchor: str,
+    include_c: bool,
+    calibration: str | None,
+    style: str,
 ) -> int:
     """Compare predictions with the measurements of FILE (CSV, columns of measurements.md).
 
@@ -42,12 +50,12 @@ def validate(
     """
     from pathlib import Path
 
-    from planner import validation
+    from planner import measurements, validation
     from planner.cli.terminal import progress
     from planner.report import validation_report
 
-    table = validation.select(validation.read_measurements(Path(file)), sources, where)
-    glue = _Glue()
+    table = measurements.select(measurements.read_measurements(Path(file)), sources, where)
+    glue = _Glue(calibration)
     report = validation.score(
         progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c,
         anchor=anchor == "first",
@@ -59,7 +67,8 @@ def validate(
 class _Glue:
     """What turns a row's options into a prediction; models and cards are read once."""
 
-    def __init__(self) -> None:
+    def __init__(self, calibration: str | None = None) -> None:
+        self.calibration = calibration
         self.models: dict[str, Any] = {}
         self.cards: dict[str, Any] = {}
 
@@ -69,6 +78,7 @@ class _Glue:
         Raises:
             PlannerError: the row's model, card or settings are not known.
         """
+        from planner import calibration_files
         from planner.cli.plan import configure
         from planner.predict import predict
 
@@ -76,7 +86,14 @@ class _Glue:
         stack = given.pop("stack")
         spec = self._model(model_id)
         _, training = configure(spec, stack, given, lenient=True)
-        return predict(spec, training, self._card(gpu_id) if gpu_id else None)
+        card = self._card(gpu_id) if gpu_id else None
+        if card is None:
+            return predict(spec, training, None)
+        chosen = calibration_files.select(card, self.calibration, training.versions)
+        return predict(
+            spec, training, card, warnings=chosen.notes, coefficients=chosen.coefficients,
+            context_bytes=chosen.context_bytes,
+        )  # fmt: skip
 
     def capacity(self, gpu_id: str) -> int | None:
         """Return a card's memory in bytes; None for a card that is not known."""

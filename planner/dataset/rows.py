@@ -151,6 +151,8 @@ def doubts(row: Row) -> list[str]:
     """What is odd about a row that can still be used."""
     if row.shape == "text":
         return []
+    if row.instruction:  # one question and one answer
+        return [] if row.output.strip() else ["the last answer is empty"]
     roles = [turn.role for turn in row.turns]
     found = []
     if "assistant" not in roles:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 
 from planner.config_values import mapping, text
-from planner.errors import UnknownName, one_line, unknown
+from planner.errors import UnknownFamily, UnknownName, one_line
 from planner.model import ModelSpec
 
 _MODULES: dict[str, str] = {
@@ -84,8 +84,6 @@ _SHARED_KEYS = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddi
 
 _TEXT_ONLY = "only the language model is planned: the vision or audio tower's weights and activations come on top"
 
-_TRACE = "if transformers knows it, install loraplan[trace] and use --via trace"
-
 
 def known_families() -> list[str]:
     """Return every model_type that `build_spec` understands, sorted."""
@@ -118,8 +116,20 @@ def build_spec(config: Mapping[str, object], *, model_id: str) -> ModelSpec:
         )
     name = _SAME_AS.get(model_type, model_type)
     if name not in _MODULES:
-        raise unknown("model_type", model_type, known_families(), _TRACE)
+        raise _unknown_family(model_type)
     family = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     spec: ModelSpec = family(part, model_id)
     multimodal = part is not config or "vision_config" in config
     return replace(spec, notes=(*spec.notes, _TEXT_ONLY)) if multimodal else spec
+
+
+def _unknown_family(model_type: str) -> UnknownFamily:
+    """Build the error for a model_type outside the registry: close names first, then all of them."""
+    import difflib  # only needed on the error path
+
+    close = difflib.get_close_matches(model_type[:200], known_families(), n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    return UnknownFamily(
+        f"unknown model_type {one_line(model_type)!r}; {hint}With pip install 'loraplan[trace]' its structure is read "
+        f"from the class of transformers, if it has one. Known families: {one_line(', '.join(known_families()), 700)}"
+    )

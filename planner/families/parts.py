@@ -27,7 +27,7 @@ Config = Mapping[str, Any]
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**24
 
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -142,9 +142,9 @@ def drops(config: Config, *keys: str, default: float = 0.0) -> bool:
 def activation(config: Config, *keys: str, default: str = "silu") -> Activation:
     """Return the activation named by the first present key."""
     name = text(config, *(keys or ("hidden_act",)), default=default)
-    if name not in _ACTIVATIONS:
-        raise unknown("activation", name, _ACTIVATIONS, "; or use --via trace (install loraplan[trace])")
-    return _ACTIVATIONS[name]
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
 
 
 def rotary_width(config: Config, head_dim: int, default: float = 1.0) -> int:

@@ -32,6 +32,7 @@ class Answer(NamedTuple):
     margin_bytes: int = 0
     """Memory of the card that the user wants kept free."""
     explain: bool = False
+    explain_time: bool = False
     stack_origin: str = "loraplan default"
     run: RunPlan | None = None
     """The whole run, where an amount was given."""
@@ -138,6 +139,15 @@ def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
     if moment.phase in ("forward", "backward"):
         return f"in the {moment.phase} of {where}"
     return f"{_OUTSIDE.get(moment.phase, moment.phase)}, {where}"
+
+
+def via_words(answer: Answer) -> str:
+    """Say what answered: empty for loraplan's own program, else the libraries that were traced."""
+    p = answer.prediction
+    if p.via == "program":
+        return ""
+    releases = ", ".join(f"{name} {one_line(release.split('+')[0], 30)}" for name, release in p.libraries)
+    return f"via trace: the libraries themselves, all {p.model.num_layers} layers ({releases})"
 
 
 def peak_words(answer: Answer) -> str:

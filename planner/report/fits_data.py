@@ -6,7 +6,7 @@ from typing import Any
 
 from planner.memory import CATEGORIES
 from planner.predict import Range
-from planner.report.answer import WORDS, Answer, card_words, components, peak_words, run_words, value_words
+from planner.report.answer import WORDS, Answer, card_words, components, peak_words, run_words, value_words, via_words
 from planner.report.tables import csv_text, escape, json_text, markdown
 from planner.report.time_text import PARTS, parts_of, run_block, run_data, time_data
 from planner.search import Change
@@ -30,6 +30,8 @@ def document(answer: Answer) -> dict[str, Any]:
     whole: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "verdict": p.verdict,
+        "via": p.via,
+        "versions": dict(p.libraries),
         "model": _model(answer),
         "gpu": _gpu(answer),
         **{counter: _range(getattr(p, counter)) for counter in COUNTERS},
@@ -128,6 +130,7 @@ def _csv(answer: Answer) -> str:
         "model": p.model.model_id,
         "gpu": p.gpu.gpu_id if p.gpu else "",
         "verdict": p.verdict or "",
+        "via": p.via,
         **{f"{c}_{end}_bytes": getattr(getattr(p, c), end) for c in COUNTERS for end in ("low", "expected", "high")},
         "capacity_bytes": p.capacity_bytes if p.gpu else None,
         "headroom_bytes": p.headroom_bytes if p.gpu else None,
@@ -196,6 +199,8 @@ def _markdown(answer: Answer) -> str:
         rows.append((counter, total.expected / GiB, total.low / GiB, total.high / GiB, "total"))
     blocks.append(markdown(("memory at the peak", "GiB", "low", "high", "origin"), rows).rstrip())
     blocks.append(f"Peak {escape(peak_words(answer))}.")
+    if p.via != "program":
+        blocks.append(f"{escape(via_words(answer)).capitalize()}.")
     if answer.changes:
         changed = [(c.text, c.option, c.device.expected / GiB, c.device.high / GiB) for c in answer.changes]
         table = markdown(("what would fit", "options", "device GiB", "high"), changed).rstrip()

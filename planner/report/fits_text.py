@@ -14,6 +14,7 @@ from planner.report.answer import (
     peak_words,
     run_words,
     value_words,
+    via_words,
 )
 from planner.report.tables import aligned, wrapped
 from planner.report.time_text import ledger_block, step_block
@@ -40,8 +41,12 @@ def render(answer: Answer) -> str:
     blocks = [_headline(answer), _ledger(answer), _peak(answer), step_block(answer), _data(answer)]
     if answer.changes:
         blocks.append(_changes(answer))
+    elif answer.prediction.via == "trace" and answer.prediction.verdict not in ("fits", None):
+        blocks.append("what would fit is searched by loraplan's own program only: leave out --via trace\n")
     elif answer.prediction.verdict in ("does not fit", "too close to call"):
         blocks.append("no single change or combination that was tried makes it fit\n")
+    if answer.explain_time and not answer.explain and answer.prediction.time is not None:
+        blocks.append(ledger_block(answer.prediction.time))
     if answer.explain:
         blocks += _explanation(answer)
     else:
@@ -114,7 +119,10 @@ def _card_lines(answer: Answer) -> Iterator[str]:
 
 def _peak(answer: Answer) -> str:
     text = f"peak {peak_words(answer)} (operation {answer.prediction.breakdown.moment.op})"
-    return wrapped(text, indent="  ") + "\n"
+    lines = [wrapped(text, indent="  ")]
+    if answer.prediction.via != "program":
+        lines.append(wrapped(via_words(answer), indent="  "))
+    return "\n".join(lines) + "\n"
 
 
 def _changes(answer: Answer) -> str:

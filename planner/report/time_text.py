@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from planner.cost import RunPlan, useful_tokens_per_step
+from planner.errors import one_line
 from planner.report.answer import Answer
 from planner.report.tables import aligned, wrapped
 from planner.timing import Seconds, StepTime
@@ -30,6 +31,8 @@ def step_block(answer: Answer) -> str:
         rate += f", {useful_rate(answer):,.0f} of them useful"
     utilization = f"MFU {t.model_flops_utilization * 100:.0f} %, HFU {t.hardware_flops_utilization * 100:.0f} %"
     lines.append(wrapped(f"  {rate}; {utilization}; bound by {t.bound}", 78, "  "))
+    if t.coefficients.formula_error is not None:
+        lines.append(wrapped(f"  {one_line(t.coefficients.label, 200)}", 78, "  "))
     return "\n".join(lines) + "\n" + (run_block(answer.run) if answer.run else "")
 
 
@@ -117,6 +120,7 @@ def time_data(answer: Answer) -> dict[str, Any] | None:
              "bound": i.bound}
             for i in t.ledger
         ],
+        "calibration": t.coefficients.label,
         "coefficients": [
             {"name": c.name, "value": c.value, "standard_error": c.standard_error, "unit": c.unit, "origin": c.origin,
              "source": c.source}

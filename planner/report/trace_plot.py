@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from itertools import groupby
 from typing import Any
 
 from planner.memory import CATEGORIES
-from planner.report.trace_view import TraceView, depth_words, peak_words, run_words, stretches
+from planner.report.trace_view import TraceView, depth_words, peak_words, run_words
+from planner.traced import TracedSegment
 from planner.units import GiB
 
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||", "***", "OO")
@@ -79,16 +81,26 @@ def _mark_peak(axes: Any, view: TraceView) -> None:
 
 
 def _axes(axes: Any, view: TraceView) -> None:
-    ticks, labels, place = [], [], 0.0
-    for row in stretches(view.traced.segments):
-        if row.name != "end":
-            ticks.append(place + row.segments / 2)
-            labels.append(row.name)
-        place += row.segments
-    axes.set_xticks(ticks, labels, rotation=40, ha="right", fontsize=8)
+    ticks, labels, place = [], [], 0
+    for name, part in groupby(view.traced.segments, key=_part):
+        width = len(list(part))
+        ticks.append(place + width / 2)
+        labels.append(name)
+        place += width
+        axes.axvline(place, color="black", linewidth=0.5, linestyle=":")
+    axes.set_xticks(ticks, labels, fontsize=9)
     axes.set_xlim(0, place)
     axes.set_ylim(0, view.traced.peak.peak / GiB * 1.2)
     axes.set_ylabel("allocated, GiB")
     axes.grid(axis="y", alpha=0.4)
     handles, found = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], found[::-1], loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, handlelength=3)
+
+
+def _part(segment: TracedSegment) -> str:
+    """The stretch of the step that a segment is labelled with; the short ones at both ends go unnamed."""
+    if segment.layer >= 0:
+        return f"{segment.phase} of the layers"
+    if segment.phase in ("loss", "head backward"):
+        return "head\nand loss"
+    return "optimizer" if segment.phase == "optimizer" else ""

@@ -80,9 +80,11 @@ def _timeline(view: TraceView) -> str:
 
 def _flops(view: TraceView) -> str:
     phases = [phase for phase, counts in view.traced.flops.items() if counts]
-    rows = [(name, *(counts[phase] / 1e12 for phase in phases)) for name, counts in operations(view)]
+    rows = [
+        (name.removeprefix("aten."), *(counts[phase] / 1e12 for phase in phases)) for name, counts in operations(view)
+    ]
     total = ("total", *(sum(view.traced.flops[phase].values()) / 1e12 for phase in phases))
-    title = "TFLOP of one micro batch (matrix products and attention, the causal half not taken off):\n"
+    title = "TFLOP of one micro batch (matrix products, and attention without its causal saving):\n"
     return title + aligned(("operation", *phases), [*rows, total])
 
 

@@ -85,7 +85,7 @@ def depth_words(view: TraceView) -> str:
 
 def version_words(view: TraceView) -> str:
     """Name the releases that ran."""
-    return ", ".join(f"{name} {release}" for name, release in view.traced.versions)
+    return ", ".join(f"{name} {release.split('+')[0]}" for name, release in view.traced.versions)
 
 
 def stretches(segments: tuple[TracedSegment, ...]) -> Iterator[Stretch]:

@@ -21,6 +21,9 @@ FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
 """Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
 
 
+RETURNS_PROBABILITIES = ("bloom", "mpt", "falcon", "gpt_neo")
+"""Model types whose decoder layer returns the attention probabilities (models/bloom/modeling_bloom.py BloomBlock)."""
+
 DROPOUT = 0.1
 """The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
 
@@ -33,11 +36,10 @@ def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
         q, k, v = _project_mla(step, held, x)
     else:
         q, k, v = _project(step, held, x)
-    out = _attend(step, spec, q, k, v)
-    del q, k, v
+    out = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
-    del arg, out
+    del arg, out, q, k, v  # names of the module's frame
     return result
 
 
@@ -150,12 +152,13 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
     """Whether SDPA gets a 4-D mask for a sliding window: the length reaches the window (masking_utils.py)."""
     if not spec.sliding_window or step.train.attention != "sdpa":
         return False
-    reaches = step.seq >= spec.sliding_window
-    return bool(reaches if isinstance(reaches, bool) else reaches.any())
+    return bool(step.seq >= spec.sliding_window)
 
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
     """The kernel torch's scaled_dot_product_attention picks (planner.cuda_rules.sdpa_kernel)."""
+    if not step.arch.sdpa_kernels:
+        return "flash"  # a CPU has one fused kernel, for every dtype and mask (cpu/FlashAttentionKernel.cpp)
     if _broadcasts_heads(step, spec):
         return "math"
     masked = step.mask is not None or needs_window_mask(step, spec)
@@ -171,15 +174,16 @@ def _passes_groups(spec: Attention, masked: bool) -> bool:
     return spec.num_kv_heads != spec.num_heads and equal and not masked
 
 
-def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention kernel that the settings, the dtypes and the GPU select."""
+def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Tensor:
+    """The attention kernel that the settings, the dtypes and the GPU select; `source`: dtype of the layer's input."""
     eng = step.eng
     arg = (q, k, v)
     has_sdpa = spec.has_sdpa(step.train.versions.transformers)
     if spec.sinks and (step.train.attention == "eager" or not has_sdpa):
         out = _eager_sinks(step, spec, q, k, v)
     elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not has_sdpa):
-        out = _eager(step, spec, q, k, v)
+        falcon = step.model.model_type == "falcon" and spec.position == "rope"
+        out = _eager_falcon(step, spec, q, k, v, source) if falcon else _eager(step, spec, q, k, v)
     else:
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
@@ -191,8 +195,21 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
             out = _efficient(step, spec, q, k, v)
         else:
             out = _flash(step, spec, q, k, v)
+            if _leads_with_heads(spec) and step.train.attention == "sdpa":
+                out = ops.contiguous(eng, out, "attention")
     del arg
     return out
+
+
+def _leads_with_heads(spec: Attention) -> bool:
+    """Whether q and k lie in memory head by head, not token by token as their projection wrote them.
+
+    Partial rotary positions end in a torch.cat, whose result is contiguous as [batch, heads, tokens, size]; q * cos
+    keeps the projection's layout. Flash attention's output lies as q does and is then copied back (flash_api.cpp
+    mha_fwd: empty_like).
+    """
+    partial = spec.position == "rope" and 0 < spec.rotary_dim < spec.head_dim
+    return partial or spec.kind == "mla"
 
 
 def _broadcasts_heads(step: Step, spec: Attention) -> bool:
@@ -243,7 +260,7 @@ def _attention_flops(step: Step, spec: Attention) -> Size:
     """Causal scores and values: 2 products of b*H*s*s*d, half of them masked away."""
     v_dim = spec.v_head_dim or spec.head_dim
     window = spec.sliding_window
-    keys = step.seq if not window or hasattr(step.seq, "shape") else min(window, step.seq)
+    keys = min(window, step.seq) if window else step.seq
     share = 0.5 if keys is step.seq else 1.0
     return 2.0 * step.batch * step.seq * keys * spec.num_heads * (spec.head_dim + v_dim) * share
 
@@ -268,8 +285,8 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     kv_heads = spec.num_kv_heads
     arg = (k, v)
     if not _passes_groups(spec, masked):
-        groups, kv_heads = spec.num_heads // spec.num_kv_heads, spec.num_heads
-        k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+        kv_heads = spec.num_heads
+        k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
     mask: Tensor | None = None
     if masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
@@ -290,9 +307,15 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     eng = step.eng
     groups = spec.num_heads // spec.num_kv_heads
     values = q.dtype
-    k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+    arg = (q, k, v)
+    heads_first = _leads_with_heads(spec)
+    copied = groups > 1 and spec.num_kv_heads > 1
+    k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
     if spec.scores_fp32:
         q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
+    q = _folded(step, q, heads_first)
+    k = _folded(step, k, copied or (heads_first and groups == 1))
+    v = _folded(step, v, copied)
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
     scores = ops.bmm(eng, q, k, score_shape, "scores")
@@ -308,7 +331,43 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     probs = ops.cast(eng, probs, values, "probabilities")
     if spec.dropout:
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
+    if step.model.model_type in RETURNS_PROBABILITIES:
+        step.probabilities = probs
     out = ops.bmm(eng, probs, v, value_shape, "attention")
+    held = ops.contiguous(eng, out, "attention")
+    del out, arg
+    return held
+
+
+def _repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
+    """repeat_kv: expand and reshape; the reshape of a single head is a view, of several a copy."""
+    groups = spec.num_heads // spec.num_kv_heads
+    if spec.num_kv_heads == 1 and groups > 1:
+        return _broadcast(step, x, groups)
+    return ops.expand_copy(step.eng, x, groups)
+
+
+def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:
+    """torch.matmul folds batch and heads into one dimension: a copy of what lies token by token, if rows are many."""
+    several = step.batch > 1
+    copies = not heads_first and bool(several if isinstance(several, bool) else several.any())
+    return ops.contiguous(step.eng, x, "matmul_copy") if copies else x
+
+
+def _eager_falcon(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Tensor:
+    """FalconAttention without ALiBi: scores scaled in place, softmax in the dtype of the layer's input."""
+    eng = step.eng
+    groups = spec.num_heads // spec.num_kv_heads
+    numel = step.batch * spec.num_heads * step.seq * step.seq
+    score_shape, value_shape = _eager_shapes(step, spec)
+    scores = ops.bmm(eng, q, ops.expand_copy(eng, k, groups), score_shape, "scores")
+    scores = ops.scale_in_place(eng, scores)
+    assert step.mask is not None
+    scores = ops.cast(eng, ops.add(eng, scores, step.mask, "scores", numel), source, "softmax_cast")
+    probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
+    del scores
+    step.probabilities = probs
+    out = ops.bmm(eng, probs, ops.expand_copy(eng, v, groups), value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out
     return held

@@ -13,7 +13,8 @@ class Step:
 
     __slots__ = (
         "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
-        "lora_dropout", "mask", "model", "norm_dtype", "parameters", "seq", "tokens", "train", "unquantized_dtype",
+        "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens", "train",
+        "unquantized_dtype",
     )  # fmt: skip
 
     def __init__(
@@ -41,6 +42,8 @@ class Step:
         """Rows + columns of each of them (0: a vector)."""
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
+        self.probabilities: Tensor | None = None
+        """Attention probabilities that the running layer is going to return beside its output."""
         self.cache: list[tuple[int, Tensor]] = []
         """(layer, keys and values) of classes that cache them while training."""
         self.backward_began = False
@@ -58,23 +61,14 @@ class Step:
     def arch_4bit_forward(self, m: Size, n: int, k: int, itemsize: int) -> list[Size]:
         """Buffers of a 4-bit forward product: empty where bitsandbytes' fused kernel runs."""
         nested = self.train.quantization.double_quant
+        if not self.arch.gemm_4bit_dequantizes:  # a CPU dequantizes for any number of rows (backends/default/ops.py)
+            return [
+                size for _, size in cuda_rules.gemm_4bit_temporaries(n, k, double_quant=nested, compute_bytes=itemsize)
+            ]
         buffers = cuda_rules.gemm_4bit_temporaries(n, k, double_quant=nested, compute_bytes=itemsize)
-        if hasattr(m, "shape"):  # a sweep: the choice differs from cell to cell, the allocation order does not
-            uses = self._dequantizes_each(m, n, k, itemsize)
-            return [size * uses for _, size in buffers]
         if not cuda_rules.gemm_4bit_dequantizes(m, n, k, compute_bytes=itemsize, arch=self.arch):
             return []
         return [size for _, size in buffers]
-
-    def _dequantizes_each(self, m: Size, n: int, k: int, itemsize: int) -> Size:
-        values = {
-            int(rows): cuda_rules.gemm_4bit_dequantizes(int(rows), n, k, compute_bytes=itemsize, arch=self.arch)
-            for rows in set(m.ravel().tolist())
-        }
-        out = m.copy()
-        flat = out.reshape(-1)
-        flat[:] = [values[int(rows)] for rows in m.ravel().tolist()]
-        return out
 
     def weight(self, numel: Size, factors: Size = 0) -> Tensor:
         """Allocate an unquantized base weight: frozen, or trainable in full fine-tuning."""

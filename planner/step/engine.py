@@ -4,9 +4,9 @@ Layers are written against it as PyTorch modules are written against torch. A st
 reference to it goes, as in PyTorch, so the lifetime of a tensor is what the code says: local variables, saved
 tensors of autograd nodes, gradient buffers. (This relies on CPython's reference counting.)
 
-Sizes are bytes or elements; they may be ints or numpy integer arrays of one common shape (a sweep): the structure of
-a step does not depend on them. The backward order, the in-place accumulation of gradients and the moments at which
-inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
+Sizes are bytes or elements: ints, or in a sweep polynomials (planner.step.polynomials) that stand for all cells in
+which the step has the same structure. The backward order, the in-place accumulation of gradients and the moments at
+which inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ReferenceType, ref
 
 Size = Any
-"""int, or a numpy integer array in a sweep."""
+"""int, or a Polynomial in a sweep."""
 
 FP32, BF16, FP16, INT8, INT64 = "fp32", "bf16", "fp16", "int8", "int64"
 ITEMSIZE: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int64": 8}
@@ -134,6 +135,9 @@ class Tensor:
 Grads = list["Tensor | None"]
 Backward = Callable[["Node", Grads], Sequence["Tensor | None"]]
 
+LayerForward = Callable[["Tensor"], "tuple[Tensor, Tensor | None]"]
+"""A decoder layer: its output, and the attention probabilities where the class returns them too."""
+
 _LEAF = sys.maxsize  # AccumulateGrad runs as soon as it is ready: highest priority
 
 
@@ -141,13 +145,16 @@ class Node:
     """A node of the autograd graph: edges to the producers of its inputs, what it saved, and its backward."""
 
     __slots__ = (
-        "backward", "dtypes", "edges", "frame", "is_parameter", "layer", "leaf", "numels", "outputs", "saved", "seq",
+        "__weakref__", "attributes", "backward", "dtypes", "edges", "frame", "is_parameter", "layer", "leaf", "numels",
+        "outputs", "saved", "seq",
     )  # fmt: skip
 
     def __init__(self, seq: int, backward: Backward | None, saved: tuple[Tensor, ...]) -> None:
         self.seq = seq
         self.backward = backward
         self.saved = saved
+        self.attributes = False
+        """Whether `saved` are attributes of a custom function: they live as long as the graph, not until it ran."""
         self.edges: list[tuple[Node, int] | None] = []
         self.dtypes: list[str] = []
         self.numels: list[Size] = []
@@ -162,12 +169,16 @@ class Node:
 class Frame:
     """A non-reentrant checkpoint: the nodes of a forward whose saved tensors are recomputed on first use."""
 
-    __slots__ = ("kept", "nodes", "recompute", "saving", "stop_after")
+    __slots__ = ("again", "kept", "nodes", "original", "recompute", "saving", "stop_after")
 
-    def __init__(self, recompute: Callable[[], Any] | None) -> None:
+    def __init__(self, recompute: Callable[[], Any] | None, original: Frame | None = None) -> None:
         self.kept: Tensor | None = None
         """The checkpoint's input: alive until the last node of the frame has run."""
-        self.nodes: list[Node] = []
+        self.nodes: list[ReferenceType[Node]] = []
+        """The nodes of the forward: those of a result that nobody uses die with it, and their repetition too."""
+        self.original = original
+        self.again: list[Node | None] = []
+        """A recomputation's nodes, kept where the original node is alive (checkpoint.py keeps by weak holders)."""
         self.recompute = recompute
         self.saving = 0
         self.stop_after = 0
@@ -256,7 +267,8 @@ class Engine:
     ) -> None:
         """Record a node after its outputs exist: `backward(node, grads)` returns one gradient (or None) per input.
 
-        hooked=False: the function keeps its tensors as attributes, so checkpoint hooks do not see them.
+        hooked=False: the function keeps its tensors as attributes, so checkpoint hooks do not see them and they die
+        with the graph (its root is a variable of the caller until the backward ends).
         """
         self.finish(self.begin(inputs, backward, saved, hooked), outputs)
 
@@ -273,6 +285,7 @@ class Engine:
         self._seq += 1
         node = Node(self._seq, backward, saved)
         node.layer = self.layer
+        node.attributes = not hooked and bool(saved)
         for t in inputs:
             if t is None or not t.requires_grad or t.node is None:
                 node.edges.append(None)
@@ -301,7 +314,11 @@ class Engine:
     def _file(self, node: Node, saved: tuple[Tensor, ...]) -> None:
         frame = self.frame
         assert frame is not None
-        frame.nodes.append(node)
+        if frame.original is None:
+            frame.nodes.append(ref(node))
+        else:
+            alive = frame.original.nodes[len(frame.again)]() is not None
+            frame.again.append(node if alive else None)
         if not saved:
             return
         node.frame = frame  # only a node that unpacks saved tensors starts the recomputation
@@ -346,7 +363,7 @@ class Engine:
 
     # --- checkpointing ----------------------------------------------------------------------------------------
 
-    def checkpoint(self, forward: Callable[[Tensor], Tensor], x: Tensor, offload: bool = False) -> Tensor:
+    def checkpoint(self, forward: LayerForward, x: Tensor, offload: bool = False) -> tuple[Tensor, Tensor | None]:
         """torch.utils.checkpoint(use_reentrant=False) around `forward(x)`; offload moves the kept input to the host."""
         autocast = self.autocast
         kept: list[Tensor | None] = [None if offload else self._kept(x)]
@@ -355,7 +372,7 @@ class Engine:
         def recompute() -> None:
             again = kept.pop() or self.empty(shape[0], shape[1], "checkpoint_reload")
             again.requires_grad, again.node, again.slot = shape[2], shape[3], shape[4]
-            inner = Frame(None)
+            inner = Frame(None, frame)
             inner.stop_after = frame.saving
             outer, self.frame = self.frame, inner
             grad, self.grad_enabled = self.grad_enabled, True
@@ -371,11 +388,16 @@ class Engine:
                 self.recomputing = before
                 self.frame = outer
                 self.grad_enabled = grad
-            for original, repeated in zip(frame.nodes, inner.nodes, strict=False):
+            for reference, repeated in zip(frame.nodes, inner.again, strict=False):
+                original = reference()
+                if repeated is None or original is None:
+                    continue
                 if original.frame is not None:
                     original.saved = repeated.saved
                 repeated.saved = ()
             frame.nodes.clear()
+            inner.again.clear()  # no cycle may hold the frame: its input dies with its last node
+            inner.original = None
 
         frame = Frame(recompute)
         outer, self.frame = self.frame, frame
@@ -389,14 +411,21 @@ class Engine:
         self.record.ops[x.storage.index] = "checkpoint"
         return x.view()
 
-    def checkpoint_reentrant(self, forward: Callable[[Tensor], Tensor], x: Tensor, offload: bool = False) -> Tensor:
-        """torch.utils.checkpoint(use_reentrant=True): a node that reruns the forward and its backward."""
+    def checkpoint_reentrant(
+        self, forward: LayerForward, x: Tensor, offload: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """torch.utils.checkpoint(use_reentrant=True): a node that reruns the forward and its backward.
+
+        A second output that the loss does not use gets a gradient of zeros (set_materialize_grads is on by default).
+        """
         autocast, layer = self.autocast, self.layer
         with self.no_grad():
-            out = forward(x)
+            out, second = forward(x)
         numel, dtype = x.numel, x.dtype
+        other = None if second is None else (second.numel, second.dtype)
 
         def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+            zeros = None if other is None else self.empty(other[0], other[1], "unused_grad")
             source = self.empty(numel, dtype, "checkpoint_reload") if offload else node.saved[0]
             detached = self.leaf(source.view())
             del source
@@ -404,20 +433,23 @@ class Engine:
             with self.autocasting(autocast):
                 grad, self.grad_enabled = self.grad_enabled, True
                 self.recomputing = True
-                again = forward(detached)
+                again, unused = forward(detached)
                 self.recomputing = False
                 self.grad_enabled = grad
-            self.backward(again, grads[0])
+            self.backward(again, grads[0], unused, zeros)
             result, detached.grad, detached.node = detached.grad, None, None
             return [result]
 
-        self.link(out, (x,), backward, () if offload else (self._kept(x),))
-        return out
+        outputs = (out,) if second is None else (out, second)
+        self.link(outputs, (x,), backward, () if offload else (self._kept(x),))
+        return out, second
 
     # --- backward ---------------------------------------------------------------------------------------------
 
-    def backward(self, root: Tensor, grad: Tensor | None) -> None:
-        """Run the backward from `root` with the gradient `grad`."""
+    def backward(
+        self, root: Tensor, grad: Tensor | None, second: Tensor | None = None, second_grad: Tensor | None = None
+    ) -> None:
+        """Run the backward from `root` with the gradient `grad`, and from a second root that `root` depends on."""
         assert root.node is not None
         start = root.node
         pending = self._dependencies(start)
@@ -425,6 +457,10 @@ class Engine:
         first: Grads = [None] * start.outputs
         first[root.slot] = grad
         buffers[id(start)] = first
+        if second is not None and second.node is not None:
+            buffers[id(second.node)] = [None] * second.node.outputs
+            buffers[id(second.node)][second.slot] = second_grad
+        held: list[tuple[int, tuple[Tensor, ...]]] = []
         ready: list[tuple[int, int, Node]] = [(-start.seq, 0, start)]
         del first, grad
         outer, self.grad_enabled = self.grad_enabled, False
@@ -433,7 +469,11 @@ class Engine:
             node = heapq.heappop(ready)[2]
             if node.layer != self.layer and node.leaf is None:
                 self.enter("backward", node.layer)
+            attributes = node.saved if node.attributes else ()
             results = self._evaluate(node, buffers.pop(id(node)))
+            if attributes:
+                held.append((node.layer, attributes))
+            del attributes
             for slot, edge in enumerate(node.edges):
                 if edge is None:
                     continue
@@ -453,6 +493,15 @@ class Engine:
             node.edges = []
             del results, node
         self.grad_enabled = outer
+        self._drop_attributes(held)
+
+    def _drop_attributes(self, held: list[tuple[int, tuple[Tensor, ...]]]) -> None:
+        """Free what custom functions kept, in segments of the layers that it belongs to."""
+        while held:
+            layer, tensors = held.pop(0)
+            if layer != self.layer:
+                self.enter("backward", layer)
+            del tensors
 
     @staticmethod
     def _dependencies(start: Node) -> dict[int, int]:
@@ -531,5 +580,4 @@ class Engine:
 
 
 def _same(a: Size, b: Size) -> bool:
-    equal = a == b
-    return bool(equal if isinstance(equal, bool) else equal.all())
+    return bool(a == b)

@@ -74,13 +74,15 @@ def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
 def _xielu(step: Step, x: Tensor) -> Tensor:
     """XIELUActivation._xielu_python: both branches are computed whole, expm1 in fp32 under autocast."""
     eng = step.eng
-    squared = ops.pointwise(eng, ops.scale(eng, x, "xielu"), "xielu")
+    dtype = FP32 if eng.autocast else step.unquantized_dtype  # softplus of the parameters is on autocast's fp32 list
+    alpha_p, alpha_n = eng.empty(1, dtype, "xielu"), eng.empty(1, dtype, "xielu")
+    condition = eng.empty(x.numel, "int8", "xielu")
+    squared = ops.mul(eng, ops.mul(eng, alpha_p, x, "xielu"), x, "xielu")
     positive = ops.add(eng, squared, ops.scale(eng, x, "xielu"), "xielu")
     del squared
-    condition = eng.empty(x.numel, "int8", "xielu")
-    least = ops.pointwise(eng, x, "xielu")
-    curve = ops.pointwise(eng, ops.autocast_fp32(eng, least), "xielu", False)
-    negative = ops.scale(eng, ops.add(eng, curve, x, "xielu"), "xielu")
+    curve = ops.expm1(eng, ops.minimum(eng, x, "xielu"), "xielu")
+    negative = ops.mul(eng, ops.subtract(eng, curve, x, "xielu"), alpha_n, "xielu")
+    del curve
     negative = ops.add(eng, negative, ops.scale(eng, x, "xielu"), "xielu")
     dtype = ops.promote(positive.dtype, negative.dtype)
     out = eng.empty(x.numel, dtype, "xielu")
@@ -101,18 +103,20 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     order = eng.empty(2 * pairs, INT64, "router")
     chosen = _gather_tokens(step, x, pairs * spec.hidden_size)
     gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
-    down = _adapted_parameter(step, held, spec.down_name, held.experts[1])
     fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size, spec.bias)
     gate, up = ops.split(eng, fused, (pairs * spec.intermediate_size, pairs * spec.intermediate_size))
     del fused
     hidden = _gate_experts(step, spec, gate, up)
     del gate, up
+    down = _adapted_parameter(step, held, spec.down_name, held.experts[1])
     out = _grouped(step, hidden, down, pairs, spec.hidden_size, spec.intermediate_size, spec.bias)
     del hidden
     weighted = ops.mul(eng, out, weights, "experts")
     del out
-    result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
-    del weighted, order, chosen
+    unsorted = _unsorted(step, weighted)
+    del weighted
+    result = _sum_pairs(step, unsorted, t * spec.hidden_size, x.dtype)
+    del unsorted, order, chosen
     if spec.shared is not None:
         shared = mlp(step, held, spec.shared, x)
         if spec.shared_gate is not None:
@@ -159,6 +163,11 @@ def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor
     return out
 
 
+ROUTERS_IN_HIDDEN_DTYPE = ("gpt_oss", "granitemoe")
+ROUTERS_IN_LOGITS_DTYPE = ("qwen2_moe", "qwen3_moe", "olmoe")
+"""Model types whose router casts the fp32 top-k weights back (models/*/modeling_*.py, classes *TopKRouter)."""
+
+
 def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """Router logits, softmax in fp32, the top-k weights."""
     eng, t = step.eng, step.tokens
@@ -178,9 +187,9 @@ def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
         return [eng.empty(full, FP32, "router_grad")]
 
     eng.link(top, (probs,), backward, (index,))
-    if spec.activation == "clamped_swiglu":  # gpt_oss keeps its router in the model's dtype
+    if step.model.model_type in ROUTERS_IN_HIDDEN_DTYPE:
         return ops.cast(eng, top, x.dtype, "router")
-    return top
+    return ops.cast(eng, top, logits.dtype, "router") if step.model.model_type in ROUTERS_IN_LOGITS_DTYPE else top
 
 
 def _gather_tokens(step: Step, x: Tensor, numel: Size) -> Tensor:
@@ -189,19 +198,24 @@ def _gather_tokens(step: Step, x: Tensor, numel: Size) -> Tensor:
     out = eng.empty(numel, x.dtype, "experts")
     eng.kernel("elementwise", x.dtype, 2 * out.nbytes)
     small = x.numel
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [eng.empty(small, ops._grad(grads).dtype, "experts_grad")]
-
-    eng.link(out, (x,), backward)
+    eng.link(out, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), small)])
     return out
 
 
+def _scattered(step: Step, grad: Tensor, numel: Size) -> Tensor:
+    """The backward of indexing: rows put into zeros, out of place under a dispatch mode (FunctionsManual.cpp)."""
+    zeros = step.eng.empty(numel, grad.dtype, "experts_grad")
+    return zeros if step.eng.accumulates_in_place else ops.unary(step.eng, zeros, "experts_grad")
+
+
 def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, bias: bool = False) -> Tensor:
-    """torch._grouped_mm over experts: like a linear, one product per expert; a bias is gathered per row first."""
+    """torch grouped_mm over experts: one product per expert, in the weight's dtype; a bias is gathered per row first.
+
+    It is not on autocast's lists; transformers casts the input (integrations/moe.py _grouped_mm). The backward makes
+    the weight's gradient first.
+    """
     eng = step.eng
-    x = ops.autocast_half(eng, x)
-    w = ops.autocast_half(eng, weight, is_weight=True)
+    x, w = ops.cast(eng, x, weight.dtype, "experts"), weight
     gathered = eng.empty(rows * n, x.dtype, "experts") if bias else None
     out = eng.empty(rows * n, x.dtype, "experts")
     number = w.numel // (n * k)
@@ -212,28 +226,29 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, 
     x_numel, w_numel, dtype = x.numel, w.numel, x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        if need_x:
-            eng.matmul("matmul", dtype, each, k, n, number)
+        of_weight = eng.empty(w_numel, dtype, "weight_grad") if need_w else None
         if need_w:
             eng.matmul("matmul", dtype, n, k, each, number)
-        return [
-            eng.empty(x_numel, dtype, "experts_grad") if need_x else None,
-            eng.empty(w_numel, dtype, "weight_grad") if need_w else None,
-        ]
+        if need_x:
+            eng.matmul("matmul", dtype, each, k, n, number)
+        return [eng.empty(x_numel, dtype, "experts_grad") if need_x else None, of_weight]
 
     saved = ((x,) if need_w else ()) + ((w,) if need_x else ())
     eng.link(out, (x, w), backward, saved)
     return out
 
 
+def _unsorted(step: Step, x: Tensor) -> Tensor:
+    """Undo the sort by expert: an index copy."""
+    out = ops.unary(step.eng, x, "experts")
+    step.eng.link(out, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), ops._grad(grads).numel)])
+    return out
+
+
 def _sum_pairs(step: Step, x: Tensor, numel: Size, dtype: str) -> Tensor:
-    """Undo the sort and sum each token's experts: an index copy, then a reduction."""
-    eng = step.eng
-    unsorted = ops.unary(eng, x, "experts")
-    eng.link(unsorted, (x,), lambda node, grads: [ops.unary(eng, ops._grad(grads), "experts_grad")])
+    """Sum each token's experts; the expanded gradient is written out to be reshaped."""
+    eng, pairs = step.eng, x.numel
     out = eng.empty(numel, x.dtype, "experts")
-    eng.kernel("reduce", x.dtype, unsorted.nbytes + out.nbytes)
-    eng.link(out, (unsorted,), lambda node, grads: [ops._grad(grads).view(unsorted_numel)])
-    unsorted_numel = unsorted.numel
-    del unsorted
+    eng.kernel("reduce", x.dtype, x.nbytes + out.nbytes)
+    eng.link(out, (x,), lambda node, grads: [eng.empty(pairs, ops._grad(grads).dtype, "experts_grad")])
     return ops.cast(eng, out, dtype, "experts")

@@ -214,18 +214,17 @@ def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor) -> Tensor:
     """DoraLinearVariant.forward (peft variants.py): the scaled difference is added to the base result."""
-    eng, spec = step.eng, held.spec
-    base = result
-    if step.lora_dropout:
-        x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-        weight = plain_weight(step, held, x.dtype)
-        base = ops.linear(eng, x, weight, step.tokens, spec.out_features, spec.in_features)
-        del weight
+    eng = step.eng
+    base = None if step.lora_dropout else result
+    x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
     return ops.add(eng, result, _dora_layer(step, held, x, base), "lora_add")
 
 
-def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Tensor:
-    """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled."""
+def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor | None) -> Tensor:
+    """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled.
+
+    With dropout there is no `base`: the base product is made again from the dropped input.
+    """
     eng, spec = step.eng, held.spec
     m, n, k = step.tokens, spec.out_features, spec.in_features
     a, b, rank, _ = held.lora[0]
@@ -243,6 +242,10 @@ def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor) -> Ten
     low = ops.linear(eng, x, a, m, rank, k, op="lora_a")
     lora_result = ops.linear(eng, low, b, m, n, rank, op="lora_b")
     del low
+    if base is None:
+        base = ops.linear(eng, x, weight, m, n, k)
+    elif held.bias is not None:
+        base = ops.subtract_bias(eng, base)
     first = ops.mul(eng, ops.shift(eng, ratio), base, "dora_mul")
     second = ops.scale(eng, ops.mul(eng, ratio, lora_result, "dora_mul"), "lora_scale")
     out = ops.add(eng, first, second, "dora_add")
@@ -327,6 +330,8 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """MatMul8bitLt: int8 copy of the input, int8 product; keeps the input; backward dequantizes the weight."""
     eng, spec = step.eng, held.spec
     m, n, k = step.tokens, spec.out_features, spec.in_features
+    if not step.arch.int8_kernels:
+        return _forward_8bit_cpu(step, held, x)
     half = ops.unary(eng, x, "int8_input_cast", FP16) if x.dtype != FP16 else x
     quantized = eng.empty(x.numel, "int8", "int8_quantize")
     scales = eng.empty(m, FP32, "int8_quantize")
@@ -342,12 +347,43 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     numel, dtype = x.numel, x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        weight = eng.empty(spec.weight_elements, dtype, "dequantize")
-        eng.kernel("dequantize", dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
-        result = eng.empty(numel, dtype, "linear_8bit_grad")
-        eng.matmul("matmul", dtype, m, k, n)
-        del weight
-        return [result]
+        return [_backward_8bit(step, spec, numel, dtype)]
+
+    eng.link(out, (x,), backward, (x,), hooked=False)
+    return out
+
+
+def _backward_8bit(step: Step, spec: Linear, numel: Size, dtype: str) -> Tensor:
+    """The input's gradient: the weight is dequantized in two passes, then one product."""
+    eng = step.eng
+    weight = _dequantize_8bit(step, spec, dtype)
+    result = eng.empty(numel, dtype, "linear_8bit_grad")
+    eng.matmul("matmul", dtype, step.tokens, spec.in_features, spec.out_features)
+    del weight
+    return result
+
+
+def _dequantize_8bit(step: Step, spec: Linear, dtype: str) -> Tensor:
+    """CB.to(dtype).mul_(scales)."""
+    weight = step.eng.empty(spec.weight_elements, dtype, "dequantize")
+    step.eng.kernel("dequantize", dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
+    return weight
+
+
+def _forward_8bit_cpu(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """MatMul8bitFp, bitsandbytes' function on CPUs: the weight is dequantized for the forward product too."""
+    eng, spec = step.eng, held.spec
+    numel, dtype = x.numel, x.dtype
+    weight = _dequantize_8bit(step, spec, dtype)
+    product = eng.autocast or dtype
+    if product != dtype:
+        x, weight = ops.unary(eng, x, "autocast", product), ops.unary(eng, weight, "autocast_weight", product)
+    out = eng.empty(step.tokens * spec.out_features, product, "linear_8bit")
+    eng.matmul("matmul", product, step.tokens, spec.out_features, spec.in_features)
+    del weight
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [_backward_8bit(step, spec, numel, dtype)]
 
     eng.link(out, (x,), backward, (x,), hooked=False)
     return out

@@ -80,10 +80,8 @@ def fused_chunk_rows(tokens: Size, vocab: int, hidden: int) -> Size:
     Source: liger_kernel/ops/fused_linear_cross_entropy.py.
     """
     wanted = -(-tokens // -(-vocab // hidden))
-    if hasattr(wanted, "shape"):
-        import numpy as np
-
-        return (2 ** np.ceil(np.log2(wanted))).astype(np.int64)
+    if not isinstance(wanted, int):
+        return wanted.next_power_of_two()
     return 1 << (int(wanted) - 1).bit_length()
 
 

@@ -113,6 +113,63 @@ def scale(eng: Engine, x: Tensor, op: str = "scale") -> Tensor:
     return out
 
 
+def subtract(eng: Engine, a: Tensor, b: Tensor, op: str = "subtract") -> Tensor:
+    """a - b: saves nothing; b's gradient is a negated copy."""
+    out = eng.empty(a.numel, promote(a.dtype, b.dtype), op)
+    eng.kernel("elementwise", out.dtype, a.nbytes + b.nbytes + out.nbytes)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [grads[0], unary(eng, _grad(grads), f"{op}_grad")]
+
+    eng.link(out, (a, b), backward)
+    return out
+
+
+def expm1(eng: Engine, x: Tensor, op: str = "expm1") -> Tensor:
+    """torch.expm1 (on autocast's fp32 list): saves its result; the backward makes result + 1 first."""
+    x = autocast_fp32(eng, x)
+    out = unary(eng, x, op)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [_last(unary(eng, _grad(grads), f"{op}_grad"), unary(eng, node.saved[0], f"{op}_grad"))]
+
+    eng.link(out, (x,), backward, (out.view(),))
+    return out
+
+
+def minimum(eng: Engine, x: Tensor, op: str = "minimum") -> Tensor:
+    """torch.minimum with a scalar tensor: saves x; the backward halves ties and masks what the scalar won."""
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = _grad(grads)
+        ties = eng.empty(grad.numel, "int8", f"{op}_grad")
+        half = unary(eng, grad, f"{op}_grad")
+        out = unary(eng, grad, f"{op}_grad")
+        del ties, half
+        eng.empty(grad.numel, "int8", f"{op}_grad")
+        return [out]
+
+    made = eng.begin((x,), backward, (x,))
+    out = unary(eng, x, op)
+    eng.finish(made, out)
+    return out
+
+
+def subtract_bias(eng: Engine, x: Tensor) -> Tensor:
+    """x - a frozen vector: saves nothing, the gradient passes through."""
+    out = unary(eng, x, "dora_base")
+    eng.link(out, (x,), lambda node, grads: [grads[0]])
+    return out
+
+
+def scale_in_place(eng: Engine, x: Tensor) -> Tensor:
+    """x *= scalar: no new memory; the gradient is scaled into a new tensor."""
+    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
+    out = x.view()
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), "scale_grad")])
+    return out
+
+
 def shift(eng: Engine, x: Tensor, op: str = "shift") -> Tensor:
     """x + scalar."""
     out = unary(eng, x, op)
@@ -162,8 +219,7 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
 
 
 def _larger(a: Tensor, b: Tensor) -> bool:
-    more = a.numel >= b.numel
-    return bool(more if isinstance(more, bool) else more.all())
+    return bool(a.numel >= b.numel)
 
 
 def square(eng: Engine, x: Tensor) -> Tensor:
@@ -279,11 +335,14 @@ def expand_copy(eng: Engine, x: Tensor, factor: int, op: str = "repeat_kv") -> T
 
 
 def autocast_half(eng: Engine, x: Tensor, is_weight: bool = False) -> Tensor:
-    """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context."""
+    """Cast for an operation on autocast's 16-bit list. Trainable fp32 leaves are cast once per context.
+
+    Such a leaf may be an activation: the input of a reentrant checkpoint (ATen/autocast_mode.cpp cached_cast).
+    """
     target = eng.autocast
     if target is None or x.dtype not in ITEMSIZE or x.dtype == target:
         return x
-    leaf = is_weight and x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
+    leaf = x.requires_grad and x.dtype == FP32 and x.node is not None and x.node.leaf is not None
     if leaf:
         held = eng.cast_cache.get(id(x))
         if held is not None:
@@ -386,8 +445,8 @@ def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: 
     source = x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(_grad(grads).numel, source, "softmax_grad")  # a structured kernel: its output exists first
         product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
-        out = eng.empty(_grad(grads).numel, source, "softmax_grad")
         eng.kernel("softmax", FP32, 2 * _grad(grads).nbytes + out.nbytes)
         del product
         return [out]
@@ -401,8 +460,8 @@ def softmax_same(eng: Engine, x: Tensor, *, writes_product: bool) -> Tensor:
     out = unary(eng, x, "softmax")
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         out = unary(eng, _grad(grads), "softmax_grad")
+        product = unary(eng, _grad(grads), "softmax_grad_times_output") if writes_product else None
         del product
         return [out]
 

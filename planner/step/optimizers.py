@@ -27,6 +27,15 @@ FOREACH_PASSES: dict[str, tuple[int, int]] = {"adamw": (20, 9), "adamw-bf16-stat
 
 AdamW (torch/optim/adam.py _multi_tensor_adam): decay 2, lerp 3, mul 2, addcmul 3, sqrt 2, divisions 4, addcdiv 4.
 """
+CPU_PASSES: dict[str, tuple[int, int]] = {
+    "adamw-8bit": (30, 26),
+    "paged-adamw-8bit": (30, 26),
+    "paged-adamw": (27, 16),
+    "lion": (17, 10),
+    "lion-8bit": (19, 16),
+}
+"""The same of bitsandbytes' optimizers on a CPU, which are sequences of torch operations on each tensor in fp32
+(bitsandbytes 0.50 backends/cpu/ops.py _optimizer_update_8bit_blockwise_cpu, _optimizer_update_32bit_cpu)."""
 LAUNCHES: dict[str, int] = {"adafactor": 20, "adamw-8bit": 1, "lion-8bit": 1, "lion": 1}
 """Kernels per tensor where an optimizer goes through them one by one (bitsandbytes: one; adafactor.py: about 20)."""
 
@@ -38,6 +47,8 @@ class OptimizerState:
         self.step = step
         self.eng = step.eng
         self.groups: list[tuple[int, list[Tensor]]] = []
+        self.tensors_per_launch = 1 if step.arch.on_cpu else TENSORS_PER_LAUNCH
+        """A CPU's foreach operations go through the tensors one by one (ATen/native/ForeachOpsKernels.cpp)."""
         self.factors = {id(leaf): n for leaf, n in zip(step.parameters, step.factors, strict=True)}
         position = 0
         for layer, number in owners:
@@ -92,27 +103,45 @@ class OptimizerState:
                 self.eng.enter("optimizer", layer)
                 copies.clear()
                 del copies
+        update: list[Tensor] = []
         for layer, leaves in self.groups:
             self.eng.enter("optimizer", layer)
             for leaf in leaves:
                 if self.step.train.optimizer == "adafactor":
-                    self._adafactor_temporaries(leaf)
+                    self._adafactor(leaf, update)
                 self._update(leaf)
 
-    def _adafactor_temporaries(self, leaf: Tensor) -> None:
-        """transformers' Adafactor: last update, grad**2, new update; plus fp32 copies of 16-bit tensors."""
-        copies = 3 if leaf.dtype == FP32 else 5
-        held = [self.eng.empty(leaf.numel, FP32, "optimizer_temporary") for _ in range(copies)]
-        del held
+    def _adafactor(self, leaf: Tensor, update: list[Tensor]) -> None:
+        """transformers' Adafactor on one parameter: everything in fp32 (optimization.py Adafactor.step).
+
+        `update` is the name of that frame: it holds the last parameter's update until this one's takes its place.
+        """
+
+        def empty() -> Tensor:
+            return self.eng.empty(leaf.numel, FP32, "optimizer_temporary")
+
+        copies = [empty(), empty()] if leaf.dtype != FP32 else []  # of a 16-bit gradient and parameter
+        square = empty()
+        total = empty()  # grad**2 + eps
+        del square
+        update.clear()
+        update.append(empty())
+        del total
+        negated = empty()
+        del negated, copies
 
     def _update(self, leaf: Tensor) -> None:
         """One tensor's share of the update: bytes read and written, and its part of the launches."""
         name = self.step.train.optimizer
+        if self.step.arch.on_cpu and name in CPU_PASSES:
+            passes, kernels = CPU_PASSES[name]
+            self.eng.kernel("optimizer", FP32, passes * leaf.numel * ITEMSIZE[FP32], count=kernels)
+            return
         if name in FOREACH_PASSES:
             passes, kernels = FOREACH_PASSES[name]
-            self.eng.kernel("optimizer", leaf.dtype, passes * leaf.nbytes, count=kernels / TENSORS_PER_LAUNCH)
+            self.eng.kernel("optimizer", leaf.dtype, passes * leaf.nbytes, count=kernels / self.tensors_per_launch)
             return
-        launches = 1 / TENSORS_PER_LAUNCH if name == "adamw-fused" else LAUNCHES.get(name, 1)
+        launches = 1 / self.tensors_per_launch if name == "adamw-fused" else LAUNCHES.get(name, 1)
         self.eng.kernel("optimizer", leaf.dtype, 3 * leaf.nbytes + 2 * sum(self.state_bytes(leaf)), count=launches)
 
     def _clip(self) -> None:
@@ -120,7 +149,7 @@ class OptimizerState:
         for layer, leaves in self.groups:
             self.eng.enter("optimizer", layer)
             for leaf in leaves:
-                self.eng.kernel("optimizer", leaf.dtype, 3 * leaf.nbytes, count=2 / TENSORS_PER_LAUNCH)
+                self.eng.kernel("optimizer", leaf.dtype, 3 * leaf.nbytes, count=2 / self.tensors_per_launch)
 
     def parameter_count(self) -> Size:
         """Trainable parameters of the whole model."""
@@ -129,12 +158,7 @@ class OptimizerState:
 
 
 def _where(condition: Size, yes: Size, no: Size) -> Size:
-    """Choose element by element; plain ints stay ints."""
-    if isinstance(condition, bool):
-        return yes if condition else no
-    import numpy as np
-
-    return np.where(condition, yes, no)
+    return yes if condition else no
 
 
 __all__ = ["FP32", "ITEMSIZE", "STATES", "OptimizerState"]

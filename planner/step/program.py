@@ -26,6 +26,16 @@ EMULATED_RUN = 4
 """Layers emulated of a run of equal ones: first, second, third (which stands for the middle) and last."""
 
 
+SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
+"""Model types whose embedding module multiplies its output itself (classes *TextScaledWordEmbedding)."""
+
+BOOLEAN_MASKS = ("mpt",)
+"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
+
+MASK_BUFFERS = ("gpt_bigcode",)
+"""Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
+
+
 class Program:
     """What a step did: the record of allocations and kernels, and the emulated layers with their multiplicity."""
 
@@ -86,6 +96,7 @@ class _Run:
         self.head: linears.LinearWeights | None = None
         self.position_ids: Tensor | None = None
         self.window_mask: Tensor | None = None
+        self.input_leaf: Tensor | None = None
 
     def all(self) -> Program:
         self._load()
@@ -98,6 +109,9 @@ class _Run:
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
         del loss, kept
+        if self.input_leaf is not None:  # dies with the graph: a leaf and its node hold each other
+            self.input_leaf.node = self.input_leaf.grad = None
+            self.input_leaf = None
         self._drop_positions()
         state.run_step()
         record = self.eng.record
@@ -117,14 +131,18 @@ class _Run:
         loaded = [self._table(t.num_parameters, trainable, t.rows + t.width) for t in tables]
         self.embedding = loaded[0]
         self.tables = loaded
-        self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm, model.final_norm) if n is not None}
+        self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm,) if n is not None}
         self.projections = [linears.load_base(step, p, False) for p in model.embedding_projections]
+        if model.model_type in MASK_BUFFERS:
+            self.buffer = self.eng.empty(model.max_position_embeddings**2, "int8", "weight")
         self._count(-1)
         for index, layer in enumerate(self.emulated):
             self._begin("load", index)
             self.weights.append(self._load_layer(layer, {name for where, name in adapted if where == id(layer)}))
             self._count(index)
         self._begin("load", -1)
+        if model.final_norm is not None:
+            self.outer_norms[model.final_norm.name] = self._norm(model.final_norm)
         self.head = self._load_head(trainable)
         self._count(-1)
         if train.lora:
@@ -269,21 +287,26 @@ class _Run:
         embeds = self._embed()
         self._positions(embeds.dtype)
         hidden = embeds
+        outputs: tuple[Tensor, Tensor | None] = (hidden, None)
         for index, held in enumerate(self.weights):
             eng.enter("forward", index)
-            hidden = self._layer(held, hidden)
+            outputs = self._layer(held, hidden)  # the frame holds a layer's whole result until the next one returns
+            hidden = outputs[0]
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm
             hidden = norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
-        del embeds
+        del embeds, outputs
         return hidden
 
-    def _layer(self, held: LayerWeights, hidden: Tensor) -> Tensor:
+    def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
 
-        def forward(x: Tensor) -> Tensor:
-            return layers.decoder_layer(step, held, x)
+        def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            try:
+                return layers.decoder_layer(step, held, x), step.probabilities
+            finally:  # also when a recomputation stops early
+                step.probabilities = None
 
         if mode == "none":
             return forward(hidden)
@@ -300,9 +323,11 @@ class _Run:
         if self.embedding.requires_grad:
             table, dtype = self.embedding.numel, self.embedding.dtype
             eng.link(out, (self.embedding,), lambda node, grads: [eng.empty(table, dtype, "embedding_grad")])
-        elif step.train.method != "full" and step.train.gradient_checkpointing != "none":
-            eng.leaf(out)  # enable_input_require_grads
-        if model.embedding_scale:
+        if model.embedding_scale and model.model_type in SCALES_IN_MODULE:
+            out = ops.scale(eng, out, "embedding")
+        if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
+            self.input_leaf = eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
+        if model.embedding_scale and model.model_type not in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
         for projection in self.projections[:1]:
             out = linears.base_forward(step, projection, out)
@@ -323,8 +348,8 @@ class _Run:
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
-        step, eng = self.step, self.eng
-        spec = step.model.layers[0].attention
+        step, eng, model = self.step, self.eng, self.step.model
+        spec = model.layers[0].attention
         if spec.position == "rope":
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
             numel = step.seq * width
@@ -339,9 +364,8 @@ class _Run:
             del angles, both
         eager = step.train.attention == "eager" or not spec.has_sdpa(step.train.versions.transformers)
         if eager or (step.train.padded and step.train.attention == "sdpa"):
-            rows = step.batch if step.train.padded else 1
-            kind = dtype if eager else "int8"
-            step.mask = eng.empty(rows * step.seq * step.seq, kind, "attention_mask")
+            kind = dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
+            step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
         elif any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 

@@ -116,7 +116,7 @@ def small_peak(record: Record, largest: int) -> int:
         inner = 0
         for _, size in record.events[segment.start : segment.end]:
             if -largest <= size <= largest:
-                level += -(-size // 512) * 512
+                level += -(-size // 512) * 512 if size > 0 else size // 512 * 512
                 inner = max(inner, level)
         extra = (segment.repeat - 1) * (level - start)
         peak = max(peak, inner + max(extra, 0))

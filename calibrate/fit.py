@@ -1,0 +1,570 @@
+"""Fit the coefficients of the time model to bursts: bounded robust least squares on log time; pure, no hardware.
+
+Every residual is log(measured / predicted) of a step, or on a CPU of its phases, over NOISE; a soft L1 loss keeps a
+disturbed burst from deciding. Priors are weak regularisation. Coefficients are searched as logarithms, inside their
+physical bounds. Needs numpy and scipy (the `calibrate` extra).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+from calibrate.measurements import Measurement, Run, merge
+from planner import families, timing
+from planner.calibration import FORMULA_VERSION, Calibration, Coefficient, Coefficients, priors
+from planner.errors import InvalidInput, MissingDependency, PlannerError, one_line
+from planner.hardware import Gpu
+from planner.predict import architecture, predict
+from planner.records import record
+from planner.step import program
+from planner.step.engine import Kernel, Record, Segment
+from planner.training import TrainingSpec
+
+NOISE = 0.03
+"""Relative error of one burst's time that residuals are measured in."""
+PRIOR_WEAKNESS = 2.0
+"""Priors count with their standard errors times this."""
+LEAST_SHARE = 0.01
+"""A coefficient that moves no burst's time by this share of its own change is left at its prior."""
+IMPORTANT_SHARE = 0.10
+"""A coefficient that some burst depends on by this share must be determined by the grid."""
+UNDETERMINED = 1.0
+"""Relative standard error from the data alone above which the grid does not determine a coefficient."""
+SOFT = 2.0
+"""Residuals, in units of NOISE, from where on the loss grows linearly."""
+REFITS = 3
+"""Gauss-Newton steps of a fit without some bursts, from the fit with them."""
+STRONG = 0.9
+"""Correlations above this are reported."""
+NINETY_PERCENT = 1.645
+NOT_MEASURED = ("compiled_traffic", "host_link")
+"""What no burst contains: torch.compile, offloading."""
+
+REMEDY: dict[str, str] = {
+    "matmul": "16-bit bursts of many tokens", "matmul_fp32": "fp32 bursts of many tokens",
+    "tile_reuse_half": "adapters of small and large rank, few and many tokens",
+    "matmul_k_half": "small and large ranks",
+    "bandwidth": "element-wise work beside products: several hidden sizes and lengths",
+    "dequantize": "quantized and plain bases, few and many tokens", "flash_length_half": "several sequence lengths",
+    "launch_forward": "bursts of few tokens and many layers", "launch_backward": "bursts of few tokens and many layers",
+    "launch_quantized": "quantized and plain bases at few tokens", "launch_optimizer": "several optimizers",
+    "kernel_latency": "bursts of few tokens on small models",
+}  # fmt: skip
+"""What a grid needs to determine a coefficient; attention's need long sequences."""
+
+
+@record
+class Point:
+    """A measured burst, its kernels summed up, ready to be priced again and again."""
+
+    measurement: Measurement
+    training: TrainingSpec
+    kernels: Record
+    gpu: Gpu
+
+    def price(self, coefficients: Coefficients) -> timing.StepTime:
+        """Seconds under these coefficients; a burst has no training framework around it."""
+        return timing.step_time(self.kernels, self.training, self.gpu, coefficients)
+
+    def overhead_s(self, coefficients: Coefficients) -> float:
+        """Seconds in `price` of a training framework that this run did not have."""
+        if self.measurement.request.get("source") == "trainer":
+            return 0.0
+        return coefficients.value("framework_step")
+
+    def predicted(self, coefficients: Coefficients) -> list[float]:
+        """Seconds to compare with `measured`: phases where they were timed, else the step."""
+        time = self.price(coefficients)
+        if self.measurement.phases_s is None:
+            return [float(time.step_s.expected) - self.overhead_s(coefficients)]
+        steps = self.training.gradient_accumulation_steps
+        backward = (time.backward_s + time.recomputation_s) * steps
+        return [float(time.forward_s) * steps, float(backward), float(time.optimizer_s)]
+
+    def step_s(self, coefficients: Coefficients) -> float:
+        """Predicted seconds of the whole step."""
+        return float(self.price(coefficients).step_s.expected) - self.overhead_s(coefficients)
+
+    @property
+    def measured(self) -> list[float]:
+        """Seconds of the phases where they were timed, else of the step."""
+        phases = self.measurement.phases_s
+        return [self.measurement.step_s] if phases is None else list(phases)
+
+    @property
+    def weights(self) -> list[float]:
+        """A phase counts by the root of its share of the step: the step's own error is what is made small."""
+        total = sum(self.measured)
+        return [math.sqrt(max(value, 0.0) / total) for value in self.measured]
+
+
+def point(measurement: Measurement, gpu: Gpu) -> Point:
+    """Run the step program of a burst's configuration and sum equal kernels up.
+
+    Raises:
+        PlannerError: a configuration that the planner does not know.
+    """
+    training = measurement.training
+    spec = families.build_spec(measurement.config, model_id=measurement.model)
+    found = program.run(spec, training, architecture(gpu, training))
+    return Point(measurement=measurement, training=training, kernels=compressed(found.record), gpu=gpu)
+
+
+def compressed(run: Record) -> Record:
+    """Equal kernels of one part of the step as one kernel of a segment repeated as often: the same price, sooner."""
+    sums: dict[tuple[Any, ...], float] = {}
+    for kernel in run.kernels:
+        segment = run.segments[kernel.segment]
+        key = (
+            segment.phase, min(segment.layer, 0), kernel.op, kernel.dtype, kernel.flops, kernel.bytes, kernel.count,
+            kernel.shape, kernel.recomputed,
+        )  # fmt: skip
+        sums[key] = sums.get(key, 0) + segment.repeat
+    out = Record()
+    places: dict[tuple[Any, ...], int] = {}
+    for (phase, layer, op, dtype, flops, moved, count, shape, again), times in sums.items():
+        where = (phase, layer, times)
+        if where not in places:
+            places[where] = len(out.segments)
+            out.segments.append(Segment(phase, layer, int(times), 0))
+        out.kernels.append(Kernel(op, dtype, flops, moved, count, places[where], shape, again))
+    return out
+
+
+# --- the problem ---------------------------------------------------------------------------------------------------
+
+
+class Problem:
+    """Points, the coefficients that are searched, and residuals as a function of their logarithms."""
+
+    def __init__(self, points: Sequence[Point], start: Coefficients, names: Sequence[str]) -> None:
+        self.points = list(points)
+        self.start = start
+        self.names = list(names)
+
+    def coefficients(self, x: Sequence[float]) -> Coefficients:
+        """The coefficients at a place of the search, with the others at their start."""
+        items = dict(self.start)
+        for name, value in zip(self.names, x, strict=True):
+            c = items[name]
+            items[name] = replace(c, value=min(max(math.exp(value), c.low), c.high))
+        return Coefficients(items)
+
+    def place(self, coefficients: Coefficients) -> list[float]:
+        """Logarithms of the searched coefficients."""
+        return [math.log(coefficients.value(name)) for name in self.names]
+
+    def data_residuals(self, x: Sequence[float]) -> Any:
+        """Weighted log(measured / predicted) over NOISE."""
+        import numpy as np
+
+        found = self.coefficients(x)
+        rows: list[float] = []
+        for item in self.points:
+            for seen, expected, weight in zip(item.measured, item.predicted(found), item.weights, strict=True):
+                ratio = math.log(max(seen, 1e-9) / max(expected, 1e-9))
+                rows.append(weight * ratio / NOISE)
+        return np.array(rows)
+
+    def prior_residuals(self, x: Sequence[float]) -> Any:
+        """Distance of each coefficient from its prior, in weakened standard errors."""
+        import numpy as np
+
+        return np.array(
+            [
+                (value - math.log(self.start.value(name)))
+                / (PRIOR_WEAKNESS * max(self.start[name].relative_error, 0.01))
+                for name, value in zip(self.names, x, strict=True)
+            ]
+        )
+
+    def jacobian(self, x: Sequence[float], step: float = 1e-3) -> Any:
+        """Derivatives of the data residuals."""
+        import numpy as np
+
+        here = self.data_residuals(x)
+        columns = []
+        for place, value in enumerate(x):
+            moved = list(x)
+            up = value + step <= math.log(self.start[self.names[place]].high)
+            moved[place] += step if up else -step
+            columns.append((self.data_residuals(moved) - here) / (step if up else -step))
+        return np.array(columns).T
+
+    def improved(self, x: Sequence[float]) -> list[float]:
+        """One Gauss-Newton step of the same robust problem from `x`, inside the bounds."""
+        import numpy as np
+
+        residuals = np.concatenate([self.data_residuals(x), self.prior_residuals(x)])
+        slopes = np.vstack([self.jacobian(x), np.diag(self._prior_slopes())])
+        weights = (1 + (residuals / SOFT) ** 2) ** -0.25  # the root of soft L1's weight
+        change, *_ = np.linalg.lstsq(slopes * weights[:, None], -residuals * weights, rcond=None)
+        lower, upper = _bounds(self.start, self.names)
+        return [float(v) for v in np.clip(np.array(x) + np.clip(change, -1.0, 1.0), lower + 1e-6, upper - 1e-6)]
+
+    def solve(self, x: Sequence[float] | None = None) -> list[float]:
+        """The logarithms of the best coefficients."""
+        import numpy as np
+
+        try:
+            from scipy.optimize import least_squares
+        except ImportError:
+            raise MissingDependency("fitting needs scipy (pip install 'loraplan[calibrate]')") from None
+        lower, upper = _bounds(self.start, self.names)
+        first = np.clip(self.place(self.start) if x is None else x, lower + 1e-6, upper - 1e-6)
+        found = least_squares(
+            lambda y: np.concatenate([self.data_residuals(y), self.prior_residuals(y)]),
+            first,
+            jac=lambda y: np.vstack([self.jacobian(y), np.diag(self._prior_slopes())]),
+            bounds=(lower, upper),
+            loss="soft_l1",
+            f_scale=SOFT,
+            max_nfev=40,
+            xtol=1e-4,
+            ftol=1e-5,
+        )
+        return [float(value) for value in found.x]
+
+    def _prior_slopes(self) -> list[float]:
+        return [1 / (PRIOR_WEAKNESS * max(self.start[name].relative_error, 0.01)) for name in self.names]
+
+    def covariance(self, x: Sequence[float]) -> tuple[Any, Any, float]:
+        """Covariance of the logarithms with the priors and from the data alone, and the residuals' scale."""
+        import numpy as np
+
+        jacobian, residuals = self.jacobian(x), self.data_residuals(x)
+        freedom = max(len(residuals) - len(self.names), 1)
+        scale = max(float(np.sum(np.minimum(residuals**2, 9.0)) / freedom), 1e-12)
+        information = jacobian.T @ jacobian / scale
+        full = np.linalg.pinv(information + np.diag(np.square(self._prior_slopes())))
+        ridge = 1e-12 * np.eye(len(self.names)) * max(float(np.trace(information)), 1e-12)
+        return full, np.linalg.pinv(information + ridge), math.sqrt(scale)
+
+
+def _bounds(start: Coefficients, names: Sequence[str]) -> tuple[Any, Any]:
+    import numpy as np
+
+    lower = [math.log(max(start[n].low, 1e-4 * start.value(n), 1e-12)) for n in names]
+    upper = [math.log(min(start[n].high, 1e4 * start.value(n))) for n in names]
+    return np.array(lower), np.array(upper)
+
+
+def sensitivity(points: Sequence[Point], start: Coefficients) -> dict[str, float]:
+    """Largest share by which a burst's time follows each coefficient (1: in proportion)."""
+    found: dict[str, float] = {}
+    base = [p.step_s(start) for p in points]
+    for name, c in start.items():
+        if name in NOT_MEASURED or c.standard_error == 0 or c.value == 0:
+            continue
+        other = replace(c, value=min(c.value * 1.01, c.high) if c.value * 1.01 <= c.high else c.value / 1.01)
+        moved = Coefficients({**start, name: other})
+        ratio = abs(math.log(other.value / c.value))
+        shares = [abs(math.log(p.step_s(moved) / b)) / ratio for p, b in zip(points, base, strict=True)]
+        found[name] = max(shares)
+    return found
+
+
+def refuse_degenerate(problem: Problem, shares: Mapping[str, float]) -> list[str]:
+    """Names that the grid leaves undetermined without importance; they stay at their priors.
+
+    Raises:
+        InvalidInput: naming what the bursts cannot tell apart and what a grid would need.
+    """
+    import numpy as np
+
+    distinct = len({p.measurement.key for p in problem.points})
+    if distinct < 2:
+        raise InvalidInput(
+            f"all bursts have one configuration: {', '.join(problem.names[:4])}, ... cannot be told apart; "
+            "run a grid (loraplan calibrate run)"
+        )
+    jacobian = problem.jacobian(problem.place(problem.start))
+    information = jacobian.T @ jacobian
+    values, vectors = np.linalg.eigh(information)
+    floor = max(float(values[-1]), 1e-12) * 1e-12
+    errors = np.sqrt(np.sum(vectors**2 / np.maximum(values, floor), axis=1))
+    loose = [name for name, error in zip(problem.names, errors, strict=True) if error > UNDETERMINED]
+    important = [name for name in loose if shares[name] >= IMPORTANT_SHARE]
+    if important:
+        needs = "; ".join(f"{name}: {REMEDY.get(name, 'long sequences')}" for name in important)
+        raise InvalidInput(
+            f"the grid of {distinct} configurations does not determine {', '.join(important)}; it needs {needs}"
+        )
+    return loose
+
+
+# --- the fit -------------------------------------------------------------------------------------------------------
+
+
+def fit(runs: Sequence[Run], *, tell: Callable[[str], None] = lambda text: None) -> Calibration:
+    """Fit one calibration to the runs of one kind of device.
+
+    Raises:
+        PlannerError: no usable burst, runs of different devices, a grid that determines too little.
+    """
+    if not runs:
+        raise InvalidInput("no run to fit")
+    notes = merge(runs)
+    gpu = runs[-1].gpu
+    points, skipped = usable(runs, gpu)
+    if not points:
+        reasons = "; ".join(sorted(set(skipped))[:3]) or "none was run"
+        raise InvalidInput(f"no burst can be used ({one_line(reasons, 300)}); run loraplan calibrate run")
+    start = priors(gpu)
+    shares = sensitivity(points, start)
+    names = [name for name, share in shares.items() if share >= LEAST_SHARE]
+    unreached = sorted(set(shares) - set(names))
+    tell(f"{len(points)} bursts, {len(names)} coefficients")
+    loose = refuse_degenerate(Problem(points, start, names), shares)
+    names = [name for name in names if name not in loose]
+    problem = Problem(points, start, names)
+    x = problem.solve()
+    tell("held-out bursts")
+    held_out = {
+        "model": left_out(problem, x, lambda p: p.measurement.model),
+        "length": left_out(problem, x, lambda p: str(p.training.seq_len)),
+    }
+    return _calibration(runs, gpu, problem, x, held_out, _Notes(notes, skipped, unreached, loose))
+
+
+class _Notes(NamedTuple):
+    """What the report tells beside the numbers."""
+
+    hosts: list[str]
+    skipped: list[str]
+    unreached: list[str]
+    loose: list[str]
+
+
+def usable(runs: Iterable[Run], gpu: Gpu) -> tuple[list[Point], list[str]]:
+    """Points of the bursts that were timed undisturbed, and a line for each of the others."""
+    points: list[Point] = []
+    skipped: list[str] = []
+    known: dict[str, Point] = {}
+    for run in runs:
+        for item in run.measurements:
+            reason = _unusable(item)
+            if not reason and item.key not in known:
+                try:
+                    known[item.key] = point(item, gpu)
+                except PlannerError as error:
+                    reason = str(error)
+            if reason:
+                skipped.append(reason)
+            else:
+                points.append(replace(known[item.key], measurement=item))
+    return points, skipped
+
+
+def _unusable(item: Measurement) -> str:
+    if not item.ok:
+        return f"{item.result.get('status', 'no result')}: {one_line(str(item.result.get('message', '')), 100)}"
+    return item.disturbed
+
+
+def left_out(problem: Problem, x: Sequence[float], group: Callable[[Point], str]) -> list[dict[str, Any]]:
+    """Fit without each group in turn and predict its bursts: measured and predicted seconds of a step."""
+    rows = []
+    groups = sorted({group(p) for p in problem.points})
+    for name in groups if len(groups) > 1 else []:
+        kept = [p for p in problem.points if group(p) != name]
+        without = Problem(kept, problem.start, problem.names)
+        place = list(x)
+        for _ in range(REFITS):
+            place = without.improved(place)
+        found = without.coefficients(place)
+        for item in problem.points:
+            if group(item) == name:
+                rows.append(_row(item, found) | {"left_out": name})
+    return rows
+
+
+def _row(item: Point, coefficients: Coefficients) -> dict[str, Any]:
+    t = item.training
+    what = f"{t.method} {t.quantization.kind} {t.micro_batch_size}x{t.seq_len} r{t.lora.r if t.lora else 0}"
+    extra: list[str] = [t.autocast if t.autocast != "none" else t.base_dtype, t.attention, t.optimizer]
+    extra += ["checkpointing"] if t.gradient_checkpointing != "none" else []
+    return {
+        "key": item.measurement.key, "model": item.measurement.model, "what": " ".join([what, *extra]),
+        "measured_s": item.measurement.step_s, "predicted_s": item.step_s(coefficients),
+    }  # fmt: skip
+
+
+def errors(rows: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Signed relative errors of predicted against measured."""
+    return [row["predicted_s"] / row["measured_s"] - 1 for row in rows]
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and worst absolute error in percent."""
+    found = errors(rows)
+    if not found:
+        return {"bursts": 0}
+    worst = max(found, key=abs)
+    return {
+        "bursts": len(found),
+        "mean_error_pct": 100 * sum(abs(e) for e in found) / len(found),
+        "bias_pct": 100 * sum(found) / len(found),
+        "worst_pct": 100 * worst,
+    }
+
+
+def repeats(points: Iterable[Measurement]) -> list[float]:
+    """|log ratio| of every repeated burst to the first of its kind."""
+    first: dict[str, float] = {}
+    found = []
+    for item in points:
+        if item.key in first:
+            found.append(abs(math.log(item.step_s / first[item.key])))
+        else:
+            first[item.key] = item.step_s
+    return found
+
+
+def repeat_interval(differences: Sequence[float]) -> float:
+    """Ratio - 1 within which two runs of a burst lie in 9 of 10 cases: 1.645 standard deviations of a log ratio."""
+    if not differences:
+        return 0.0
+    deviation = math.sqrt(sum(d * d for d in differences) / len(differences))
+    return math.expm1(NINETY_PERCENT * deviation)
+
+
+def _calibration(
+    runs: Sequence[Run], gpu: Gpu, problem: Problem, x: Sequence[float], held_out: dict[str, list[dict[str, Any]]],
+    notes: _Notes,
+) -> Calibration:  # fmt: skip
+    import numpy as np
+
+    covariance, _, scale = problem.covariance(x)
+    found = problem.coefficients(x)
+    deviations = np.sqrt(np.diag(covariance))
+    items = dict(found)
+    for name, deviation in zip(problem.names, deviations, strict=True):
+        c = items[name]
+        items[name] = replace(
+            c, standard_error=float(deviation * c.value), origin="fitted", source=f"{len(problem.points)} bursts"
+        )
+    held = [e for rows in held_out.values() for e in errors(rows)]
+    fitted_rows = [_row(p, found) for p in problem.points]
+    formula_error = _rms(held or errors(fitted_rows))
+    ratio = math.exp(NINETY_PERCENT * formula_error)
+    inside = [1 / ratio <= 1 + e <= ratio for e in held]
+    report = {
+        "fitted": summary(fitted_rows),
+        "held_out": {name: summary(rows) for name, rows in held_out.items()},
+        "held_out_rows": held_out,
+        "rows": fitted_rows,
+        "coverage": sum(inside) / len(inside) if inside else None,
+        "residual_scale": scale * NOISE,
+        "correlations": _strong(problem.names, covariance),
+        "at_bound": [n for n in problem.names if _at_bound(items[n])],
+        "not_reached": notes.unreached,
+        "not_determined": notes.loose,
+        "hosts": notes.hosts,
+        "skipped": sorted(set(notes.skipped)),
+    }
+    memory = memory_rows(problem.points)
+    report["memory"] = memory_summary(memory)
+    last = runs[-1]
+    repeated = repeats(p.measurement for p in problem.points)
+    return Calibration(
+        gpu_id=gpu.gpu_id,
+        device={k: v for k, v in last.device.items() if k != "host"} | {"hosts": sorted({run.host for run in runs})},
+        formula_version=FORMULA_VERSION,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=last.versions,
+        coefficients=Coefficients(items, formula_error),
+        repeatability=repeat_interval(repeated),
+        context_bytes=_context([p.measurement for p in problem.points]),
+        bursts=len(problem.points),
+        report=report | {"repeats": len(repeated)},
+    )
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(sum(math.log1p(max(v, -0.99)) ** 2 for v in values) / len(values)) if values else 0.0
+
+
+def _at_bound(c: Coefficient) -> bool:
+    return c.value <= max(c.low * 1.001, 1e-11) or c.value >= c.high * 0.999
+
+
+def _strong(names: Sequence[str], covariance: Any) -> list[list[Any]]:
+    """Pairs whose estimates move together."""
+    found: list[list[Any]] = []
+    for i, first in enumerate(names):
+        for j in range(i + 1, len(names)):
+            value = float(covariance[i, j] / math.sqrt(covariance[i, i] * covariance[j, j]))
+            if abs(value) >= STRONG:
+                found.append([first, names[j], round(value, 3)])
+    return found
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Predicted and measured peaks of every GPU burst; nothing of the prediction is fitted."""
+    rows, known = [], {}
+    for item in points:
+        measured = item.measurement.memory_bytes
+        if not measured:
+            continue
+        key = item.measurement.key
+        if key not in known:
+            spec = families.build_spec(item.measurement.config, model_id=item.measurement.model)
+            known[key] = predict(spec, item.training, item.gpu)
+        predicted = {name: getattr(known[key], name).expected for name in measured}
+        rows.append({"key": key, "measured": measured, "predicted": predicted})
+    return rows
+
+
+def memory_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and worst error by counter."""
+    found = {}
+    for name in ("allocated", "reserved", "device"):
+        pairs = [
+            {"measured_s": row["measured"][name], "predicted_s": row["predicted"][name]}
+            for row in rows
+            if row["measured"].get(name)
+        ]
+        if pairs:
+            found[name] = summary(pairs)
+    return found
+
+
+def _context(items: Iterable[Measurement]) -> tuple[int, int, int] | None:
+    """Device memory beyond the reserved peak: what formulas cannot know (context, libraries, workspaces)."""
+    peaks = [m for m in (item.memory_bytes for item in items) if "device" in m and "reserved" in m]
+    beyond = sorted(m["device"] - m["reserved"] for m in peaks)
+    if not beyond:
+        return None
+    return max(beyond[0], 0), max(beyond[len(beyond) // 2], 0), max(beyond[-1], 0)
+
+
+# --- checking ------------------------------------------------------------------------------------------------------
+
+
+def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
+    """Predict every burst of the runs with a calibration: errors, share inside the interval, repeats.
+
+    Raises:
+        PlannerError: runs of another device.
+    """
+    merge(runs)
+    gpu = runs[-1].gpu
+    points, skipped = usable(runs, gpu)
+    rows = [_row(p, calibration.coefficients) for p in points]
+    ratio = math.exp(NINETY_PERCENT * (calibration.coefficients.formula_error or 0.0))
+    inside = [1 / ratio <= row["predicted_s"] / row["measured_s"] <= ratio for row in rows]
+    differences = repeats(p.measurement for p in points)
+    within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
+    return {
+        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows, "skipped": sorted(set(skipped)),
+        "interval_pct": 100 * (ratio - 1), "inside": sum(inside), "repeats": len(within),
+        "repeats_within": sum(within), "repeat_interval_pct": 100 * calibration.repeatability,
+    }  # fmt: skip

@@ -1,0 +1,152 @@
+"""`--from FILE`: the options of a training config somebody already has, for any command that takes training options.
+
+`@model_or_config()` stands where a command had `@click.argument("model")`. The command gets its model and options as if
+they had been typed; the job itself travels in the option `job`, which `planner.cli.plan.configure` understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cli.options import LIBRARIES
+
+if TYPE_CHECKING:  # a run without --from needs none of these
+    from planner.importers import Job
+
+CONFIG_ENDS = (".yml", ".yaml", ".py", ".ipynb")
+"""Ends of files that are a training config and never a model."""
+
+_OPTIONS = ("configs", "one_gpu", "allow_outside", "show_keys")
+
+
+def model_or_config(*, many: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the argument MODEL (which a config may name) and the options that read configs.
+
+    Args:
+        many: several config files in place of MODEL are a gate over all of them (`loraplan fits configs/*.yml`).
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def run(model: Any, **rest: Any) -> Any:
+            reading = {name: rest.pop(name) for name in _OPTIONS}
+            return _run(command, model if many else (model,) if model else (), reading, rest)
+
+        argument = click.argument("model", nargs=-1) if many else click.argument("model", required=False)
+        for option in reversed(_click_options()):
+            run = option(run)
+        return argument(run)
+
+    return decorate
+
+
+def _click_options() -> list[Callable[..., Any]]:
+    return [
+        click.option(
+            "--from", "configs", multiple=True, metavar="FILE",
+            help="Take model and options from a training config (axolotl, TRL, ...); repeatable, later files win.",
+        ),
+        click.option("--one-gpu", is_flag=True, help="Plan a config for several GPUs as if it ran unsharded on one."),
+        click.option("--allow-outside", is_flag=True, help="Read files that a config names outside its own folder."),
+        click.option("--show-keys", is_flag=True, help="List what became of every key of the config, and stop."),
+    ]  # fmt: skip
+
+
+def _run(command: Callable[..., Any], models: tuple[str, ...], reading: dict[str, Any], rest: dict[str, Any]) -> Any:
+    files = models if models and all(_is_config(name, len(models) > 1) for name in models) else ()
+    if len(files) > 1 or (files and rest.get("style") == "github"):
+        from planner.cli.gate import gate
+
+        return gate(files, reading, rest)
+    if files:
+        reading = {**reading, "configs": (*reading["configs"], *files)}
+        models = ()
+    if len(models) > 1:
+        raise click.UsageError("several models at once; give one, or several training configs (.yml, .json, .py)")
+    model = models[0] if models else None
+    job = None
+    if reading["configs"]:
+        job = job_of(reading["configs"], reading, rest)
+        if reading["show_keys"]:
+            return show_keys(job, rest.get("style", "table"))
+        rest = with_job(job, rest)
+        model = model or job.model
+        click.echo(job.summary, err=True)
+    elif reading["show_keys"]:
+        raise click.UsageError("--show-keys lists the keys of a config; give one with --from")
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL' (no config names it)" if job else "Missing argument 'MODEL'")
+    return command(model=model, **rest)
+
+
+def _is_config(name: str, several: bool) -> bool:
+    lower = name.lower()
+    return lower.endswith(CONFIG_ENDS) or (several and lower.endswith(".json"))
+
+
+def job_of(configs: tuple[str, ...], reading: dict[str, Any], rest: dict[str, Any]) -> Job:
+    """Read the files of one job under the library releases that the user named; its model is one that can be read.
+
+    Raises:
+        PlannerError: the files cannot be read, or their job is not planned.
+    """
+    from planner.importers import read_job
+    from planner.stacks import parse_versions
+
+    releases = {name: rest[name] for name in LIBRARIES if rest.get(name)}
+    job = read_job(
+        configs,
+        parse_versions(releases) if releases else None,
+        one_gpu=reading["one_gpu"],
+        allow_outside=reading["allow_outside"],
+    )
+    return _with_known_model(job)
+
+
+def _with_known_model(job: Job) -> Job:
+    """Replace a model that cannot be read here by one of the same name that can, with a warning."""
+    if job.model is None:
+        return job
+    from planner import sources
+    from planner.errors import UnknownName, one_line
+    from planner.importers.model_names import stand_ins
+    from planner.importers.rules import Missing
+
+    try:
+        sources.load_config(job.model, offline=True)
+        return job
+    except UnknownName:
+        found = next(stand_ins(job.model), None)
+    if found is None:
+        return job
+    where = job.model_origin.removeprefix("file ").partition(" ")[0]
+    text = f"sizes of {one_line(job.model, 80)} are taken from the catalogue's {found}, a model of the same name"
+    return job._replace(model=found, missing=(*job.missing, Missing(text, where, "none")))
+
+
+def with_job(job: Job, rest: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's parameters with the job in them; what the user typed stays as it is."""
+    return {**rest, "stack": rest.get("stack") or job.stack, "job": job}
+
+
+def show_keys(job: Job, style: str) -> int:
+    """Print what became of every key of the files."""
+    from planner.errors import one_line
+    from planner.report.tables import json_text, table
+
+    rows = [(key.key, key.use, one_line(str(key.value), 60), key.where) for key in job.keys]
+    headers = ("key", "use", "value", "where")
+    if style == "json":
+        keys = [dict(zip(headers, row, strict=True)) for row in rows]
+        document = {"schema_version": 1, "stack": job.stack, "model": job.model, "keys": keys}
+        document["warnings"] = [str(missing) for missing in job.missing]
+        click.echo(json_text(document), nl=False)
+        return 0
+    click.echo(table("table" if style == "github" else style, headers, rows), nl=False)
+    for missing in job.missing:
+        click.echo(f"warning: {missing}", err=True)
+    return 0

@@ -1,0 +1,380 @@
+"""From lists of option values to the rows of a table: the product of choices, each evaluated over all its numbers.
+
+Up to EXACT_ROWS rows are predicted one by one, as `fits` does; larger grids are swept (`planner.sweep`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from planner import cost, families, predict, sources, sweep
+from planner.cli.options import TRAINING, flag_of
+from planner.cli.plan import configure, training_settings
+from planner.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
+from planner.hardware import Gpu
+from planner.model import ModelSpec
+from planner.report.grid import Block
+from planner.stacks import Resolved
+from planner.training import TrainingSpec
+
+EXACT_ROWS = 24
+MOST_ROWS = 100_000_000
+MOST_VALUES = 1_000_000
+REPLAYED_CHOICES = 24
+"""Up to this many combinations of choices the allocator is replayed once for each."""
+BLOCK_ROWS = 200_000
+"""Rows evaluated and written at a time."""
+
+OPTIONS = {option.key: option for options in TRAINING.values() for option in options}
+WHOLE = ("target_modules", "modules_to_save", "skip_modules", "target_slices")
+"""Settings whose own value is a list: alternatives are repeated options."""
+
+
+Numbers = dict[str, tuple[int, ...]]
+"""The values of each axis of a sweep; none: the framework's own."""
+
+
+class Wanted(NamedTuple):
+    """What is to be tabulated: every combination of a model, a card and one value of each setting."""
+
+    models: tuple[str, ...]
+    cards: tuple[Gpu, ...]
+    values: Mapping[str, tuple[Any, ...]]
+    """Key of planner.stacks -> its values."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, combinations that exclude each other included."""
+        count = len(self.models) * len(self.cards)
+        for values in self.values.values():
+            count *= len(values)
+        return count
+
+
+class Run(NamedTuple):
+    """How much is trained and what an hour costs on each card (None: not known)."""
+
+    amount: cost.Amount
+    prices: Mapping[str, cost.Price | None]
+
+
+class Problems:
+    """Combinations that were left out, by reason."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, int] = {}
+
+    def add(self, error: PlannerError, rows: int) -> None:
+        """Count rows that have no answer."""
+        text = one_line(str(error), 300)
+        self.reasons[text] = self.reasons.get(text, 0) + rows
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def parse_values(key: str, texts: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the values of a setting: repeated options, comma lists, and ranges of numbers (1..8, 512..8192:512).
+
+    Raises:
+        PlannerError: a value that the setting does not take.
+    """
+    if key not in OPTIONS:
+        raise unknown("setting", key, OPTIONS)
+    found: list[Any] = []
+    for text in texts:
+        if isinstance(text, str) and key not in WHOLE:
+            for part in text.split(","):
+                found += _parsed(key, part.strip())
+        else:
+            found += _parsed(key, text)
+        if len(found) > MOST_VALUES:
+            raise InvalidInput(f"{flag_of(key)} has more than {MOST_VALUES:,} values")
+    return tuple(dict.fromkeys(found))
+
+
+def _parsed(key: str, value: Any) -> list[Any]:
+    kind = OPTIONS[key].kind
+    if kind is int:
+        return _whole_numbers(key, value)
+    if kind is float:
+        return [_number(key, value)]
+    if kind is str:
+        if isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        return [str(value)]
+    if hasattr(kind, "convert"):
+        if value is True or value is False:  # yaml reads an unquoted on, off, no as a truth value
+            value = "on" if value else "none"
+        return [kind.convert(value, None, None)]
+    return [_truth(key, value)]
+
+
+def _truth(key: str, value: Any) -> bool:
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    found = words.get(str(value).strip().lower())
+    if found is None:
+        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; must be true or false")
+    return found
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; must be a number") from None
+
+
+def _whole_numbers(key: str, value: Any) -> list[int]:
+    start, dots, rest = str(value).partition("..")
+    end, _, step = rest.partition(":")
+    parts = [start, end, step or "1"] if dots else [start]
+    if not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 13 for part in parts):
+        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; write whole numbers, 1,2,4 or 512..8192:512")
+    numbers = [int(part) for part in parts]
+    if not dots:
+        return numbers
+    first, last, by = numbers
+    if by < 1 or last < first or (last - first) // by >= MOST_VALUES:
+        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; a range goes up, in at most {MOST_VALUES:,} steps")
+    return list(range(first, last + 1, by))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+class Combination(NamedTuple):
+    """One model with one value of every choice, on the cards that take the same settings."""
+
+    model: ModelSpec
+    choices: dict[str, Any]
+    training: TrainingSpec
+    resolved: Resolved
+    cards: tuple[Gpu, ...]
+
+
+class Tabulator:
+    """Evaluates a product block by block."""
+
+    def __init__(self, wanted: Wanted, run: Run, models: Mapping[str, ModelSpec] | None = None) -> None:
+        if wanted.rows > MOST_ROWS:
+            raise InvalidInput(f"{wanted.rows:,} rows; at most {MOST_ROWS:,} in one table")
+        self.wanted, self.run = wanted, run
+        self.problems = Problems()
+        self.models = dict(models or {})
+        self.shared: dict[str, Any] = {}
+        """Settings that every row so far has, with their values; None where rows differ."""
+        self.exact = wanted.rows <= EXACT_ROWS
+        self.choices = [key for key in wanted.values if key not in sweep.NUMBERS]
+        combinations = len(wanted.models)
+        for key in self.choices:
+            combinations *= len(wanted.values[key])
+        self.replays = combinations <= REPLAYED_CHOICES
+
+    @property
+    def basis(self) -> str:
+        """How memory on the device was found, in words."""
+        if self.exact:
+            return "every row predicted by itself, as loraplan fits does"
+        cache = "replayed in one row per combination" if self.replays else "assumed"
+        return f"allocated memory and time exact; the allocator's cache {cache}, its interval wider"
+
+    def blocks(self) -> Iterator[Block]:
+        """Evaluate all rows; combinations without an answer are counted in `problems`."""
+        for name in self.wanted.models:
+            try:
+                model = self._model(name)
+            except PlannerError as error:
+                self.problems.add(error, self.wanted.rows // len(self.wanted.models))
+                continue
+            for numbers in self._pieces():
+                sweepers: dict[sweep.Axes, sweep.Sweeper] = {}
+                for combination in self._combinations(model):
+                    axes = _axes(numbers, combination.training)
+                    if not self.exact and axes not in sweepers:
+                        sweepers[axes] = sweep.Sweeper(model, axes)
+                    try:
+                        yield from self._rows(name, combination, axes, sweepers.get(axes))
+                    except PlannerError as error:
+                        self.problems.add(error, axes.size * len(combination.cards))
+
+    def _model(self, name: str) -> ModelSpec:
+        if name not in self.models:
+            self.models[name] = families.build_spec(sources.load_config(name).config, model_id=name)
+        return self.models[name]
+
+    def _pieces(self) -> Iterator[Numbers]:
+        """The numbers, in pieces of at most BLOCK_ROWS cells: cut along the axis whose cells just exceed that."""
+        values = {key: tuple(self.wanted.values.get(key, ())) for key in sweep.NUMBERS}
+        each = 1
+        for place, key in reversed(list(enumerate(sweep.NUMBERS))):
+            if each * len(values[key]) > BLOCK_ROWS:
+                yield from self._cut(values, place, BLOCK_ROWS // each)
+                return
+            each *= max(len(values[key]), 1)
+        yield values
+
+    def _cut(self, values: Numbers, place: int, length: int) -> Iterator[Numbers]:
+        before, key = sweep.NUMBERS[:place], sweep.NUMBERS[place]
+        for outer in itertools.product(*(values[name] or (None,) for name in before)):
+            for start in range(0, len(values[key]), length):
+                fixed = {name: () if value is None else (value,) for name, value in zip(before, outer, strict=True)}
+                yield {**values, **fixed, key: values[key][start : start + length]}
+
+    def _combinations(self, model: ModelSpec) -> Iterator[Combination]:
+        for values in itertools.product(*(self.wanted.values[key] for key in self.choices)):
+            choices = dict(zip(self.choices, values, strict=True))
+            groups: dict[bool, list[Gpu]] = {}
+            for card in self.wanted.cards:
+                groups.setdefault(predict.lacks_bf16(card), []).append(card)
+            for cards in groups.values():
+                try:
+                    given = dict.fromkeys(OPTIONS) | choices
+                    stack = training_settings(given)
+                    resolved, training = configure(model, stack or "custom", given, lenient=True, card=cards[0])
+                except PlannerError as error:
+                    numbers = [len(self.wanted.values.get(key, (1,))) for key in sweep.NUMBERS]
+                    self.problems.add(error, len(cards) * _product(numbers))
+                    continue
+                self._remember(resolved)
+                yield Combination(model, choices, training, resolved, tuple(cards))
+
+    def _remember(self, resolved: Resolved) -> None:
+        """Keep the settings that are the same in every row, for the caption."""
+        settings = {k: resolved[k] for k in resolved.settings if resolved.applies(k) and k not in self.wanted.values}
+        settings["stack"] = resolved.stack
+        if not self.shared:
+            self.shared = settings
+        else:
+            self.shared = {k: v for k, v in self.shared.items() if settings.get(k, _UNSET) == v}
+
+    # --- one combination ----------------------------------------------------------------------------------------
+
+    def _rows(self, name: str, some: Combination, axes: sweep.Axes, sweeper: sweep.Sweeper | None) -> Iterator[Block]:
+        if sweeper is None:
+            yield self._predicted(name, some, axes)
+            return
+        each = max(BLOCK_ROWS // axes.size, 1)
+        for start in range(0, len(some.cards), each):
+            cells = sweeper.cells(some.training, some.cards[start : start + each])
+            surplus = (
+                sweep.replayed_surplus(some.model, cells) if self.replays else sweep.assumed_surplus(some.training)
+            )
+            yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus))
+
+    def _constant(self, name: str, some: Combination) -> dict[str, Any]:
+        return {"model": name, **{key: _plain(value) for key, value in some.choices.items()}}
+
+    def _swept(self, name: str, some: Combination, cells: sweep.Cells, judged: sweep.Judged) -> Block:
+        np = sweep.require_numpy()
+        axes, shape = cells.axes, cells.allocated_bytes.shape
+        arrays: dict[str, Any] = {}
+        for place, key in enumerate(sweep.NUMBERS, start=1):
+            values = np.array(getattr(axes, key), dtype=np.int64)
+            arrays[key] = np.broadcast_to(values.reshape([-1 if p == place else 1 for p in range(5)]), shape)
+        low, high = cells.step_s / (1 + cells.step_spread), cells.step_s * (1 + cells.step_spread)
+        tokens = arrays["micro_batch_size"] * arrays["seq_len"] * arrays["gradient_accumulation_steps"]
+        gpus = np.array([card.gpu_id for card in cells.cards], dtype=object).reshape(-1, 1, 1, 1, 1)
+        verdicts = np.array(sweep.VERDICTS, dtype=object)
+        arrays = {
+            "gpu": np.broadcast_to(gpus, shape),
+            **arrays,
+            "verdict": verdicts[judged.verdict],
+            "allocated_bytes": cells.allocated_bytes,
+            "device_low_bytes": judged.device_low_bytes,
+            "device_bytes": judged.device_bytes,
+            "device_high_bytes": judged.device_high_bytes,
+            "headroom_bytes": judged.headroom_bytes,
+            "step_s": cells.step_s,
+            "step_low_s": low,
+            "step_high_s": high,
+            "tokens_per_s": tokens / cells.step_s,
+        }
+        if self.run.amount.given:
+            steps = cost.optimizer_steps(
+                self.run.amount, arrays["micro_batch_size"] * arrays["gradient_accumulation_steps"], tokens
+            )
+            arrays["hours"] = steps * cells.step_s / 3600
+            rate = [self._usd_per_hour(card) for card in cells.cards]
+            arrays["usd"] = arrays["hours"] * np.array(rate, dtype=np.float64).reshape(-1, 1, 1, 1, 1)
+        constant = self._constant(name, some)
+        if some.training.lora is None:
+            del arrays["r"]
+        return Block(constant, {key: np.ascontiguousarray(a).ravel() for key, a in arrays.items()}, int(np.prod(shape)))
+
+    def _usd_per_hour(self, card: Gpu) -> float:
+        price = self.run.prices.get(card.gpu_id)
+        return price.usd_per_hour if price else float("nan")
+
+    def _predicted(self, name: str, some: Combination, axes: sweep.Axes) -> Block:
+        """Every cell by `predict`, as `fits` answers."""
+        rows: list[dict[str, Any]] = []
+        for card in some.cards:
+            for place in itertools.product(*(range(size) for size in axes.shape)):
+                training = sweep.at_place(some.training, axes, place)
+                rows.append(self.predicted_row(some.model, training, card))
+        columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in rows[0]}
+        return Block(self._constant(name, some), columns, len(rows))
+
+    def predicted_row(self, model: ModelSpec, training: TrainingSpec, card: Gpu) -> dict[str, Any]:
+        """The columns of one configuration."""
+        found = predict.predict(model, training, card)
+        time = found.time
+        row: dict[str, Any] = {
+            "gpu": card.gpu_id,
+            **{key: getattr(training, key) for key in sweep.NUMBERS if key != "r"},
+            "verdict": found.verdict,
+            "allocated_bytes": found.allocated.expected,
+            "device_low_bytes": found.device.low,
+            "device_bytes": found.device.expected,
+            "device_high_bytes": found.device.high,
+            "headroom_bytes": found.headroom_bytes,
+            "step_s": time.step_s.expected if time else None,
+            "step_low_s": time.step_s.low if time else None,
+            "step_high_s": time.step_s.high if time else None,
+            "tokens_per_s": time.tokens_per_s if time else None,
+        }
+        if training.lora is not None:
+            row["r"] = training.lora.r
+        if self.run.amount.given:
+            price = self.run.prices.get(card.gpu_id)
+            size = {"micro_batch_size": training.micro_batch_size, "seq_len": training.seq_len}
+            made = cost.plan(time, card, self.run.amount, price=price, **size) if time else None
+            row["hours"] = made.hours.expected if made else None
+            row["usd"] = made.usd.expected if made and made.usd else None
+        return row
+
+
+_UNSET = object()
+
+
+def _axes(numbers: Numbers, training: TrainingSpec) -> sweep.Axes:
+    """The axes of a combination: what was not given is what its framework does."""
+    own = {key: getattr(training, key) for key in sweep.NUMBERS if key != "r"}
+    own["r"] = training.lora.r if training.lora is not None else 1
+    without = ("r",) if training.lora is None else ()
+    return sweep.Axes(
+        **{key: (own[key],) if key in without or not values else tuple(values) for key, values in numbers.items()}
+    )
+
+
+def _product(numbers: Sequence[int]) -> int:
+    count = 1
+    for number in numbers:
+        count *= number
+    return count
+
+
+def _plain(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def card_prices(cards: Sequence[Gpu], price_of: Callable[[Gpu], cost.Price | None]) -> dict[str, cost.Price | None]:
+    """The price of each card, by its id."""
+    return {card.gpu_id: price_of(card) for card in cards}
+
+
+__all__ = ["EXACT_ROWS", "Run", "Tabulator", "UnknownName", "Wanted", "card_prices", "parse_values", "replace"]

@@ -1,0 +1,379 @@
+"""`loraplan table`: what fits where, how fast and at what price, for every combination of lists."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+from planner.cli.options import TRAINING, Sectioned, Word
+
+if TYPE_CHECKING:
+    from planner.cli.grid import Tabulator, Wanted
+    from planner.hardware import Gpu
+    from planner.report.grid import Block, Caption
+
+MAX_FILE_BYTES = 1 << 20
+MOST_LISTED = 100_000
+STYLES = ("table", "json", "jsonl", "csv", "markdown", "latex", "html", "parquet")
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def lists_of_settings(command: _Command) -> _Command:
+    """Add every training setting as an option that takes lists."""
+    for options in reversed(list(TRAINING.values())):
+        for option in reversed(options):
+            flags = [part.partition("/")[0] for part in option.flags]
+            command = click.option(*flags, option.key, multiple=True, metavar="LIST", help=option.help)(command)
+    return command
+
+
+@click.command(cls=Sectioned)
+@click.argument("models", nargs=-1)
+@click.option("--gpu", "gpus", multiple=True, metavar="LIST", help="Cards of the catalogue; all for every NVIDIA card.")
+@click.option("--grid", metavar="FILE", help="Lists in a YAML file: model, gpu, and settings by their names.")
+@click.option("--from", "source", metavar="FILE", help="Explicit rows: a CSV file with columns of the same names.")
+@click.option("--where", multiple=True, metavar="CONDITION", help="Keep rows such as peak<24 or verdict=fits.")
+@click.option("--sort", metavar="COLUMNS", help="Sort by columns, time,-usd: a minus turns the order.")
+@click.option("--top", type=click.IntRange(1), metavar="N", help="Only the first rows (of the sorted table).")
+@click.option("--pareto", metavar="COLUMNS", help="Only rows that no other row beats, for example time,usd.")
+@click.option("--pivot", nargs=2, metavar="ROW COLUMN", help="A matrix of these two, for example model gpu.")
+@click.option("--show", default="peak", show_default=True, help="The column that --pivot shows.")
+@click.option("--tokens", metavar="N", help="Train on this many tokens, for example 10M: hours and USD.")
+@click.option("--rows", type=int, metavar="N", help="Train on this many rows.")
+@click.option("--epochs", type=float, metavar="N", help="Passes over the rows (default 1).")
+@click.option("--price", type=float, metavar="USD", help="USD per hour, of every card.")
+@click.option("--format", "style", type=Word("format", STYLES), help="How to print; the suffix of -o decides too.")
+@click.option("-o", "--output", metavar="FILE", help="Write to a file.")
+@lists_of_settings
+def table(
+    models: tuple[str, ...], gpus: tuple[str, ...], grid: str | None, source: str | None, output: str | None,
+    style: str | None, **rest: Any,
+) -> int:  # fmt: skip
+    """Tabulate verdict, memory, time and cost for every combination of lists.
+
+    A list is commas or the same option again; numbers may be ranges (1..8, 512..8192:512).
+
+    \b
+    Examples:
+      loraplan table meta-llama/Llama-3.1-8B --gpu rtx-4090,a100-sxm4-80gb -q none,nf4
+      loraplan table Qwen/Qwen2.5-7B --gpu all --tokens 10M --pareto time,usd
+      loraplan table Qwen/Qwen2.5-7B microsoft/phi-2 --gpu l4,t4 --pivot model gpu
+      loraplan table --grid plan.yaml -o plan.parquet
+
+    \b
+    Exit codes: 0 there are rows, 1 no row is left, 2 could not answer.
+    """
+    view = View(
+        **{name: rest.pop(name) for name in ("where", "sort", "top", "pareto", "pivot", "show")},
+        style=chosen_style(style, output), output=output,
+    )  # fmt: skip
+    costs = {name: rest.pop(name) for name in ("tokens", "rows", "epochs", "price")}
+    lists = {"model": list(models), "gpu": list(gpus), **{k: list(v) for k, v in rest.items() if v}}
+    if grid is not None:
+        lists = {**read_grid(grid), **{k: v for k, v in lists.items() if v}}
+    made = explicit(source, lists, costs) if source is not None else [tabulator(lists, costs)]
+    return view.print(made)
+
+
+def chosen_style(style: str | None, output: str | None) -> str:
+    """The format that was named, else that of the file's suffix, else a table."""
+    from planner.errors import Contradiction, unknown
+    from planner.report.grid import SUFFIXES
+
+    if style is not None:
+        if style == "parquet" and output is None:
+            raise Contradiction("parquet is not printed to a terminal; give a file with -o")
+        return style
+    suffix = Path(output).suffix.lower() if output else ".txt"
+    if suffix not in SUFFIXES:
+        raise unknown("suffix", suffix, SUFFIXES, "(or name a --format)")
+    return SUFFIXES[suffix]
+
+
+# --- what is wanted -----------------------------------------------------------------------------------------------
+
+
+def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> Tabulator:
+    """Turn lists of words into what is to be tabulated.
+
+    Raises:
+        PlannerError: unknown names or values.
+    """
+    from planner.cli.grid import Run, Tabulator, Wanted, card_prices, parse_values
+    from planner.cli.money import amount_of, price_of
+    from planner.errors import InvalidInput
+
+    models = _names(lists.get("model", ()))
+    if not models:
+        raise InvalidInput("no model; name at least one, for example meta-llama/Llama-3.1-8B")
+    cards = cards_of(_names(lists.get("gpu", ())))
+    values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu")}
+    wanted = {**costs, "mean_tokens": None, "dbu_table": None, "dbu_rate": None}
+    run = Run(amount_of(wanted), card_prices(cards, lambda card: price_of(card, wanted)))
+    return Tabulator(Wanted(models, cards, values), run)
+
+
+def _names(texts: Sequence[Any]) -> tuple[str, ...]:
+    parts = [part.strip() for text in texts for part in str(text).split(",")]
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
+    """Return the cards that were named.
+
+    Raises:
+        PlannerError: an unknown card, or none.
+    """
+    from planner import catalog
+    from planner.errors import InvalidInput
+
+    if not names:
+        raise InvalidInput("no GPU; name cards with --gpu rtx-4090,a100-80gb, or --gpu all")
+    found: list[Gpu] = []
+    for name in names:
+        found += [g for g in catalog.gpus() if g.vendor == "NVIDIA"] if name == "all" else [catalog.gpu(name)]
+    return tuple({card.gpu_id: card for card in found}.values())
+
+
+def read_grid(path: str) -> dict[str, list[Any]]:
+    """Read lists from a YAML file: settings under their names or the names of their options.
+
+    Raises:
+        PlannerError: it is not such a file.
+    """
+    from planner.errors import InvalidInput, MissingDependency, one_line
+
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependency("--grid needs PyYAML; pip install 'loraplan[tables]'") from error
+    text = _bounded(path)
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.events.AliasEvent):  # few bytes can stand for many
+                raise InvalidInput(f"{one_line(path)!r}: aliases (*name) are not read; write the values out")
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{one_line(path)!r} is no YAML: {one_line(str(error), 200)}") from None
+    if not isinstance(data, dict):
+        raise InvalidInput(f"{one_line(path)!r} must map names to lists, for example gpu: [rtx-4090, l4]")
+    return {key_of(name): value if isinstance(value, list) else [value] for name, value in data.items()}
+
+
+def key_of(name: object) -> str:
+    """The setting that a name means: its key, or the name of its option.
+
+    Raises:
+        UnknownName: it means none.
+    """
+    from planner.errors import unknown
+
+    word = str(name).strip().lower().lstrip("-")
+    known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu"}
+    for options in TRAINING.values():
+        for option in options:
+            known[option.key] = option.key
+            known.update({flag.partition("/")[0].lstrip("-"): option.key for flag in option.flags})
+    found = known.get(word) or known.get(word.replace("_", "-"))
+    if found is None:
+        raise unknown("name", name, known)
+    return found
+
+
+def _bounded(path: str) -> str:
+    from planner.errors import InvalidInput, one_line
+
+    with Path(path).open("rb") as file:
+        data = file.read(MAX_FILE_BYTES * 16 + 1)
+    if len(data) > MAX_FILE_BYTES * 16:
+        raise InvalidInput(f"{one_line(path)!r} is larger than 16 MiB; split it")
+    return data.decode("utf-8-sig", "replace")
+
+
+def explicit(path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> list[Tabulator]:
+    """One small table per row of a CSV file; what a row leaves open the options say.
+
+    Raises:
+        PlannerError: an unknown column or value, with its line.
+    """
+    import csv
+    import io
+
+    from planner.errors import InvalidInput, PlannerError, one_line
+
+    reader = csv.DictReader(io.StringIO(_bounded(path)))
+    keys = {name: key_of(name) for name in reader.fieldnames or ()}
+    made = []
+    models: dict[str, Any] = {}
+    for number, row in enumerate(reader, start=2):
+        if number > MOST_LISTED:
+            raise InvalidInput(f"{one_line(path)!r} has more than {MOST_LISTED:,} rows; split it")
+        given = {keys[name]: [text] for name, text in row.items() if name in keys and text}
+        try:
+            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs)
+        except PlannerError as error:
+            raise type(error)(f"{one_line(path, 60)} line {number}: {error}") from None
+        one.models = models
+        one.exact = True
+        made.append(one)
+    if not made:
+        raise InvalidInput(f"{one_line(path)!r} has no rows")
+    return made
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """Which rows and columns are shown, how, and where."""
+
+    where: tuple[str, ...]
+    sort: str | None
+    top: int | None
+    pareto: str | None
+    pivot: tuple[str, str] | None
+    show: str
+    style: str
+    output: str | None
+
+    def print(self, made: Sequence[Tabulator]) -> int:
+        """Evaluate, select, write; return the exit code."""
+        from planner.errors import InvalidInput, one_line
+        from planner.report import grid as report
+
+        columns = columns_of([one.wanted for one in made], made[0].run.amount.given)
+        conditions = [report.condition(text, columns) for text in self.where]
+        blocks = (report.select(b, conditions) for b in _with_progress(made))
+        reorders = self.sort or self.top or self.pareto or self.pivot
+        if self.style in report.STREAMED and not reorders:
+            count = self._stream(blocks, columns, caption_of(made, final=False))
+        else:
+            rows = self._rows((row for block in blocks for row in block.rows(columns)), columns)
+            count = len(rows)
+            headings, turned = columns, rows
+            if self.pivot:
+                down, across, show = (report.column_of(word, columns) for word in (*self.pivot, self.show))
+                headings, turned = report.pivot(rows, columns, down, across, show)
+            self._write(headings, turned, caption_of(made, final=True), self.pivot and show)
+        problems: dict[str, int] = {}
+        for one in made:
+            for reason, number in one.problems.reasons.items():
+                problems[reason] = problems.get(reason, 0) + number
+        if problems and not count and not conditions:
+            raise InvalidInput(next(iter(problems)))
+        for reason, number in problems.items():
+            click.echo(f"left out {number:,}: {one_line(reason, 300)}", err=True)
+        return 0 if count else 1
+
+    def _rows(self, rows: Iterator[tuple[Any, ...]], columns: Sequence[str]) -> list[tuple[Any, ...]]:
+        from planner.errors import InvalidInput
+        from planner.report import grid as report
+
+        found: Any = rows
+        if self.pareto:
+            found = report.pareto(found, [columns.index(report.column_of(w, columns)) for w in self.pareto.split(",")])
+        if self.sort:
+            keys = [w.strip() for w in self.sort.split(",")]
+            numbers = [(columns.index(report.column_of(w.lstrip("-"), columns)), w.startswith("-")) for w in keys]
+            return report.kept_sorted(found, numbers, self.top or 0)
+        held: list[tuple[Any, ...]] = []
+        for row in found:
+            if self.top and len(held) >= self.top:
+                break
+            if len(held) >= report.MOST_SHOWN:
+                raise InvalidInput(
+                    f"more than {report.MOST_SHOWN:,} rows; use csv, jsonl or parquet, or narrow with --where or --top"
+                )
+            held.append(row)
+        return held
+
+    def _stream(self, blocks: Iterator[Block], columns: Sequence[str], caption: Caption) -> int:
+        from planner.report import grid as report
+
+        if self.output is None:
+            return report.write_streamed(self.style, sys.stdout, columns, blocks, caption)
+        if self.style == "parquet":
+            with Path(self.output).open("wb") as binary:
+                return report.write_streamed(self.style, binary, columns, blocks, caption)
+        with Path(self.output).open("w", encoding="utf-8", newline="") as file:
+            return report.write_streamed(self.style, file, columns, blocks, caption)
+
+    def _write(
+        self, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption, shown: str | None
+    ) -> None:
+        from planner.report import grid as report
+
+        if self.style in report.STREAMED:
+            arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}
+            self._stream(iter([report.Block({}, arrays, len(rows))]), columns, caption)
+            return
+        if shown and self.style != "json":  # every column but the first holds the one that is shown
+            kind = report.SHOWN.get(shown, report.Shown(shown))
+            rows = [(row[0], *(report.figure(value, kind) for value in row[1:])) for row in rows]
+            caption = caption._replace(lines=(f"{kind.heading}", *caption.lines))
+        width = 0
+        if self.output is None and self.style == "table":
+            import shutil
+
+            width = shutil.get_terminal_size((100, 24)).columns
+        text = report.whole(self.style, columns, rows, caption, width)
+        if self.output is None:
+            click.echo(text, nl=False)
+        else:
+            Path(self.output).write_text(text, encoding="utf-8")
+
+
+def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
+    """Columns of a table: model, card, the settings that were given, the numbers, the results."""
+    from planner.report.grid import RESULTS
+    from planner.sweep import NUMBERS
+
+    settings = dict.fromkeys(key for one in wanted for key in one.values if key not in NUMBERS)
+    results = [name for name in RESULTS if budget or name not in ("hours", "usd")]
+    return ["model", "gpu", *settings, *NUMBERS, *results]
+
+
+def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
+    """Version, calibration, prices and their days, and the settings that all rows share."""
+    from planner import __version__
+    from planner.report.answer import value_words
+    from planner.report.grid import Caption
+
+    prices = [price for one in made for price in one.run.prices.values() if price is not None]
+    days = sorted({price.date for price in prices if price.date})
+    shared = dict(made[0].shared)
+    for one in made[1:]:
+        shared = {key: value for key, value in shared.items() if one.shared.get(key) == value}
+    lines = [f"loraplan {__version__}; {made[0].basis}; time from data sheets, not calibrated on these cards"]
+    if made[0].run.amount.given and days:
+        lines.append(f"prices on demand, read {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
+    if final and shared:
+        order = ("stack", "method", "quantization", "gradient_checkpointing", "attention", "loss", "optimizer",
+                 "target_modules", "base_dtype", "autocast")  # fmt: skip
+        words = [f"{key} {value_words(shared[key])}" for key in order if key in shared]
+        lines.append(f"all rows: {'; '.join(words)}")
+    data = {
+        "version": __version__, "basis": made[0].basis, "calibration": None, "prices_read": days,
+        "shared": {key: value_words(value) for key, value in shared.items()},
+    }  # fmt: skip
+    return Caption(tuple(lines), data)
+
+
+def _with_progress(made: Sequence[Tabulator]) -> Iterator[Block]:
+    """The blocks of all tables, with a bar on stderr when that is a terminal."""
+    import os
+
+    total = sum(one.wanted.rows for one in made)
+    blocks = (block for one in made for block in one.blocks())
+    if not sys.stderr.isatty() or os.environ.get("CI") or total < 1000:
+        yield from blocks
+        return
+    with click.progressbar(length=total, label="rows", file=sys.stderr) as bar:
+        for block in blocks:
+            yield block
+            bar.update(block.size)

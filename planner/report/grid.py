@@ -1,0 +1,520 @@
+"""Rows of a table in blocks: selecting, sorting and turning them; every output format, streamed where it can be.
+
+Names and cells may be hostile: each format writes them so that nothing runs them (formulas, markup, commands).
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from planner.errors import InvalidInput, MissingDependency, one_line, unknown
+from planner.report.tables import aligned, csv_cell, markdown, plain, wrapped
+from planner.units import GiB
+
+FORMATS = ("table", "json", "jsonl", "csv", "markdown", "latex", "html", "parquet")
+SUFFIXES = {
+    ".txt": "table", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".md": "markdown",
+    ".markdown": "markdown", ".tex": "latex", ".html": "html", ".htm": "html", ".parquet": "parquet", ".pq": "parquet",
+}  # fmt: skip
+STREAMED = ("csv", "jsonl", "parquet")
+MOST_SHOWN = 50_000
+"""Rows of the formats that are laid out as a whole, and rows that are sorted."""
+
+RESULTS = (
+    "verdict", "allocated_bytes", "device_low_bytes", "device_bytes", "device_high_bytes", "headroom_bytes", "step_s",
+    "step_low_s", "step_high_s", "tokens_per_s", "hours", "usd",
+)  # fmt: skip
+
+
+class Shown(NamedTuple):
+    """How people see a column: its heading, what its value is divided by, and its digits after the point."""
+
+    heading: str
+    scale: float = 1.0
+    digits: int = 2
+
+
+SHOWN: dict[str, Shown] = {
+    "micro_batch_size": Shown("batch"),
+    "seq_len": Shown("length"),
+    "r": Shown("r"),
+    "gradient_accumulation_steps": Shown("accum"),
+    "gradient_checkpointing": Shown("checkpointing"),
+    "target_modules": Shown("targets"),
+    "allocated_bytes": Shown("allocated GiB", GiB),
+    "device_low_bytes": Shown("low", GiB),
+    "device_bytes": Shown("peak GiB", GiB),
+    "device_high_bytes": Shown("high", GiB),
+    "headroom_bytes": Shown("left GiB", GiB),
+    "step_s": Shown("s/step", digits=3),
+    "step_low_s": Shown("from s", digits=3),
+    "step_high_s": Shown("to s", digits=3),
+    "tokens_per_s": Shown("tokens/s", digits=0),
+    "hours": Shown("hours"),
+    "usd": Shown("USD"),
+}
+ALIASES = {
+    "peak": "device_bytes", "low": "device_low_bytes", "high": "device_high_bytes", "allocated": "allocated_bytes",
+    "headroom": "headroom_bytes", "left": "headroom_bytes", "step": "step_s", "tokens_s": "tokens_per_s",
+    "batch": "micro_batch_size", "length": "seq_len", "rank": "r", "accum": "gradient_accumulation_steps",
+    "checkpointing": "gradient_checkpointing", "targets": "target_modules",
+}  # fmt: skip
+"""Words for columns in --where, --sort, --show; sizes are then in GiB."""
+_LEAST = ("step_low_s", "step_high_s", "allocated_bytes", "device_low_bytes", "device_high_bytes", "step_s", "hours")
+"""Columns that a narrow terminal leaves out, first to last."""
+_OPERATORS = re.compile(r"\s*([\w]+)\s*(<=|>=|!=|==|=|<|>)\s*(.+?)\s*")
+
+
+class Block(NamedTuple):
+    """Rows that were evaluated together: columns with one value each, and arrays or lists of `size` values."""
+
+    constant: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+    size: int
+
+    def column(self, name: str) -> Any:
+        """The values of a column: an array, a list, or one value for all rows."""
+        return self.constant.get(name) if name in self.constant else self.arrays.get(name)
+
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The rows as plain Python values; nan becomes None."""
+        return zip(*(self.values(name) for name in columns), strict=True)
+
+    def values(self, name: str) -> list[Any]:
+        """A column as a list of plain values."""
+        if name in self.constant or name not in self.arrays:
+            return [self.constant.get(name)] * self.size
+        values = self.arrays[name]
+        if not hasattr(values, "tolist"):
+            return list(values)
+        found: list[Any] = values.tolist()
+        if values.dtype.kind == "f":
+            return [None if value != value else value for value in found]
+        return found
+
+
+# --- selecting ----------------------------------------------------------------------------------------------------
+
+
+class Condition(NamedTuple):
+    """One --where: a column compared with a value."""
+
+    column: str
+    operator: str
+    value: Any
+
+    def holds(self, values: list[Any]) -> list[bool]:
+        """Whether each value meets the condition; a missing one does not."""
+        compare = _COMPARE[self.operator]
+        return [value is not None and bool(compare(value, self.value)) for value in values]
+
+
+_COMPARE: dict[str, Any] = {
+    "<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b,
+    "=": lambda a, b: a == b, "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
+}  # fmt: skip
+
+
+def column_of(word: str, columns: Sequence[str]) -> str:
+    """Return the column that a word names.
+
+    Raises:
+        UnknownName: it names none of this table.
+    """
+    name = "hours" if word == "time" and "hours" in columns else {"time": "step_s"}.get(word, ALIASES.get(word, word))
+    if name not in columns:
+        hint = "(hours and usd need --tokens or --rows)" if name in ("hours", "usd") else ""
+        raise unknown("column", word, [*columns, *ALIASES], hint)
+    return name
+
+
+def condition(text: str, columns: Sequence[str]) -> Condition:
+    """Parse one --where such as peak<24 or verdict=fits.
+
+    Raises:
+        PlannerError: it is none.
+    """
+    match = _OPERATORS.fullmatch(text[:500])
+    if match is None:
+        raise InvalidInput(f"--where {one_line(text)!r} is no condition; write for example peak<24 or verdict=fits")
+    word, operator, value = match.groups()
+    column = column_of(word, columns)
+    scale = SHOWN[column].scale if column in SHOWN else 1.0
+    try:
+        return Condition(column, operator, float(value.replace(",", "")) * scale)
+    except ValueError:
+        pass
+    if operator in ("<", "<=", ">", ">=") or (column in RESULTS and column != "verdict"):
+        raise InvalidInput(f"--where {one_line(text)!r} compares with no number")
+    words = {"true": True, "false": False, "yes": True, "no": False}
+    return Condition(column, operator, words.get(value.lower(), value.strip("'\"")))
+
+
+def select(block: Block, conditions: Sequence[Condition]) -> Block:
+    """The rows of a block that meet every condition."""
+    if not conditions:
+        return block
+    keep = [True] * block.size
+    for item in conditions:
+        keep = [a and b for a, b in zip(keep, item.holds(block.values(item.column)), strict=True)]
+    arrays = {
+        name: [value for value, wanted in zip(block.values(name), keep, strict=True) if wanted] for name in block.arrays
+    }
+    return Block(block.constant, arrays, sum(keep))
+
+
+def sort_key(value: Any) -> tuple[bool, Any]:
+    """Order numbers by size and words by the alphabet; what is missing comes last."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True, 0
+    return False, value
+
+
+def kept_sorted(rows: Iterable[tuple[Any, ...]], keys: Sequence[tuple[int, bool]], top: int) -> list[tuple[Any, ...]]:
+    """Sort rows by columns (number, descending); of a long table only the first `top` are ever held.
+
+    Raises:
+        InvalidInput: too many rows to sort without a top.
+    """
+    held: list[tuple[Any, ...]] = []
+    limit = 2 * top + 10_000 if top else MOST_SHOWN * 20
+    for row in rows:
+        held.append(row)
+        if len(held) >= limit:
+            if not top:
+                raise InvalidInput(f"more than {limit:,} rows to sort; add --top or --where")
+            held = _sorted(held, keys)[:top]
+    held = _sorted(held, keys)
+    return held[:top] if top else held
+
+
+def _sorted(rows: list[tuple[Any, ...]], keys: Sequence[tuple[int, bool]]) -> list[tuple[Any, ...]]:
+    for number, descending in reversed(keys):
+        missing = [row for row in rows if sort_key(row[number])[0]]
+        present = [row for row in rows if not sort_key(row[number])[0]]
+        try:
+            present.sort(key=lambda row: row[number], reverse=descending)
+        except TypeError:
+            present.sort(key=lambda row: str(row[number]), reverse=descending)
+        rows = present + missing
+    return rows
+
+
+def pareto(rows: Iterable[tuple[Any, ...]], numbers: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Rows that no other row beats: at most as much of every column, and less of one. Missing values never win."""
+    front: list[tuple[Any, ...]] = []
+    for row in rows:
+        mine = [row[n] for n in numbers]
+        if any(value is None for value in mine):
+            continue
+        if any(_beats([other[n] for n in numbers], mine) for other in front):
+            continue
+        front = [other for other in front if not _beats(mine, [other[n] for n in numbers])]
+        front.append(row)
+    return front
+
+
+def _beats(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return list(one) != list(other) and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def pivot(
+    rows: Iterable[tuple[Any, ...]], columns: Sequence[str], down: str, across: str, show: str
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Turn rows into a matrix of one column.
+
+    Raises:
+        InvalidInput: two rows for one place of the matrix.
+    """
+    d, a, s = columns.index(down), columns.index(across), columns.index(show)
+    cells: dict[tuple[Any, Any], Any] = {}
+    heads: dict[Any, None] = {}
+    sides: dict[Any, None] = {}
+    for row in rows:
+        place = (row[d], row[a])
+        if place in cells:
+            other = ", ".join(name for name in columns if name not in (down, across, *RESULTS))
+            raise InvalidInput(
+                f"several rows for {one_line(plain(place[0]), 60)} and {one_line(plain(place[1]), 60)}: "
+                f"give {other or 'the rest'} one value each, or pick with --where"
+            )
+        cells[place] = row[s]
+        sides[place[0]] = heads[place[1]] = None
+    turned = [(side, *(cells.get((side, head)) for head in heads)) for side in sides]
+    return [down, *(plain(head) for head in heads)], turned
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+
+class Out(Protocol):
+    """A text or binary file."""
+
+    def write(self, text: Any, /) -> Any: ...
+
+
+class Caption(NamedTuple):
+    """What stands below a table: lines of text, and the same as data."""
+
+    lines: tuple[str, ...]
+    data: Mapping[str, Any]
+
+
+def write_streamed(style: str, out: Out, columns: Sequence[str], blocks: Iterable[Block], caption: Caption) -> int:
+    """Write blocks as they come, in csv, jsonl or parquet; return the number of rows."""
+    if style == "parquet":
+        return _parquet(out, columns, blocks, caption)
+    count = 0
+    if style == "csv":
+        out.write(",".join(columns) + "\n")
+    for block in blocks:
+        texts = [_texts(block, name, style) for name in columns]
+        if style == "csv":
+            lines = [",".join(cells) for cells in zip(*texts, strict=True)]
+        else:
+            keys = [f"{json.dumps(name)}: " for name in columns]
+            lines = [
+                "{" + ", ".join(k + c for k, c in zip(keys, cells, strict=True)) + "}"
+                for cells in zip(*texts, strict=True)
+            ]
+        if lines:
+            out.write("\n".join(lines) + "\n")
+        count += block.size
+    return count
+
+
+def _texts(block: Block, name: str, style: str) -> list[str]:
+    """A column as texts: numbers in full, a constant written once."""
+    encode = _csv_text if style == "csv" else _json_text
+    values = block.arrays.get(name)
+    if name in block.constant or values is None:
+        return [encode(block.constant.get(name))] * block.size
+    kind = values.dtype.kind if hasattr(values, "dtype") else ""
+    if kind == "i":
+        return list(map(str, values.tolist()))
+    if kind == "f":
+        missing = "" if style == "csv" else "null"
+        return [repr(value) if value == value else missing for value in values.tolist()]
+    known: dict[Any, str] = {}
+    return [known.get(value) or known.setdefault(value, encode(value)) for value in block.values(name)]
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(None if isinstance(value, float) and math.isnan(value) else value)
+
+
+def _csv_text(value: Any) -> str:
+    cell = csv_cell(value)
+    text = repr(cell) if isinstance(cell, float) else str(cell)
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\n\r') else text
+
+
+def _parquet(out: Out, columns: Sequence[str], blocks: Iterable[Block], caption: Caption) -> int:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingDependency("parquet needs pyarrow; pip install 'loraplan[tables]'") from error
+    writer: Any = None
+    schema: Any = None
+    count = 0
+    for block in blocks:
+        data = [_arrow(pa, block, name) for name in columns]
+        if schema is None:
+            schema = pa.schema([(name, part.type) for name, part in zip(columns, data, strict=True)])
+            schema = schema.with_metadata({"loraplan": json.dumps(dict(caption.data))})
+            writer = pq.ParquetWriter(out, schema)
+        data = [part.cast(field.type) for part, field in zip(data, schema, strict=True)]
+        writer.write_table(pa.Table.from_arrays(data, schema=schema))
+        count += block.size
+    if writer is None:
+        raise InvalidInput("no rows: nothing to write")
+    writer.close()
+    return count
+
+
+def _arrow(pa: Any, block: Block, name: str) -> Any:
+    """A column of fixed type, whatever its first values are."""
+    texts = name in ("model", "gpu", "verdict") or (name not in RESULTS and name not in _WHOLE)
+    if texts:
+        values = [None if value is None else plain_text(value) for value in block.values(name)]
+        return pa.array(values, type=pa.string())
+    whole = name in _WHOLE or name.endswith("_bytes")
+    return pa.array(block.values(name), type=pa.int64() if whole else pa.float64())
+
+
+_WHOLE = ("micro_batch_size", "seq_len", "r", "gradient_accumulation_steps")
+
+
+def plain_text(value: Any) -> str:
+    """A setting as a word."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def whole(style: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption, width: int = 0) -> str:
+    """Return a table that is laid out as a whole: table, markdown, latex, html or json.
+
+    `width`: characters of the terminal, which lose the less important columns first; 0 keeps all.
+    """
+    if style == "json":
+        document = {
+            "schema_version": 1, **caption.data, "columns": list(columns),
+            "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+        }  # fmt: skip
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    if style == "table":
+        return _terminal(columns, rows, caption, width)
+    headings, cells = shown(columns, rows)
+    if style == "markdown":
+        notes = "\n".join(f"- {markdown_text(line)}" for line in caption.lines)
+        return f"{markdown(headings, cells)}\n{notes}\n"
+    if style == "latex":
+        return latex(headings, cells, caption)
+    return html_page(html_table(headings, cells, caption), "loraplan table")
+
+
+def shown(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and cells for people: sizes in GiB, rounded."""
+    kinds = [SHOWN.get(name, Shown(name)) for name in columns]
+    cells = [[figure(value, kind) for value, kind in zip(row, kinds, strict=True)] for row in rows]
+    return [kind.heading for kind in kinds], cells
+
+
+class Figure(float):
+    """A number that knows its digits."""
+
+    digits = 2
+
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec.replace(".2f", f".{self.digits}f"))
+
+
+def figure(value: Any, kind: Shown) -> Any:
+    """A number as people see it; anything else as it is."""
+    if isinstance(value, Figure):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if kind.scale == 1.0 and isinstance(value, int):
+        return value
+    made = Figure(value / kind.scale)
+    made.digits = kind.digits
+    return made
+
+
+def _terminal(columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption, width: int) -> str:
+    """The table, without columns that are the same in every row (they are named below) and what does not fit."""
+    kept, fixed = _varying(columns, rows)
+    text = _laid_out(kept, columns, rows)
+    for name in _LEAST:
+        if not width or max(len(line) for line in text.splitlines()) <= width:
+            break
+        if name in kept and len(kept) > 2:
+            kept = [other for other in kept if other != name]
+            text = _laid_out(kept, columns, rows)
+    notes = [f"every row: {', '.join(fixed)}"] if fixed else []
+    below = "\n".join(wrapped(line, min(width or 100, 100), "  ") for line in (*notes, *caption.lines))
+    return f"{text}\n{below}\n"
+
+
+def _varying(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> tuple[list[str], list[str]]:
+    kept, fixed = [], []
+    for number, name in enumerate(columns):
+        values = {plain(row[number]) for row in rows}
+        if len(rows) > 1 and len(values) == 1 and name not in RESULTS and name != "model":
+            fixed.append(f"{SHOWN.get(name, Shown(name)).heading} {next(iter(values))}")
+        elif not (rows and values == {""}):
+            kept.append(name)
+    return kept, fixed
+
+
+def _laid_out(kept: Sequence[str], columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
+    numbers = [columns.index(name) for name in kept]
+    headings, cells = shown(kept, [tuple(row[n] for n in numbers) for row in rows])
+    return aligned(headings, cells)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}",
+}  # fmt: skip
+
+
+def latex_text(text: str) -> str:
+    """Escape what LaTeX would read as a command."""
+    return "".join(_LATEX.get(mark, mark) for mark in one_line(text, 500))
+
+
+def latex(headings: Sequence[str], cells: Sequence[Sequence[Any]], caption: Caption) -> str:
+    """A table environment of plain LaTeX; needs no package."""
+    right = [
+        all(value is None or isinstance(value, (int, float)) for value in column) for column in zip(*cells, strict=True)
+    ]
+    right = right or [False] * len(headings)
+    lines = [r"\begin{table}", r"\begin{tabular}{" + "".join("r" if r else "l" for r in right) + "}", r"\hline"]
+    lines.append(" & ".join(map(latex_text, headings)) + r" \\ \hline")
+    lines += [" & ".join(latex_text(plain(value)) for value in row) + r" \\" for row in cells]
+    lines += [r"\hline", r"\end{tabular}", r"\caption{" + latex_text(" ".join(caption.lines)) + "}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def html_table(headings: Sequence[str], cells: Sequence[Sequence[Any]], caption: Caption) -> str:
+    """A table element with everything escaped; verdicts are marked by class and by their words."""
+    head = "".join(f"<th scope=col>{html.escape(one_line(text, 200))}</th>" for text in headings)
+    body = []
+    for row in cells:
+        inside = []
+        for value in row:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            kind = " class=n" if number else f" class={_VERDICT_CLASS[value]}" if value in _VERDICT_CLASS else ""
+            inside.append(f"<td{kind}>{html.escape(plain(value))}</td>")
+        body.append(f"<tr>{''.join(inside)}</tr>")
+    notes = "".join(f"<p>{html.escape(one_line(line, 2000))}</p>" for line in caption.lines)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{chr(10).join(body)}\n</tbody></table>"
+    return f"<div class=scroll>{table}</div>\n<div class=notes>{notes}</div>\n"
+
+
+_VERDICT_CLASS = {"fits": "yes", "does not fit": "no", "too close to call": "maybe"}
+
+STYLE = """
+:root{color-scheme:light}
+body{font:15px/1.45 system-ui,sans-serif;color:#1a1a1a;background:#fff;
+margin:1.2rem auto;max-width:1200px;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:left;white-space:nowrap}
+th{border-bottom:2px solid #444}td.n{text-align:right}
+td.yes::before{content:"\\2713\\a0"}td.no::before{content:"\\2717\\a0"}td.maybe::before{content:"?\\a0"}
+td.no{font-weight:600}td.maybe{font-style:italic}
+.notes{color:#444;font-size:.85rem}.notes p{margin:.2rem 0;overflow-wrap:anywhere}
+figure{margin:1rem 0}figure svg{max-width:100%;height:auto}figcaption{color:#444;font-size:.85rem}
+@media print{body{max-width:none;margin:0}h2{break-after:avoid}figure{break-inside:avoid}}
+"""
+
+
+def html_page(body: str, title: str) -> str:
+    """A whole page that loads nothing: no script, no font, no image from elsewhere."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        f'<meta http-equiv=Content-Security-Policy content="{policy}">'
+        '<meta name=viewport content="width=device-width,initial-scale=1"><link rel=icon href="data:,">'
+        f"<title>{html.escape(one_line(title, 200))}</title><style>{STYLE}</style></head>\n"
+        f"<body>\n{body}</body></html>\n"
+    )
+
+
+def markdown_text(text: str) -> str:
+    """A line that Markdown reads as text."""
+    from planner.report.tables import escape
+
+    return escape(one_line(text, 2000))

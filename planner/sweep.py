@@ -1,0 +1,313 @@
+"""sweep(model, training, cards, axes): memory and time of many configurations at once, exact in every cell.
+
+Numbers (micro batch, length, rank, accumulation) are axes of one evaluation; each choice (quantization,
+checkpointing, ...) is an evaluation of its own. The program runs once per structure that occurs: see
+`planner.step.polynomials` for how cells part ways, `planner.sweep_memory` and `planner.sweep_time` for the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from planner import cuda_rules
+from planner.calibration import Coefficients, priors
+from planner.errors import InvalidInput, MissingDependency
+from planner.hardware import Gpu
+from planner.model import ModelSpec
+from planner.predict import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    Verdict,
+    architecture,
+    predict,
+    uncertainty,
+)
+from planner.records import record
+from planner.step import program
+from planner.step.engine import Record
+from planner.step.polynomials import Grid, Mixed
+from planner.sweep_memory import Levels
+from planner.sweep_time import CardRates, Clock, signature
+from planner.timing import predictable
+from planner.training import TrainingSpec
+
+MOST_CELLS = 5_000_000
+"""Cells of one evaluation; larger grids are evaluated piece by piece."""
+
+
+@record
+class Axes:
+    """The numbers of a sweep; every combination is a cell, in this order."""
+
+    micro_batch_size: tuple[int, ...] = (1,)
+    seq_len: tuple[int, ...] = (2048,)
+    r: tuple[int, ...] = (8,)
+    gradient_accumulation_steps: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        for name in NUMBERS:
+            values = getattr(self, name)
+            if not values or not all(type(value) is int and value > 0 for value in values):
+                raise InvalidInput(f"axis {name} needs whole numbers above 0")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Cells along each axis."""
+        return len(self.micro_batch_size), len(self.seq_len), len(self.r), len(self.gradient_accumulation_steps)
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        batches, lengths, ranks, steps = self.shape
+        return batches * lengths * ranks * steps
+
+
+NUMBERS = ("micro_batch_size", "seq_len", "r", "gradient_accumulation_steps")
+
+
+class Cells(NamedTuple):
+    """One choice of settings over all cells: arrays [cards, micro batch, length, rank, accumulation]."""
+
+    training: TrainingSpec
+    cards: tuple[Gpu, ...]
+    axes: Axes
+    allocated_bytes: Any
+    """Peak of max_memory_allocated, int64: equal to `predict`'s in every cell."""
+    static_bytes: Any
+    """Alive before the forward."""
+    step_s: Any
+    """Seconds of an optimizer step; nan where the card's rates are not known."""
+    step_spread: Any
+    """Half of the 90 % interval over step_s: low = step_s / (1 + spread), high = step_s * (1 + spread)."""
+
+
+VERDICTS: tuple[Verdict, ...] = ("fits", "too close to call", "does not fit")
+"""A verdict's number in `Judged.verdict`."""
+
+
+class Surplus(NamedTuple):
+    """The allocator's cache over what is allocated above the static bytes, as a share of the latter."""
+
+    expected: float
+    high: float
+    basis: str
+
+
+ASSUMED_SURPLUS = {"none": Surplus(0.07, 0.25, "assumed"), "": Surplus(0.30, 1.0, "assumed")}
+"""Without a replay, by checkpointing: what replays of 180 drawn cells of five models span (0.01 to 0.17 without
+checkpointing, 0.09 to 1.05 with it, the largest for steps of few tokens)."""
+ANCHOR_SPREAD = 2.0
+"""Upper end of the surplus over that of the replayed cell: see tests/test_sweep.py."""
+
+
+class Judged(NamedTuple):
+    """Memory on the device and verdict in every cell: arrays like those of `Cells`."""
+
+    reserved_bytes: Any
+    device_low_bytes: Any
+    device_bytes: Any
+    device_high_bytes: Any
+    headroom_bytes: Any
+    verdict: Any
+    """Numbers of VERDICTS."""
+    surplus: Surplus
+
+
+def replayed_surplus(model: ModelSpec, cells: Cells) -> Surplus:
+    """Replay the allocator in one cell, of those that fit the largest card the one that takes most."""
+    import numpy as np
+
+    roomiest = max(range(len(cells.cards)), key=lambda number: cells.cards[number].free_bytes)
+    peaks = cells.allocated_bytes[roomiest]
+    room = cells.cards[roomiest].free_bytes - CONTEXT_BYTES[1]
+    fitting = np.where(peaks <= room, peaks, -1)
+    place = np.unravel_index(fitting.argmax() if fitting.max() > 0 else peaks.argmin(), peaks.shape)
+    training = at(cells, tuple(int(index) for index in place))
+    found = predict(model, training, replace(cells.cards[roomiest], memory_bytes=2**60, used_by_others_bytes=0))
+    above = found.allocated.expected - found.breakdown.static_bytes
+    share = (found.reserved.expected - found.allocated.expected) / max(above, 1)
+    return Surplus(share, ANCHOR_SPREAD * share, "replayed in one cell")
+
+
+def assumed_surplus(training: TrainingSpec) -> Surplus:
+    """The surplus where no cell is replayed."""
+    return ASSUMED_SURPLUS["none" if training.gradient_checkpointing == "none" else ""]
+
+
+def at(cells: Cells, place: Sequence[int]) -> TrainingSpec:
+    """The settings of one cell: positions of micro batch, length, rank and accumulation."""
+    return at_place(cells.training, cells.axes, place)
+
+
+def at_place(training: TrainingSpec, axes: Axes, place: Sequence[int]) -> TrainingSpec:
+    """`training` with the numbers at one place of the axes."""
+    batch, length, rank, steps = (getattr(axes, name)[i] for name, i in zip(NUMBERS, place, strict=True))
+    return replace(
+        training,
+        micro_batch_size=batch,
+        seq_len=length,
+        lora=replace(training.lora, r=rank) if training.lora is not None else None,
+        gradient_accumulation_steps=steps,
+    )
+
+
+def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
+    """Estimate reserved and device memory from the surplus, and say what fits.
+
+    The allocator is not replayed in every cell. What is allocated is exact, so "does not fit" is `predict`'s verdict.
+    "fits" also wants room for the whole expected cache, which `predict` lets shrink: where only that is missing, this
+    says "too close to call" and `predict` may say "fits".
+    """
+    import numpy as np
+
+    share = sum(part for _, part in uncertainty(model, cells.training))
+    peak = cells.allocated_bytes
+    low, most = (peak * (1 - share)).astype(np.int64), (peak * (1 + share)).astype(np.int64)
+    above = peak - cells.static_bytes
+    expected = peak + (surplus.expected * above).astype(np.int64)
+    high = np.maximum(((peak + surplus.high * above) * (1 + share + FRAGMENTATION)).astype(np.int64), most)
+    free = np.array([card.free_bytes for card in cells.cards], dtype=np.int64).reshape(-1, 1, 1, 1, 1)
+    rooms = [free - context for context in CONTEXT_BYTES]
+    verdict = np.where((most > rooms[2]) | (expected > rooms[1]), 1, 0)
+    verdict = np.where((low > rooms[0]) | (peak > rooms[1]), 2, verdict).astype(np.int8)
+    reserved = np.where(peak <= rooms[1], np.minimum(expected, rooms[1]), expected)  # the cache cannot outgrow it
+    high = np.where(most <= rooms[1], np.maximum(reserved, np.minimum(high, rooms[2])), high)
+    device = reserved + CONTEXT_BYTES[1]
+    return Judged(reserved, low + CONTEXT_BYTES[0], device, high + CONTEXT_BYTES[2], free - device, verdict, surplus)
+
+
+def require_numpy() -> Any:
+    """Return numpy.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise MissingDependency("sweeps and tables need numpy; pip install 'loraplan[tables]'") from error
+    return np
+
+
+class Sweeper:
+    """Evaluates choices of settings of one model on the same axes: they share what they have in common."""
+
+    def __init__(self, model: ModelSpec, axes: Axes, coefficients: Mapping[str, Coefficients] | None = None) -> None:
+        np = require_numpy()
+        if axes.size > MOST_CELLS:
+            raise InvalidInput(f"{axes.size:,} cells at once; at most {MOST_CELLS:,}: split an axis")
+        self.np, self.model, self.axes = np, model, axes
+        self.coefficients = dict(coefficients or {})
+        """By GPU id; the card's priors where it has none."""
+        batch, length = np.meshgrid(axes.micro_batch_size, axes.seq_len, indexing="ij")
+        self.grid = Grid(batch.ravel(), length.ravel(), axes.r)
+        self.clocks: dict[Any, Clock] = {}
+
+    def cells(self, training: TrainingSpec, cards: Sequence[Gpu]) -> Cells:
+        """Evaluate one choice of settings on every card.
+
+        Raises:
+            PlannerError: settings that exclude each other or that the model does not have.
+        """
+        np, axes = self.np, self.axes
+        shape = (len(cards), self.grid.pairs, self.grid.ranks, axes.shape[3])
+        made = Cells(
+            training,
+            tuple(cards),
+            axes,
+            np.zeros(shape, dtype=np.int64),
+            np.zeros(shape, dtype=np.int64),
+            np.full(shape, np.nan),
+            np.full(shape, np.nan),
+        )
+        classes: dict[Any, list[int]] = {}
+        for number, card in enumerate(cards):
+            arch = architecture(card, training)
+            classes.setdefault(cuda_rules.program_class(arch.capability), []).append(number)
+        for numbers in classes.values():
+            self._fill(made, numbers)
+        full = (len(cards), *axes.shape)
+        return made._replace(
+            allocated_bytes=made.allocated_bytes.reshape(full),
+            static_bytes=made.static_bytes.reshape(full),
+            step_s=made.step_s.reshape(full),
+            step_spread=made.step_spread.reshape(full),
+        )
+
+    def _fill(self, made: Cells, numbers: Sequence[int]) -> None:
+        """Evaluate cards that run the same program. Accumulating keeps gradients, so it is another program."""
+        np, grid = self.np, self.grid
+        steps = np.array(self.axes.gradient_accumulation_steps)
+        for some in (np.flatnonzero(steps == 1), np.flatnonzero(steps > 1)):
+            if not len(some):
+                continue
+            training = self._symbolic(made.training, int(steps[some[0]]))
+            arch = architecture(made.cards[numbers[0]], made.training)
+            for run in self._structures(training, arch):
+                levels = Levels(run, grid)
+                where = np.ix_(numbers, grid.active_pairs, grid.active_ranks, some)
+                made.allocated_bytes[where] = levels.peak()[None, :, :, None]
+                made.static_bytes[where] = levels.static_bytes()[None, :, :, None]
+                self._fill_times(made, numbers, run, training, some)
+
+    def _symbolic(self, training: TrainingSpec, steps: int) -> TrainingSpec:
+        grid: Any = self.grid
+        lora = replace(training.lora, r=grid.rank) if training.lora is not None else None
+        return replace(
+            training, micro_batch_size=grid.batch, seq_len=grid.length, lora=lora, gradient_accumulation_steps=steps
+        )
+
+    def _structures(self, training: TrainingSpec, arch: cuda_rules.Architecture) -> Iterator[Record]:
+        """Run the program for every group of cells in which the step has one structure; the group is active then."""
+        np, grid = self.np, self.grid
+        groups = [(np.arange(grid.pairs), np.arange(grid.ranks))]
+        while groups:
+            pairs, ranks = groups.pop()
+            grid.activate(pairs, ranks)
+            try:
+                run = program.run(self.model, training, arch)
+            except Mixed as mixed:
+                groups += _parted(mixed.holds, pairs, ranks)
+                continue
+            yield run.record
+
+    def _fill_times(self, made: Cells, numbers: Sequence[int], run: Record, training: TrainingSpec, some: Any) -> None:
+        np, grid = self.np, self.grid
+        kinds: dict[Any, list[int]] = {}
+        for number in numbers:
+            card = made.cards[number]
+            if predictable(card):
+                kinds.setdefault(signature(card, self._coefficients(card), training), []).append(number)
+        steps = np.array(self.axes.gradient_accumulation_steps)[some]
+        for members in kinds.values():
+            whole = self._clock(made, members, training).step(run, training, steps)
+            where = np.ix_(members, grid.active_pairs, grid.active_ranks, some)
+            made.step_s[where] = whole.total
+            made.step_spread[where] = whole.spread
+
+    def _clock(self, made: Cells, members: Sequence[int], training: TrainingSpec) -> Clock:
+        """The clock of these cards; its prices serve every choice with the same rates."""
+        cards = [made.cards[number] for number in members]
+        key = (tuple(card.gpu_id for card in cards), training.compile, training.tf32, training.versions.bitsandbytes)
+        if key not in self.clocks:
+            rates = CardRates([(card, self._coefficients(card)) for card in cards], training)
+            self.clocks[key] = Clock(self.grid, rates)
+        return self.clocks[key]
+
+    def _coefficients(self, card: Gpu) -> Coefficients:
+        if card.gpu_id not in self.coefficients:
+            self.coefficients[card.gpu_id] = priors(card)
+        return self.coefficients[card.gpu_id]
+
+
+def _parted(holds: Any, pairs: Any, ranks: Any) -> list[tuple[Any, Any]]:
+    """Split the active cells by a condition; where it depends on both axes, rank by rank."""
+    if holds.shape[1] == 1:
+        inside = holds[pairs, 0]
+        return [(pairs[inside], ranks), (pairs[~inside], ranks)]
+    if holds.shape[0] == 1:
+        inside = holds[0, ranks]
+        return [(pairs, ranks[inside]), (pairs, ranks[~inside])]
+    return [(pairs, ranks[number : number + 1]) for number in range(len(ranks))]

@@ -1,0 +1,258 @@
+"""Seconds of a program over all cells of a sweep and several cards: `planner.timing`'s prices on stacked arrays.
+
+Arrays are [cards, pairs, ranks, accumulations], of length 1 where they do not depend on an axis. Kernels whose price
+is proportional to their bytes are added up before they are priced; matrix products of one dtype are priced together,
+once per grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from planner.calibration import Coefficients
+from planner.hardware import Gpu
+from planner.step.engine import Kernel, Record
+from planner.step.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
+from planner.timing import PARTS, Rates, Sums, WholeStep, part_of, shares_of
+from planner.training import TrainingSpec
+
+MOST_ELEMENTS = 1 << 20
+"""Elements of one stack of prices: its temporaries then stay in the cache or at least small."""
+
+
+class Errors(NamedTuple):
+    """Relative standard error of a coefficient, per card."""
+
+    relative_error: Any
+
+
+class CardRates(Rates):
+    """The rates of several cards whose kernels follow the same rules, stacked along the first axis."""
+
+    def __init__(self, cards: Sequence[tuple[Gpu, Coefficients]], training: TrainingSpec) -> None:
+        self.each = [Rates(gpu, coefficients, training) for gpu, coefficients in cards]
+        first = self.each[0]
+        self.c = {name: self._stacked([rates.c[name] for rates in self.each]) for name in first.c}
+        self.capability, self.compiled, self.gpu = first.capability, first.compiled, first.gpu
+        self.multiprocessors = self._stacked([rates.multiprocessors for rates in self.each])
+        self.bytes_per_s = self._stacked([rates.bytes_per_s for rates in self.each])
+        self.dequantize_bytes_per_s = self._stacked([rates.dequantize_bytes_per_s for rates in self.each])
+        self.splits = first.splits
+        self._tiles = self._tile_rates()
+        self.products: dict[str, Any] = {}
+        names = cards[0][1]
+        self.errors = {n: Errors(self._stacked([c[n].relative_error for _, c in cards])) for n in names}
+
+    @staticmethod
+    def _stacked(values: Sequence[float]) -> Any:
+        import numpy as np
+
+        return np.array(values, dtype=np.float64).reshape(-1, 1, 1, 1)
+
+    def product(self, dtype: str) -> Any:
+        """FLOP/s that a large product reaches, per card."""
+        if dtype not in self.products:
+            self.products[dtype] = self._stacked([rates.product(dtype) for rates in self.each])
+        return self.products[dtype]
+
+    def simt(self, dtype: str) -> bool:
+        """Whether products of `dtype` run without matrix units (on all of these cards)."""
+        return self.each[0].simt(dtype)
+
+
+def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> tuple[object, ...]:
+    """What must be equal for two cards to be stacked: the rules that their prices follow."""
+    rates = Rates(gpu, coefficients, training)
+    return (
+        gpu.synchronous,
+        rates.capability >= (9, 0),
+        *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")),
+    )
+
+
+class _Group:
+    """Kernels of one part of the step that are priced together."""
+
+    __slots__ = ("bytes", "calls", "count", "kernel", "part", "times")
+
+    def __init__(self, part: str, kernel: Kernel) -> None:
+        self.part = part
+        self.kernel = kernel
+        self.times = 0
+        """How often the one kernel runs (matrix products and attention)."""
+        self.bytes: dict[Monomial, Number] = {}
+        self.count: dict[Monomial, Number] = {}
+        self.calls = 0
+
+    def add(self, kernel: Kernel, times: int) -> None:
+        """Count a kernel that runs `times` times."""
+        self.times += times
+        self.calls += times
+        _add_terms(self.count, kernel.count, times)
+        if kernel.shape is None:
+            _add_terms(self.bytes, kernel.bytes, times)
+
+
+def _add_terms(into: dict[Monomial, Number], amount: Polynomial | Number, times: int) -> None:
+    for monomial, factor in terms_of(amount).items():
+        into[monomial] = into.get(monomial, 0) + factor * times
+
+
+class _Total:
+    """A sum of arrays that vary over different axes: each shape is added up by itself."""
+
+    def __init__(self) -> None:
+        self.parts: dict[Any, Any] = {}
+
+    def add(self, amount: Any) -> None:
+        """Add an array or a number."""
+        shape = getattr(amount, "shape", ())
+        held = self.parts.get(shape)
+        self.parts[shape] = amount if held is None else held + amount
+
+    def whole(self) -> Any:
+        """The sum, broadcast."""
+        total: Any = 0.0
+        for part in sorted(self.parts.values(), key=lambda value: getattr(value, "size", 1)):
+            total = total + part
+        return total
+
+
+Prices = tuple[Any, Any]
+"""(seconds without latency, 1 where by arithmetic)"""
+
+
+class Clock:
+    """Prices kernels on a grid for stacked cards; products are priced once for all programs on the grid."""
+
+    def __init__(self, grid: Grid, rates: CardRates) -> None:
+        self.grid = grid
+        self.rates = rates
+        self.known: dict[Any, Prices] = {}
+
+    def step(self, record: Record, training: TrainingSpec, accumulation: Any) -> WholeStep:
+        """One optimizer step in the active cells for each number of accumulated micro batches."""
+        groups = _groups(record)
+        self._price_products([g.kernel for g in groups if g.kernel.shape is not None])
+        sums = Sums(self.rates, training)
+        sums.accumulation = accumulation.reshape(1, 1, 1, -1)
+        device = {part: _Total() for part in PARTS}
+        host = {part: _Total() for part in PARTS}
+        shares: dict[tuple[str, bool], _Total] = {}
+        for group in groups:
+            seconds, bound, launches = self._seconds(group)
+            device[group.part].add(seconds)
+            calls = group.calls
+            host[group.part].add(self.rates.host_s(group.kernel.op, group.part, launches, calls))
+            for name, share in shares_of(self.rates, group.kernel, bound):
+                shares.setdefault((name, group.part == "optimizer"), _Total()).add(seconds * share)
+        for part in PARTS:
+            sums.device[part], sums.host[part] = device[part].whole(), host[part].whole()
+        for (name, once), total in shares.items():
+            amount = total.whole() if once else total.whole() * sums.accumulation
+            sums.by_coefficient[name] = sums.by_coefficient.get(name, 0.0) + amount
+        return sums.whole_step(self.rates.errors)
+
+    def _seconds(self, group: _Group) -> tuple[Any, Any, Any]:
+        """Seconds of a group in the active cells, its arithmetic share, and its launches."""
+        count = self._sum(group.count)
+        kernel = group.kernel
+        if kernel.shape is not None:
+            seconds, bound = (self._active(values) for values in self.known[_product_key(kernel)])
+        else:
+            made = Kernel(
+                kernel.op, kernel.dtype, self._values(kernel.flops), self._sum(group.bytes), 0.0, 0, None, False
+            )
+            if kernel.op.startswith(("flash", "efficient")):  # not proportional to its bytes: priced one by one
+                made.bytes = self._values(kernel.bytes)
+            price = self.rates.price(made, self._values(self.grid.length))
+            seconds, bound = self.grid.np.maximum(price.compute, price.memory), 0.0
+        times = group.times if _one_by_one(kernel) else 1
+        latency = self.rates.c["kernel_latency"] * count * self.rates.latency_share(kernel)
+        return seconds * times + latency, bound, count * self.rates.launched(kernel)
+
+    def _sum(self, terms: dict[Monomial, Number]) -> Any:
+        made = self.grid.make(terms)
+        return self._values(made)
+
+    def _values(self, amount: Any) -> Any:
+        """A size in the active cells, with an axis before and after."""
+        if not isinstance(amount, Polynomial):
+            return amount
+        return self.grid.among_active(amount.value)[None, :, :, None]
+
+    def _active(self, values: Any) -> Any:
+        if values.shape[1] > 1:
+            values = values[:, self.grid.active_pairs]
+        if values.shape[2] > 1:
+            values = values[:, :, self.grid.active_ranks]
+        return values
+
+    # --- matrix products ----------------------------------------------------------------------------------------
+
+    def _price_products(self, kernels: Sequence[Kernel]) -> None:
+        """Price the products that are not known yet, on the whole grid, stacked by dtype and by the axes they have."""
+        np = self.grid.np
+        stacks: dict[Any, list[tuple[Any, Any]]] = {}
+        for kernel in kernels:
+            key = _product_key(kernel)
+            if key in self.known:
+                continue
+            self.known[key] = ((), ())  # asked for once
+            sizes = [np.asarray(value_of(size), dtype=np.float64) for size in kernel.shape or ()]
+            shape = np.broadcast_shapes((1, 1), *(size.shape for size in sizes))
+            stacks.setdefault((kernel.dtype, shape), []).append((key, [np.broadcast_to(s, shape) for s in sizes]))
+        for (dtype, shape), members in stacks.items():
+            each = shape[0] * shape[1] * len(self.rates.each)
+            for some in _pieces(members, max(MOST_ELEMENTS // each, 1)):
+                self._price_stack(dtype, some)
+
+    def _price_stack(self, dtype: str, members: Sequence[tuple[Any, Any]]) -> None:
+        np = self.grid.np
+        sizes = [np.stack([values[i] for _, values in members])[:, None, :, :, None] for i in range(4)]
+        compute, memory = self.rates.matmul_s((sizes[0], sizes[1], sizes[2], sizes[3]), dtype)
+        seconds, bound = np.maximum(compute, memory), (compute > memory) * 1.0
+        for number, (key, _) in enumerate(members):
+            self.known[key] = (seconds[number], bound[number])
+
+
+def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _product_key(kernel: Kernel) -> Any:
+    return (kernel.dtype, *(_key(size) for size in kernel.shape or ()))
+
+
+def _key(size: Any) -> Any:
+    return size.number if isinstance(size, Polynomial) else (size,)
+
+
+def _one_by_one(kernel: Kernel) -> bool:
+    return kernel.shape is not None or kernel.op.startswith(("flash", "efficient"))
+
+
+def _groups(record: Record) -> list[_Group]:
+    """The kernels of the step by what they are priced by."""
+    groups: dict[Any, _Group] = {}
+    parts: dict[tuple[int, bool], str | None] = {}
+    for kernel in record.kernels:
+        place = (kernel.segment, kernel.recomputed)
+        if place not in parts:
+            parts[place] = part_of(record.segments[kernel.segment].phase, kernel.recomputed)
+        part = parts[place]
+        if part is None:
+            continue
+        if kernel.shape is not None:
+            key: Any = (part, kernel.op, _product_key(kernel))
+        elif _one_by_one(kernel):
+            key = (part, kernel.op, kernel.dtype, _key(kernel.flops), _key(kernel.bytes))
+        else:
+            key = (part, kernel.op)
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = _Group(part, kernel)
+        group.add(kernel, record.segments[kernel.segment].repeat)
+    return list(groups.values())
