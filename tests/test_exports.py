@@ -215,7 +215,9 @@ def test_checkpoints_of_their_own_cannot_be_exported() -> None:
 # --- consumers ------------------------------------------------------------------------------------------------------
 
 PLANNED = {
-    "lora": {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "v_proj"), "micro_batch_size": 2, "quantization": "none"},
+    "lora": {
+        "r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "v_proj"), "micro_batch_size": 2, "quantization": "none",
+    },
     "qlora": {
         "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "micro_batch_size": 1, "gradient_accumulation_steps": 4,
         "quantization": "nf4", "double_quant": True, "optimizer": "paged-adamw-8bit",
