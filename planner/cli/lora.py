@@ -100,7 +100,7 @@ def _lab_5_1(data_file: str | None) -> str:
 def _lab_5_3(spec: ModelSpec, training: TrainingSpec, model: str, data_file: str | None) -> dict[str, Any]:
     from planner import labs
 
-    job = labs.Job(model_name=model, **({"dataset_path": data_file} if data_file else {}))
+    job = labs.Job(model_name=model, dataset_path=data_file or "train.jsonl")
     return labs.lab_5_3(spec, training, job)
 
 

@@ -11,6 +11,7 @@ from planner.cli.from_config import model_or_config
 from planner.cli.options import COST, FORMATS, Sectioned, Word, cost_options, training_options
 
 if TYPE_CHECKING:
+    from planner.cost import Price
     from planner.report.simulation import Simulation
     from planner.simulate import Plan
 
@@ -119,8 +120,13 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int) -> Simu
         data=words,
         every=every,
         notes=tuple(dict.fromkeys(notes)),
-        price=f"{price.usd_per_hour:,.3f} USD/h ({price.instance_type or price.source} {price.date})" if price else "",
+        price=_price_words(price) if price else "",
     )
+
+
+def _price_words(price: Price) -> str:
+    where = " ".join(part for part in (price.instance_type or price.source, price.date) if part)
+    return f"{price.usd_per_hour:,.3f} USD/h ({where})"
 
 
 def _plan(run: dict[str, Any], lengths: Any, how: Any, accumulation: int, epochs: float | None, price: Any) -> Plan:
