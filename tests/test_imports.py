@@ -27,17 +27,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("timing",),
     ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
-<<<<<<< HEAD
-    ("search", "validation", "traced", "sweep"),
-    ("largest", "pick"),
-    ("calibration_files",),
-    ("sources", "importers"),
-=======
     ("search", "validation", "traced", "sweep", "curves", "adapter"),
-    ("simulate", "rivals", "calibration_files"),
+    ("largest", "pick", "simulate", "rivals", "calibration_files"),
     ("datarun", "labs"),
     ("sources", "importers", "exporters"),
->>>>>>> course
     ("lint",),
     ("report",),
     ("cli",),
