@@ -119,7 +119,7 @@ def _prepare(
     loaded = sources.load_config(model)
     spec, notes = None, loaded.warnings
     try:
-        known = read_model(loaded)
+        known = read_model(loaded, derive=False)
     except UnknownName:  # not a family of the registry: transformers may know it
         pass
     else:
