@@ -53,9 +53,10 @@ class Burst:
 def _small(model_type: str, hidden: int, layers: int, vocab: int, **more: Any) -> dict[str, Any]:
     """A config small enough for steps below a second on one thread."""
     heads = hidden // 64
+    groups = 2 if heads % 2 == 0 else 1
     return {
         "model_type": model_type, "hidden_size": hidden, "intermediate_size": -(-hidden * 8 // 3 // 64) * 64,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": max(heads // 2, 1),
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // groups,
         "vocab_size": vocab, "max_position_embeddings": 2048, "tie_word_embeddings": False, **more,
     }  # fmt: skip
 
