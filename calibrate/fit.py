@@ -41,8 +41,16 @@ REFITS = 3
 STRONG = 0.9
 """Correlations above this are reported."""
 NINETY_PERCENT = 1.645
-NOT_MEASURED = ("compiled_traffic", "host_link")
-"""What no burst contains: torch.compile, offloading."""
+NOT_MEASURED = ("compiled_traffic", "host_link", "flash_hopper")
+"""What no burst contains (torch.compile, offloading), and a factor that one card shows only in products with
+flash_forward and flash_backward."""
+FAMILIES = (
+    ("launch_forward", "launch_backward", "launch_quantized", "launch_optimizer", "kernel_latency"),
+    ("tile_reuse_half", "matmul_k_half"),
+    ("flash_forward", "flash_backward", "flash_length_half"),
+)
+"""Coefficients whose sum decides: bursts that determine one of them with its family fixed are enough, the priors
+tell how the family divides it."""
 
 REMEDY: dict[str, str] = {
     "matmul": "16-bit bursts of many tokens", "matmul_fp32": "fp32 bursts of many tokens",
@@ -280,8 +288,6 @@ def refuse_degenerate(problem: Problem, shares: Mapping[str, float]) -> list[str
     Raises:
         InvalidInput: naming what the bursts cannot tell apart and what a grid would need.
     """
-    import numpy as np
-
     distinct = len({p.measurement.key for p in problem.points})
     if distinct < 2:
         raise InvalidInput(
@@ -289,18 +295,31 @@ def refuse_degenerate(problem: Problem, shares: Mapping[str, float]) -> list[str
             "run a grid (loraplan calibrate run)"
         )
     jacobian = problem.jacobian(problem.place(problem.start))
-    information = jacobian.T @ jacobian
-    values, vectors = np.linalg.eigh(information)
-    floor = max(float(values[-1]), 1e-12) * 1e-12
-    errors = np.sqrt(np.sum(vectors**2 / np.maximum(values, floor), axis=1))
-    loose = [name for name, error in zip(problem.names, errors, strict=True) if error > UNDETERMINED]
+    alone = _errors_of_data(jacobian)
+    loose = [name for name, error in zip(problem.names, alone, strict=True) if error > UNDETERMINED]
     important = [name for name in loose if shares[name] >= IMPORTANT_SHARE]
-    if important:
-        needs = "; ".join(f"{name}: {REMEDY.get(name, 'long sequences')}" for name in important)
+    missing = []
+    for name in important:
+        family = next((f for f in FAMILIES if name in f), (name,))
+        kept = [place for place, other in enumerate(problem.names) if other == name or other not in family]
+        error = _errors_of_data(jacobian[:, kept])[[problem.names[place] for place in kept].index(name)]
+        if error > UNDETERMINED:
+            missing.append(name)
+    if missing:
+        needs = "; ".join(f"{name}: {REMEDY.get(name, 'long sequences')}" for name in missing)
         raise InvalidInput(
-            f"the grid of {distinct} configurations does not determine {', '.join(important)}; it needs {needs}"
+            f"the grid of {distinct} configurations does not determine {', '.join(missing)}; it needs {needs}"
         )
-    return loose
+    return [name for name in loose if name not in important]
+
+
+def _errors_of_data(jacobian: Any) -> Any:
+    """Relative standard error of every coefficient from bursts with NOISE, without priors."""
+    import numpy as np
+
+    values, vectors = np.linalg.eigh(jacobian.T @ jacobian)
+    floor = max(float(values[-1]), 1e-12) * 1e-12
+    return np.sqrt(np.sum(vectors**2 / np.maximum(values, floor), axis=1))
 
 
 # --- the fit -------------------------------------------------------------------------------------------------------

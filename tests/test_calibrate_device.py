@@ -196,6 +196,62 @@ def test_this_cpu() -> None:
     assert known.sm_count == 2
 
 
+def test_kernels_are_counted_by_class() -> None:
+    pytest.importorskip("torch")
+    from calibrate.burst import _cuda_classes, class_of
+
+    def event(*kernels: tuple[str, float]) -> Any:
+        return SimpleNamespace(kernels=[SimpleNamespace(name=name, duration=us) for name, us in kernels])
+
+    events = [
+        event(("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_cublas", 1000.0)),
+        event(("void flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", 250.0), ("kDequantizeBlockwise<bf16>", 50.0)),
+        event(("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", 25.0)),
+        event(),
+        event(("void at::native::multi_tensor_apply_kernel<FusedAdam>", 10.0)),
+    ]
+    found = _cuda_classes(events)
+    assert found["kernels"] == 5
+    assert found["seconds_by_class"] == pytest.approx(
+        {
+            "matrix products": 1e-3,
+            "attention": 2.5e-4,
+            "dequantization": 5e-5,
+            "element-wise": 2.5e-5,
+            "optimizer": 1e-5,
+        }
+    )
+    assert class_of("aten::_log_softmax") == "loss"
+    assert class_of("bitsandbytes::gemm_4bit") == "matrix products"
+
+
+def test_phases_on_a_gpu_are_events_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from calibrate.burst import _PhaseClock
+
+    class Event:
+        """A recorded event: what it says is the milliseconds since the first."""
+
+        now = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            Event.now += 10.0
+            self.at = Event.now
+
+        def elapsed_time(self, other: Any) -> float:
+            return float(other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    step = SimpleNamespace()
+    clock = _PhaseClock(step, gpu(FakeNvml()), time.perf_counter)
+    for phase in ("forward", "loss", "backward", "end", "optimizer", "end"):
+        step._enter(phase, "")
+    assert clock.seconds() == pytest.approx([0.01, 0.01, 0.01])
+
+
 CPUINFO = """processor : 0
 model name : Some CPU @ 3.10GHz
 cpu MHz : 1200.0

@@ -77,7 +77,7 @@ def test_the_report_is_whole(cpu_fit: Calibration) -> None:
     assert report["held_out"]["model"]["bursts"] == 44
     assert report["held_out"]["length"]["mean_error_pct"] >= report["fitted"]["mean_error_pct"]
     assert 0.7 <= report["coverage"] <= 1
-    assert {"cudnn_forward", "flash_hopper"} <= set(report["not_reached"])
+    assert {"cudnn_forward", "efficient_backward"} <= set(report["not_reached"])
     assert cpu_fit.coefficients.formula_error is not None
     assert cpu_fit.coefficients["cudnn_forward"].origin != "fitted"
     assert cpu_fit.coefficients["kernel_latency"].value == 0
