@@ -129,9 +129,7 @@ def predict(
         PlannerError: for settings that exclude each other or that the model does not have.
     """
     run = program.run(model, training, architecture(gpu, training))
-    real = sequence.real_layers(run.record)
-    names = {layer: numbers[-1] for layer, numbers in real.items()}
-    breakdown = memory.breakdown(run.record, names)
+    breakdown = memory.breakdown(run.record, run.layer_names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
     if gpu is not None and gpu.vendor == CPU:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.data_options import data_options
+from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, Word, training_options
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ CALL = ("register_to", "data_prep_cluster_id", "duration", "call_file")
 
 @click.command(cls=Sectioned)
 @click.argument("target", type=Word("target", TARGETS))
-@click.argument("model", required=False)
+@model_or_config(required=False)
 @click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
 @click.option(
     "--schedule", type=Word("schedule", ("cosine", "linear", "constant")), default="cosine", show_default=True,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.data_options import data_options
+from planner.cli.from_config import model_or_config
 from planner.cli.options import COST, FORMATS, Sectioned, Word, cost_options, training_options
 
 if TYPE_CHECKING:
+    from planner.cost import Price
     from planner.report.simulation import Simulation
     from planner.simulate import Plan
 
@@ -21,7 +23,7 @@ RUN = (
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--gpu", metavar="GPU", required=True, help="A card of the catalogue (loraplan gpus), or local.")
 @click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
 @click.option(
@@ -118,8 +120,13 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int) -> Simu
         data=words,
         every=every,
         notes=tuple(dict.fromkeys(notes)),
-        price=f"{price.usd_per_hour:,.3f} USD/h ({price.instance_type or price.source} {price.date})" if price else "",
+        price=_price_words(price) if price else "",
     )
+
+
+def _price_words(price: Price) -> str:
+    where = " ".join(part for part in (price.instance_type or price.source, price.date) if part)
+    return f"{price.usd_per_hour:,.3f} USD/h ({where})"
 
 
 def _plan(run: dict[str, Any], lengths: Any, how: Any, accumulation: int, epochs: float | None, price: Any) -> Plan:

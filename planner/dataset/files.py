@@ -94,7 +94,7 @@ def _decoder() -> Callable[[bytes], Any]:
     try:
         import orjson
     except ImportError:
-        return json.loads
+        return lambda line: json.loads(line.decode())  # bytes would have their encoding guessed first
     loads: Callable[[bytes], Any] = orjson.loads
     return loads
 

@@ -1,4 +1,4 @@
-"""The report of `loraplan lora`: what a configuration trains, how it is scaled, what it stores, what others would say."""
+"""The report of `loraplan lora`: what a configuration trains and stores, how it is scaled, what others would say."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def summary(answer: LoraAnswer) -> list[tuple[str, str]]:
     if base.quantized_elements:
         bits = f"{base.bits_per_weight:.10g} bits a weight" if base.bits_per_weight else kind
         lines += [
-            ("quantized base", f"{base.quantized_elements:,} weights as {kind}, {bits}: {base.quantized_bytes / GB:.3f} GB"),
+            (
+                "quantized base",
+                f"{base.quantized_elements:,} weights as {kind}, {bits}: {base.quantized_bytes / GB:.3f} GB",
+            ),
             ("rest of the base", f"{base.other_elements:,} weights: {base.other_bytes / GB:.3f} GB"),
         ]  # fmt: skip
     lines.append(("base", f"{base.total_bytes:,} bytes ({base.bits_overall:.2f} bits a weight over the whole model)"))

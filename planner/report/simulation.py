@@ -175,7 +175,8 @@ def summary(simulation: Simulation) -> list[str]:
         f"steps    {steps.total:,}: {steps.per_epoch:,} per epoch x {plan.epochs:g} "
         f"(floor {steps.per_epoch_floor:,}, the Trainer's ceil {steps.per_epoch_ceil:,}; "
         f"in all {steps.floor_total:,} or {steps.ceil_total:,})",
-        f"rate     {rate.shape}, peak {rate.peak:g} (reached: {rate.peak_reached:.3g}), warm-up {rate.warmup_steps:,} steps",
+        f"rate     {rate.shape}, peak {rate.peak:g} (reached: {rate.peak_reached:.3g}), "
+        f"warm-up {rate.warmup_steps:,} steps",
     ]  # fmt: skip
     if not totals.steps:
         return lines
