@@ -101,7 +101,7 @@ def _single(
             click.echo(f"none: not even the smallest fits {card.name} ({found.probability:.0%} sure)")
             return 1
         end = " (the largest that was tried; --up-to raises it)" if found.value == found.limit else ""
-        click.echo(f"{found.value:,} {UNITS[key]}{end}, {found.probability:.1%} sure to fit {card.name}")
+        click.echo(f"{found.value:,} {UNITS[key]}{end}, {_sure(found.probability)} sure to fit {card.name}")
         need = f"{gib(p.device.expected)} GiB ({gib(p.device.low)} to {gib(p.device.high)}) of {gib(p.capacity_bytes)}"
         click.echo(f"peak {need}; fits says {ANSWERS[p.verdict]}")
         if p.time is not None:
@@ -116,6 +116,10 @@ def _single(
                "tokens_per_s"]  # fmt: skip
     _print(columns, [row], style)
     return 0 if found.value is not None else 1
+
+
+def _sure(probability: float) -> str:
+    return "over 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
 
 
 def _frontier(
