@@ -37,7 +37,7 @@ TRAINING = TrainingSpec(
 
 @pytest.fixture(scope="module")
 def cost() -> StepCost:
-    return StepCost(MODEL, TRAINING, GPU, 4, 512)
+    return StepCost(predict(MODEL, TRAINING, GPU), 4)
 
 
 def lengths(n: int) -> Lengths:
@@ -190,7 +190,7 @@ def test_longer_data_takes_longer(cost: StepCost) -> None:
 
 def test_out_of_memory_is_named_with_its_step() -> None:
     small = replace(GPU, memory_bytes=2 * 2**30)
-    cost = StepCost(MODEL, replace(TRAINING, seq_len=2048), small, 16, 2048)
+    cost = StepCost(predict(MODEL, replace(TRAINING, seq_len=2048), small), 16)
     rows = Lengths([16] * 4 * 16 + [2048] * 16)
     how = Batching(batch=4, limit=2048, padding="longest")
     timeline = Timeline(Plan(lengths=rows, batching=how, accumulation=1, epochs=1), cost)
@@ -363,7 +363,7 @@ def test_data_options_need_data(run: Any) -> None:
         ("export", "keras", NAME),
         ("export", "peft", NAME, "--part", "x"),
         ("export", "databricks-air", NAME, "--accelerator", "GPU_8xH100", "--num-accelerators", "4"),
-        ("export", "trl", NAME, "--call", "x.json"),
+        ("export", "databricks-fm", "--check-call", "missing.json"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line_and_exit_two(run: Any, words: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, Word, format_option, training_options
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--lab", type=Word("lab", ("5.1", "5.2", "5.3")), help="Answer a lab of the course, as JSON.")
 @click.option("--data", "data_file", metavar="FILE", help="The lab's data (5.1, 5.3).")
 @click.option("--with", "rival", type=Word("other planner", ("entrenar",)), help="Its answer beside ours, and why.")
