@@ -114,6 +114,8 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibra
     notes = [*answer.prediction.warnings]
     if training.lora is not None and isinstance(answer.prediction.model, ModelSpec):
         notes += adapter.facts(answer.prediction.model, training).warnings
+    if answer.prediction.verdict == "too close to call":
+        notes.append("whether it fits is too close to call: loraplan fits says by how much")
     if found and found.found.token_error:
         notes.append(ESTIMATED)
     if price is not None:
