@@ -1,20 +1,25 @@
-"""Peaks of a deep stack from traces of 3 and 4 layers.
+"""Peaks of a deep stack from traces of a few of its layers: `calibrate.summary` with requested bytes, and its speed.
 
-The global peak is not linear in depth (its place moves), but the peak inside each segment is: linear in the depth L and
-in the layer index i, with the first and the last layer apart. Stacks of unlike layers are traced in full.
+python -m calibrate.extrapolate MODEL [--batch 1] [--length 2048] [--full]
+    prints the seconds and the peak of a QLoRA run of a catalogue model; --full traces every layer
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
+import sys
+import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from calibrate import fake_model
-from calibrate.trace import TraceResult, trace
+from calibrate import alike
+from calibrate.summary import summarise
+from calibrate.trace import trace
+from planner import catalog
 from planner.cuda_rules import Architecture
-from planner.training import TrainingSpec
-
-SHALLOW, DEEP = 3, 4
+from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,56 +51,45 @@ class Extrapolated:
 
 
 def extrapolate(config: dict[str, Any], training: TrainingSpec, *, arch: Architecture | None = None) -> Extrapolated:
-    """Return the peaks of the model's own depth."""
-    layers = depth(config)
-    if layers <= DEEP + 1 or not uniform(config):
-        full = trace(config, training, arch=arch)
-        return Extrapolated(
-            layers=layers, static_bytes=full.static_bytes, segment_peaks=full.segment_peaks, traced=(layers,)
-        )
-    shallow = trace(config, training, layers=SHALLOW, arch=arch)
-    deep = trace(config, training, layers=DEEP, arch=arch)
-    segments: dict[str, int] = {}
-    for name, value in deep.segment_peaks.items():
-        if not name.startswith("layer."):
-            segments[name] = _linear(shallow.segment_peaks[name], value, layers)
-    for direction in ("forward", "backward"):
-        for index in range(layers):
-            segments[f"layer.{index} {direction}"] = _layer_peak(shallow, deep, index, layers, direction)
+    """Return the peaks of the model's own depth, in requested bytes."""
+    found = summarise(config, training, arch=arch, block=1)
     return Extrapolated(
-        layers=layers,
-        static_bytes=_linear(shallow.static_bytes, deep.static_bytes, layers),
-        segment_peaks=segments,
-        traced=(SHALLOW, DEEP),
+        layers=found.layers,
+        static_bytes=found.static_bytes,
+        segment_peaks={segment.name: segment.peak for segment in found.segments},
+        traced=found.traced,
     )
 
 
-def _linear(shallow: int, deep: int, layers: int) -> int:
-    return deep + (deep - shallow) * (layers - DEEP)
+def main(arguments: list[str] | None = None) -> int:
+    """Time the trace of a catalogue model; imports are not counted."""
+    parser = argparse.ArgumentParser(prog="python -m calibrate.extrapolate", description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--full", action="store_true", help="trace every layer")
+    given = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    record = catalog.model_record(given.model)
+    if record is None:
+        print(f"{given.model} is not in the catalogue", file=sys.stderr)
+        return 2
+    training = TrainingSpec(
+        lora=LoraSpec(r=16), quantization=QuantizationSpec(kind="nf4", double_quant=True),
+        micro_batch_size=given.batch, seq_len=given.length,
+    )  # fmt: skip
+    config = dict(record.config)
+    alike.layer_kinds(config, 1)  # what transformers and peft import for this family is not timed
+    trace(config, training, layers=1)
+    start, cpu = time.perf_counter(), time.process_time()
+    result: Any = trace(config, training) if given.full else extrapolate(config, training)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(
+        f"{given.model}: {seconds:.1f} s ({cpu:.1f} s of CPU), peak {result.peak_bytes} bytes, {result.layers} layers"
+    )
+    return 0
 
 
-def _layer_peak(shallow: TraceResult, deep: TraceResult, index: int, layers: int, direction: str) -> int:
-    def at(result: TraceResult, i: int) -> int:
-        return result.segment_peaks[f"layer.{i} {direction}"]
-
-    if index == 0:
-        return _linear(at(shallow, 0), at(deep, 0), layers)
-    if index == layers - 1:
-        return _linear(at(shallow, SHALLOW - 1), at(deep, DEEP - 1), layers)
-    per_index = at(deep, 2) - at(deep, 1)
-    return _linear(at(shallow, 1), at(deep, 1), layers) + per_index * (index - 1)
-
-
-def depth(config: dict[str, Any]) -> int:
-    """Decoder layers of the config."""
-    return int(fake_model.model_config(config).get_text_config().num_hidden_layers)
-
-
-def uniform(config: dict[str, Any]) -> bool:
-    """Whether every decoder layer of the config is of one kind."""
-    cfg = fake_model.model_config(config).get_text_config()
-    for name in fake_model.PER_LAYER_LISTS:
-        kinds = getattr(cfg, name, None)
-        if isinstance(kinds, list) and len(set(kinds)) > 1:
-            return False
-    return not (getattr(cfg, "first_k_dense_replace", 0) or getattr(cfg, "mlp_only_layers", None))
+if __name__ == "__main__":
+    raise SystemExit(main())

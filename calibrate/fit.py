@@ -232,17 +232,23 @@ class Problem:
     def _prior_slopes(self) -> list[float]:
         return [1 / (PRIOR_WEAKNESS * max(self.start[name].relative_error, 0.01)) for name in self.names]
 
-    def covariance(self, x: Sequence[float]) -> tuple[Any, Any, float]:
-        """Covariance of the logarithms with the priors and from the data alone, and the residuals' scale."""
+    def covariance(self, x: Sequence[float]) -> tuple[Any, float]:
+        """Covariance of the logarithms, and the residuals' scale in units of NOISE.
+
+        Rows are weighted by importance, not by their variance, so it is the sandwich A^-1 (s^2 J'W^2J + P) A^-1 with
+        A = J'J + P: J of the weighted data, W the weights, P the priors' information, s the scale of all rows.
+        """
         import numpy as np
 
         jacobian, residuals = self.jacobian(x), self.data_residuals(x)
-        freedom = max(len(residuals) - len(self.names), 1)
-        scale = max(float(np.sum(np.minimum(residuals**2, 9.0)) / freedom), 1e-12)
-        information = jacobian.T @ jacobian / scale
-        full = np.linalg.pinv(information + np.diag(np.square(self._prior_slopes())))
-        ridge = 1e-12 * np.eye(len(self.names)) * max(float(np.trace(information)), 1e-12)
-        return full, np.linalg.pinv(information + ridge), math.sqrt(scale)
+        weights = np.array([weight for item in self.points for weight in item.weights])
+        robust = np.minimum(np.abs(residuals), 3 * SOFT)
+        freedom = max(1 - len(self.names) / len(residuals), 0.1)
+        scale = math.sqrt(float(np.sum(robust**2) / np.sum(weights**2)) / freedom)
+        prior = np.diag(np.square(self._prior_slopes()))
+        bread = np.linalg.pinv(jacobian.T @ jacobian + prior)
+        meat = scale**2 * (jacobian * weights[:, None] ** 2).T @ jacobian + prior
+        return bread @ meat @ bread, scale
 
 
 def _bounds(start: Coefficients, names: Sequence[str]) -> tuple[Any, Any]:
@@ -439,7 +445,7 @@ def _calibration(
 ) -> Calibration:  # fmt: skip
     import numpy as np
 
-    covariance, _, scale = problem.covariance(x)
+    covariance, scale = problem.covariance(x)
     found = problem.coefficients(x)
     deviations = np.sqrt(np.diag(covariance))
     items = dict(found)
@@ -539,8 +545,13 @@ def memory_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 def _context(items: Iterable[Measurement]) -> tuple[int, int, int] | None:
     """Device memory beyond the reserved peak: what formulas cannot know (context, libraries, workspaces)."""
-    peaks = [m for m in (item.memory_bytes for item in items) if "device" in m and "reserved" in m]
-    beyond = sorted(m["device"] - m["reserved"] for m in peaks)
+    beyond = []
+    for item in items:
+        marks = item.result.get("memory", {}).values()
+        reserved = max((mark.get("reserved", 0) for mark in marks), default=0)
+        if reserved and "device" in item.memory_bytes:
+            beyond.append(item.memory_bytes["device"] - reserved)
+    beyond.sort()
     if not beyond:
         return None
     return max(beyond[0], 0), max(beyond[len(beyond) // 2], 0), max(beyond[-1], 0)
@@ -564,7 +575,8 @@ def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
     differences = repeats(p.measurement for p in points)
     within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
     return {
-        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows, "skipped": sorted(set(skipped)),
+        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows,
+        "skipped": sorted(set(skipped)),
         "interval_pct": 100 * (ratio - 1), "inside": sum(inside), "repeats": len(within),
         "repeats_within": sum(within), "repeat_interval_pct": 100 * calibration.repeatability,
     }  # fmt: skip

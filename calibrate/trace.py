@@ -122,16 +122,14 @@ def trace(
     gc.collect()
     gc.disable()
     try:
-        return _trace(config, training, layers, arch, real)
+        refuse_unsupported(training)
+        model, notes = fake_model.build(config, training, layers)
+        return _trace(model, notes, training, arch, real)
     finally:
         gc.enable()
 
 
-def _trace(
-    config: dict[str, Any], training: TrainingSpec, layers: int | None, arch: Architecture, real: bool
-) -> TraceResult:
-    refuse_unsupported(training)
-    model, notes = fake_model.build(config, training, layers)
+def _trace(model: nn.Module, notes: list[str], training: TrainingSpec, arch: Architecture, real: bool) -> TraceResult:
     counts = _parameters(model)
     host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
     tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops, cuda_semantics.LATE_OPS)

@@ -154,13 +154,13 @@ def matches(calibration: Calibration, gpu: Gpu) -> bool:
     return calibration.gpu_id == gpu.gpu_id
 
 
-def _distance(calibration: Calibration, gpu: Gpu) -> tuple[float, float, str]:
-    """Compute capability first, then the ratio of bandwidths."""
-    capability = calibration.device.get("compute_capability") or (0, 0)
+def _distance(calibration: Calibration, gpu: Gpu) -> tuple[float, str]:
+    """Difference of the compute capabilities and of the bandwidths' logarithms: generation and class of a card."""
+    major, minor = calibration.device.get("compute_capability") or (0, 0)
     mine = gpu.compute_capability or (0, 0)
-    steps = abs(10 * (capability[0] - mine[0]) + capability[1] - mine[1])
+    generations = abs(major + minor / 10 - mine[0] - mine[1] / 10)
     theirs = calibration.device.get("bandwidth_bytes_per_s") or 1.0
-    return float(steps), abs(math.log(theirs / (gpu.bandwidth_bytes_per_s or 1.0))), calibration.gpu_id
+    return generations + abs(math.log(theirs / (gpu.bandwidth_bytes_per_s or 1.0))), calibration.gpu_id
 
 
 def _borrow(gpu: Gpu, other: Calibration) -> Coefficients:

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
     ("search", "validation", "traced", "sweep", "curves", "adapter"),
-    ("simulate", "rivals", "calibration_files"),
+    ("largest", "pick", "simulate", "rivals", "calibration_files"),
     ("datarun", "labs"),
     ("sources", "importers", "exporters"),
     ("lint",),

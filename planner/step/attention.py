@@ -349,8 +349,7 @@ def _repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
 
 def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:
     """torch.matmul folds batch and heads into one dimension: a copy of what lies token by token, if rows are many."""
-    several = step.batch > 1
-    copies = not heads_first and bool(several if isinstance(several, bool) else several.any())
+    copies = not heads_first and step.batch > 1
     return ops.contiguous(step.eng, x, "matmul_copy") if copies else x
 
 
