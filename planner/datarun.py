@@ -89,5 +89,12 @@ def planned(
     return replace(run, totals=totals, epochs=epochs), made
 
 
+def hours_on(run: DataRun, prediction: Prediction, epochs: float) -> float:
+    """Hours of the whole run where `prediction` (of its longest batch) says how fast the card is."""
+    done, _ = planned(run, prediction, epochs=epochs, price=None)
+    assert done.totals is not None
+    return done.totals.train_s / 3600
+
+
 def _times(value: Seconds, by: float) -> Seconds:
     return Seconds(low=value.low * by, expected=value.expected * by, high=value.high * by)

@@ -411,3 +411,34 @@ def test_entrenar_beside_ours(run: Any) -> None:
     assert theirs["utilization"] > 3
     assert theirs["ours"]["verdict"] == theirs["asked_for"]["verdict"] == "does not fit"
     assert any("cannot be reached" in note for note in theirs["notes"])
+
+
+def test_compare_with_entrenar(run: Any) -> None:
+    code, out, _ = run("compare", "--with", "entrenar", "--model", NAME, "--gpu", "l4", "method=qlora", "method=lora")
+    assert code == 0
+    assert [line[:2] for line in out.splitlines() if line.startswith(("A:", "B:"))] == ["A:", "B:"]
+    answers = json.loads(
+        run("compare", "--with", "entrenar", "--model", NAME, "--gpu", "l4", "method=qlora", "--format", "json")[1]
+    )["entrenar"]
+    plan = rivals.entrenar_plan(MODEL.num_parameters, GPU.memory_bytes, "qlora")
+    assert answers[0]["memory_bytes"] == plan.memory_bytes
+    code, _, err = run("compare", "--with", "entrenar", "--model", NAME, "method=qlora")
+    assert code == 2
+    assert "needs a card" in err
+
+
+def test_max_and_pick_on_data(run: Any, data: str) -> None:
+    """The data's longest row decides the batch, its distribution the hours."""
+    _, text, _ = run("max", NAME, "--gpu", "l4", "--data", data, "--seq-len", "256", "--format", "json")
+    (found,) = json.loads(text)["rows"]
+    longest = json.loads(run("fits", NAME, "--gpu", "l4", "--data", data, "--seq-len", "256", "--format", "json")[1])
+    length = str(longest["data"]["longest_batch"])
+    (same,) = json.loads(run("max", NAME, "--gpu", "l4", "--seq-len", length, "--format", "json")[1])["rows"]
+    assert found["micro_batch_size"] == same["micro_batch_size"]
+    assert run("max", NAME, "--gpu", "l4", "--data", data, "--of", "length")[0] == 2
+    args = ("--data", data, "--epochs", "2", "--batch", "4", "--seq-len", "256", "--format", "json")
+    _, text, _ = run("pick", NAME, "--gpu", "l4", *args)
+    picked = json.loads(text)["rows"][0]
+    planned = json.loads(run("fits", NAME, "--gpu", "l4", *args)[1])["run"]
+    assert picked["hours"] == pytest.approx(planned["hours"]["expected"], rel=1e-9)
+    assert run("pick", NAME, "--data", data, "--tokens", "5M")[0] == 2
