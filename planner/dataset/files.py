@@ -230,9 +230,24 @@ def _parquet(path: str, progress: Progress) -> Iterator[Record]:
         file = pyarrow.parquet.ParquetFile(path)
         total, size, number = max(file.metadata.num_rows, 1), os.path.getsize(path), 0
         for batch in file.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+            for value in _parquet_rows(batch):
                 number += 1
-                yield Record(number, {k: v for k, v in value.items() if v is not None})
+                yield Record(number, value, "" if value is not None else "not UTF-8")
             progress(size * len(batch) // total)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{one_line(path, 200)} is not readable parquet: {one_line(str(error), 100)}") from None
+
+
+def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch without their nulls; None for one whose text is not UTF-8, which spoils its whole batch."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            yield None
+            return
+        for number in range(len(batch)):
+            yield from _parquet_rows(batch.slice(number, 1))
+        return
+    for row in rows:
+        yield {key: value for key, value in row.items() if value is not None}
