@@ -327,8 +327,8 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     inside = step.arch.fused_softmax_cast and cuda_rules.softmax_casts_inside(scores.dtype, FP32)
     product = step.arch.softmax_backward_product
     probs = ops.softmax_fp32(eng, scores, casts_inside=inside, writes_product=product)
+    probs = ops.cast(eng, probs, values, "probabilities")  # attn_weights names the scores until this is assigned
     del scores
-    probs = ops.cast(eng, probs, values, "probabilities")
     if spec.dropout:
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
     if step.model.model_type in RETURNS_PROBABILITIES:
