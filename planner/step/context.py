@@ -14,8 +14,7 @@ class Step:
     __slots__ = (
         "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
         "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens", "train",
-        "unused_probabilities",
-        "unquantized_dtype",
+        "unquantized_dtype", "unused_probabilities",
     )  # fmt: skip
 
     def __init__(
