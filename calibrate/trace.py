@@ -1,4 +1,7 @@
-"""Trace: two training steps of the real libraries under fake tensors, every allocation recorded.
+"""Trace: a training step of the real libraries under fake tensors, every allocation recorded.
+
+The step is the second of a run: the first one's traces (optimizer state, what modules make when they first run) are
+there.
 
     python -m calibrate.trace --config config.json --training training.json [--layers N] [--events FILE]
         prints one JSON document (static bytes, peaks of both steps, what is alive at the peak, peaks per segment)
@@ -43,6 +46,7 @@ class TraceResult:
 
     static_bytes: int
     step_peaks: list[int]
+    """Of what stands for the first step (calibrate.step Step.prepare: no backward), and of the second."""
     peak_event: int
     segment_peaks: dict[str, int]
     """Highest live bytes inside each segment of the last step."""
@@ -108,7 +112,7 @@ def trace(
     arch: Architecture | None = None,
     real: bool = False,
 ) -> TraceResult:
-    """Run two optimizer steps and return what was allocated.
+    """Run a training step, the optimizer's state being there, and return what was allocated.
 
     Args:
         config: a Hugging Face model config.
@@ -123,13 +127,26 @@ def trace(
     gc.disable()
     try:
         refuse_unsupported(training)
-        model, notes = fake_model.build(config, training, layers)
-        return _trace(model, notes, training, arch, real)
+        result = _trace(fake_model.build(config, training, layers), training, arch, real=real)
+        if result is None:  # some parameter never gets a gradient: the first step has to be run as it is
+            whole = _trace(fake_model.build(config, training, layers), training, arch, real=real, whole_first_step=True)
+            assert whole is not None
+            return whole
+        return result
     finally:
         gc.enable()
 
 
-def _trace(model: nn.Module, notes: list[str], training: TrainingSpec, arch: Architecture, real: bool) -> TraceResult:
+def _trace(
+    built: tuple[nn.Module, list[str]],
+    training: TrainingSpec,
+    arch: Architecture,
+    *,
+    real: bool,
+    whole_first_step: bool = False,
+) -> TraceResult | None:
+    """Trace a model; None if what stands for the first step would not leave what a first step leaves."""
+    model, notes = built
     counts = _parameters(model)
     host_ops = frozenset({"aten.lift_fresh"}) if arch.host_scalars else frozenset()
     tracker = Tracker(cuda_semantics.kernel_temporaries(arch), host_ops, cuda_semantics.LATE_OPS)
@@ -148,7 +165,12 @@ def _trace(model: nn.Module, notes: list[str], training: TrainingSpec, arch: Arc
             raise InvalidInput("no stack of decoder layers was found in the model; its class cannot be traced")
         for number in range(1, STEPS + 1):
             tracker.labels.step = number
-            step.run()
+            if number == 1 and not whole_first_step:
+                step.prepare()
+            else:
+                step.run()
+        if not step.all_have_gradients and not whole_first_step:
+            return None
         result = _result(tracker, step.num_layers, notes)
     micro_steps = step.micro_steps
     result.segment_flops = {key[1:]: number // micro_steps for key, number in tracker.flops.items() if key[0] == STEPS}

@@ -72,14 +72,17 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         self._enter("end", "end")
 
+    def _forward(self, batch: dict[str, torch.Tensor]) -> Any:
+        with ExitStack() as stack:
+            if self.training.autocast != "none":
+                self._autocast(stack, AUTOCAST[self.training.autocast])
+            return self.model(**batch)
+
     def _micro_step(self) -> None:
         training = self.training
         self._enter("forward", "embedding")
         batch = self._batch()
-        with ExitStack() as stack:
-            if training.autocast != "none":
-                self._autocast(stack, AUTOCAST[training.autocast])
-            outputs = self.model(**batch)
+        outputs = self._forward(batch)
         if training.outputs_to_fp32:
             outputs["logits"] = outputs["logits"].float()
         loss = outputs["loss"]

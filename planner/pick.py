@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from planner import cost, sweep
@@ -22,6 +22,10 @@ class Candidate(NamedTuple):
     gpu: Gpu
     price: cost.Price | None
     training: TrainingSpec
+
+
+HoursOf = Callable[[Candidate], float]
+"""Hours of the whole run on a candidate."""
 
 
 class Limits(NamedTuple):
@@ -57,13 +61,15 @@ def pick(
     amount: cost.Amount,
     goal: Goal = "usd",
     limits: Limits | None = None,
+    hours_of: HoursOf | None = None,
 ) -> Pick:
     """Return the candidate that fits and costs least (or ends first) within the limits.
 
     Cards are compared by one sweep; only where that cannot tell, and for the answer, is a card predicted by itself.
+    `hours_of` gives a candidate's hours where batches are not all of one length; `amount` is then not looked at.
     """
     limits = limits or Limits()
-    rows, evaluations = _swept(model, candidates, amount)
+    rows, evaluations = _swept(model, candidates, amount, hours_of)
     usable: list[Judgement] = []
     rejected: list[Judgement] = []
     for row, verdict in rows:
@@ -94,7 +100,7 @@ def _order(row: Judgement, goal: Goal) -> tuple[float, float, str]:
 
 
 def _swept(
-    model: ModelSpec, candidates: Sequence[Candidate], amount: cost.Amount
+    model: ModelSpec, candidates: Sequence[Candidate], amount: cost.Amount, hours_of: HoursOf | None
 ) -> tuple[list[tuple[Judgement, Verdict]], int]:
     """Hours, USD, memory and verdict of every candidate; cards with equal settings together."""
     groups: dict[TrainingSpec, list[Candidate]] = {}
@@ -113,9 +119,12 @@ def _swept(
             place = (number, 0, 0, 0, 0)
             seconds = float(cells.step_s[place])
             hours = steps * seconds / 3600 if seconds == seconds else None
+            verdict = sweep.VERDICTS[judged.verdict[place]]
+            if hours is not None and hours_of is not None and verdict != "does not fit":
+                hours = hours_of(member)
             usd = hours * member.price.usd_per_hour if hours is not None and member.price is not None else None
             row = Judgement(member, hours, usd, int(judged.device_bytes[place]), "")
-            rows.append((row, sweep.VERDICTS[judged.verdict[place]]))
+            rows.append((row, verdict))
     return rows, runs
 
 

@@ -14,7 +14,7 @@ from planner.dataset.rows import RowError, doubts, parse
 from planner.dataset.scan import WRITTEN, Source, Split, scan, write
 from planner.dataset.templates import BUILT_IN, choose
 from planner.dataset.tokens import RATIOS, Estimate, Exact, family_of
-from planner.errors import Contradiction, InvalidInput, UnknownName
+from planner.errors import Contradiction, InvalidInput, PlannerError, UnknownName
 
 ALPACA = {"instruction": "Summarize the following text.", "input": "ML is a subset of AI.", "output": "ML learns."}
 BARE = {"instruction": "Say hello.", "input": "", "output": "Hello."}
@@ -292,6 +292,41 @@ def test_a_broken_array_says_where(text: str, tmp_path: Path) -> None:
     assert found[0].value == {"text": "a"}
     assert found[-1].problem
     assert len(found) == 2
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = pyarrow.array([b"good", b"b\xffd", b"fine"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    found = list(files.records(str(path)))
+    assert [item.problem for item in found] == ["", "not UTF-8", ""]
+    assert found[2].value == {"text": "fine"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_damaged_files_are_problems_or_one_line(name: str, tmp_path: Path) -> None:
+    """Bytes changed, put in and cut out at random: never anything but rows, problems or a PlannerError."""
+    rng = random.Random(name)
+    sound = written(tmp_path, name).read_bytes()
+    path = tmp_path / f"damaged{Path(name).suffix}"
+    outcomes = set()
+    for _ in range(150):
+        data = bytearray(sound)
+        for _ in range(rng.randrange(1, 5)):
+            place = rng.randrange(len(data))
+            data[place : place + rng.randrange(3)] = rng.choice(
+                [b"", b'"', b"{", b"]", b"\x00", b"\xff", b"\n", b"1e999"]
+            )
+        path.write_bytes(data)
+        try:
+            found = scan(Source(paths=(str(path),)))
+            outcomes.add("rows" if not found.num_problems else "problems")
+        except PlannerError as error:
+            assert "\n" not in str(error)
+            outcomes.add("error")
+    assert len(outcomes) > 1
 
 
 def test_json_lines_in_a_json_file(tmp_path: Path) -> None:

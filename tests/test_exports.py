@@ -403,6 +403,33 @@ def test_fixture_15_the_notebooks_own_call() -> None:
     assert all("dbfs:/Volumes/<catalog>/<schema>/<volume>" in error for error in made.errors)
 
 
+def test_a_written_call_is_checked_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from planner.cli.main import cli
+
+    path = tmp_path / "call.json"
+    path.write_text(json.dumps(SEED_CALL))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "databricks-fm", "--check-call", str(path)])
+    printed = capsys.readouterr()
+    assert stop.value.code == 1
+    assert printed.err.startswith("note: end of life")
+    assert printed.err.count("problem: ") == 2
+    assert json.loads(printed.out) == SEED_CALL
+
+
+def test_a_config_of_one_framework_becomes_that_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from planner.cli.main import cli
+
+    path = tmp_path / "axolotl.yaml"
+    path.write_text(frameworks.axolotl(recipe(QLORA)).artifacts[0].text)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", "trl", "--from", str(path)])
+    assert stop.value.code == 0
+    values = pyyaml.safe_load(capsys.readouterr().out)
+    assert (values["model_name_or_path"], values["lora_r"], values["lora_alpha"]) == (NAME, 16, 32)
+    assert (values["max_length"], values["optim"], values["use_bnb_nested_quant"]) == (512, "paged_adamw_8bit", True)
+
+
 def test_fixture_16_a_delta_table_needs_a_cluster() -> None:
     call = {"model": "m", "train_data_path": "main.default.train", "register_to": "main.default"}
     assert [f.text for f in databricks_fm.check(call) if f.level == "error"] == [

@@ -356,7 +356,7 @@ def test_lint_of_several_files_and_of_broken_ones(run, write) -> None:
 
 # --- documentation ------------------------------------------------------------------------------------------------
 
-DOCS = Path(__file__).parent.parent / "docs"
+DATA = Path(__file__).parent.parent / "data"
 
 
 def test_the_example_workflow_runs(run) -> None:
@@ -364,12 +364,12 @@ def test_the_example_workflow_runs(run) -> None:
 
     import yaml
 
-    workflow = yaml.safe_load((DOCS / "examples" / "memory-gate.yml").read_text(encoding="utf-8"))
+    workflow = yaml.safe_load((DATA / "examples" / "memory-gate.yml").read_text(encoding="utf-8"))
     commands = [step["run"] for step in workflow["jobs"]["fits"]["steps"] if "loraplan " in step.get("run", "")]
     calls = [shlex.split(line) for line in commands if line.startswith("loraplan ")]
     assert [words[1] for words in calls] == ["fits", "lint"]
     for _, *words in calls:
-        files = [str(DOCS / "examples" / "qlora.yml") if "*" in word else word for word in words]
+        files = [str(DATA / "examples" / "qlora.yml") if "*" in word else word for word in words]
         result = run(*files)
         assert result.code in (0, 1), result.err
 
@@ -378,7 +378,7 @@ def test_the_guide_lists_every_format_and_every_part_of_a_table() -> None:
     from planner import catalog
     from planner.importers import frameworks
 
-    guide = (DOCS / "configs.md").read_text(encoding="utf-8")
+    guide = (DATA / "configs.md").read_text(encoding="utf-8")
     for framework in frameworks.frameworks():
         assert f"`{framework.name}`" in guide or framework.name.startswith("script-"), framework.name
     parts = {part for name, table in catalog.framework_tables().items() if name != "words" for part in table}

@@ -37,7 +37,7 @@ TRAINING = TrainingSpec(
 
 @pytest.fixture(scope="module")
 def cost() -> StepCost:
-    return StepCost(MODEL, TRAINING, GPU, 4, 512)
+    return StepCost(predict(MODEL, TRAINING, GPU), 4)
 
 
 def lengths(n: int) -> Lengths:
@@ -190,7 +190,7 @@ def test_longer_data_takes_longer(cost: StepCost) -> None:
 
 def test_out_of_memory_is_named_with_its_step() -> None:
     small = replace(GPU, memory_bytes=2 * 2**30)
-    cost = StepCost(MODEL, replace(TRAINING, seq_len=2048), small, 16, 2048)
+    cost = StepCost(predict(MODEL, replace(TRAINING, seq_len=2048), small), 16)
     rows = Lengths([16] * 4 * 16 + [2048] * 16)
     how = Batching(batch=4, limit=2048, padding="longest")
     timeline = Timeline(Plan(lengths=rows, batching=how, accumulation=1, epochs=1), cost)
@@ -363,7 +363,7 @@ def test_data_options_need_data(run: Any) -> None:
         ("export", "keras", NAME),
         ("export", "peft", NAME, "--part", "x"),
         ("export", "databricks-air", NAME, "--accelerator", "GPU_8xH100", "--num-accelerators", "4"),
-        ("export", "trl", NAME, "--call", "x.json"),
+        ("export", "databricks-fm", "--check-call", "missing.json"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line_and_exit_two(run: Any, words: tuple[str, ...]) -> None:
@@ -411,3 +411,34 @@ def test_entrenar_beside_ours(run: Any) -> None:
     assert theirs["utilization"] > 3
     assert theirs["ours"]["verdict"] == theirs["asked_for"]["verdict"] == "does not fit"
     assert any("cannot be reached" in note for note in theirs["notes"])
+
+
+def test_compare_with_entrenar(run: Any) -> None:
+    code, out, _ = run("compare", "--with", "entrenar", "--model", NAME, "--gpu", "l4", "method=qlora", "method=lora")
+    assert code == 0
+    assert [line[:2] for line in out.splitlines() if line.startswith(("A:", "B:"))] == ["A:", "B:"]
+    answers = json.loads(
+        run("compare", "--with", "entrenar", "--model", NAME, "--gpu", "l4", "method=qlora", "--format", "json")[1]
+    )["entrenar"]
+    plan = rivals.entrenar_plan(MODEL.num_parameters, GPU.memory_bytes, "qlora")
+    assert answers[0]["memory_bytes"] == plan.memory_bytes
+    code, _, err = run("compare", "--with", "entrenar", "--model", NAME, "method=qlora")
+    assert code == 2
+    assert "needs a card" in err
+
+
+def test_max_and_pick_on_data(run: Any, data: str) -> None:
+    """The data's longest row decides the batch, its distribution the hours."""
+    _, text, _ = run("max", NAME, "--gpu", "l4", "--data", data, "--seq-len", "256", "--format", "json")
+    (found,) = json.loads(text)["rows"]
+    longest = json.loads(run("fits", NAME, "--gpu", "l4", "--data", data, "--seq-len", "256", "--format", "json")[1])
+    length = str(longest["data"]["longest_batch"])
+    (same,) = json.loads(run("max", NAME, "--gpu", "l4", "--seq-len", length, "--format", "json")[1])["rows"]
+    assert found["micro_batch_size"] == same["micro_batch_size"]
+    assert run("max", NAME, "--gpu", "l4", "--data", data, "--of", "length")[0] == 2
+    args = ("--data", data, "--epochs", "2", "--batch", "4", "--seq-len", "256", "--format", "json")
+    _, text, _ = run("pick", NAME, "--gpu", "l4", *args)
+    picked = json.loads(text)["rows"][0]
+    planned = json.loads(run("fits", NAME, "--gpu", "l4", *args)[1])["run"]
+    assert picked["hours"] == pytest.approx(planned["hours"]["expected"], rel=1e-9)
+    assert run("pick", NAME, "--data", data, "--tokens", "5M")[0] == 2

@@ -15,7 +15,6 @@ torch = pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
-from calibrate.extrapolate import extrapolate  # noqa: E402
 from calibrate.trace import TraceResult, main, trace  # noqa: E402
 from planner import cuda_rules  # noqa: E402
 from planner.cuda_rules import Architecture  # noqa: E402
@@ -94,18 +93,6 @@ def test_fake_equals_real_cpu(name: str) -> None:
     assert fake.segment_peaks == real.segment_peaks
     assert fake.step_peaks == real.step_peaks
     assert _allocations(fake) == _allocations(real)
-
-
-@pytest.mark.parametrize("name", ["nf4-prep-autocast-ckpt", "full-bf16-accumulate"])
-def test_extrapolation_equals_full_depth(name: str) -> None:
-    config, values = CASES[name]
-    deep = {**config, "num_hidden_layers": 6}
-    full = trace(deep, _training(values))
-    guess = extrapolate(deep, _training(values))
-    assert guess.traced == (3, 4)
-    assert guess.static_bytes == full.static_bytes
-    assert guess.peak_bytes == full.peak_bytes
-    assert guess.segment_peaks == full.segment_peaks
 
 
 def test_cuda_rules_change_what_they_say() -> None:

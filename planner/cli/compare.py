@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli.options import Sectioned, format_option, training_options
+from planner.cli.options import Sectioned, Word, format_option, training_options
 
 if TYPE_CHECKING:
     from planner.report.comparison import Compared
@@ -18,9 +18,12 @@ MOST = 6
 @click.argument("configurations", nargs=-1, required=True)
 @click.option("--model", metavar="MODEL", help="The model of every configuration that names none.")
 @click.option("--gpu", metavar="GPU", help="The card of every configuration that names none.")
+@click.option("--with", "rival", type=Word("other planner", ("entrenar",)), help="Its answer beside each of ours.")
 @format_option
 @training_options
-def compare(configurations: tuple[str, ...], model: str | None, gpu: str | None, style: str, **given: Any) -> int:
+def compare(
+    configurations: tuple[str, ...], model: str | None, gpu: str | None, rival: str | None, style: str, **given: Any
+) -> int:
     """Compare two to six CONFIGURATIONS: settings that differ, memory and time by component.
 
     A configuration is KEY=VALUE words in quotes: model, gpu and settings by the names of their options; the options
@@ -30,6 +33,7 @@ def compare(configurations: tuple[str, ...], model: str | None, gpu: str | None,
     Examples:
       loraplan compare --model Qwen/Qwen2.5-7B --gpu a100-80gb "method=qlora" "method=lora"
       loraplan compare --model Qwen/Qwen2.5-7B "gpu=l4" "gpu=rtx-4090 batch=2"
+      loraplan compare --with entrenar --model Qwen/Qwen2.5-7B --gpu l4 "method=qlora"
 
     \b
     Exit codes: 0 compared, 2 could not answer.
@@ -38,9 +42,12 @@ def compare(configurations: tuple[str, ...], model: str | None, gpu: str | None,
     from planner.report import comparison
     from planner.report.tables import json_text, table, wrapped
 
-    if not 2 <= len(configurations) <= MOST:
-        raise InvalidInput(f"{len(configurations)} configurations; compare takes 2 to {MOST}")
+    least = 1 if rival else 2
+    if not least <= len(configurations) <= MOST:
+        raise InvalidInput(f"{len(configurations)} configurations; compare takes {least} to {MOST}")
     items = compared(configurations, model, gpu, given)
+    if rival:
+        return _with_entrenar(items, style)
     labels = [item.label for item in items]
     if style == "json":
         click.echo(json_text(_document(items)), nl=False)
@@ -53,6 +60,35 @@ def compare(configurations: tuple[str, ...], model: str | None, gpu: str | None,
     click.echo("")
     for line in comparison.sentences(items):
         click.echo(f"- {line}" if style == "markdown" else wrapped(line, 80, "  "))
+    return 0
+
+
+def _with_entrenar(items: list[Compared], style: str) -> int:
+    """Print what entrenar-lora plans for each configuration's model and card beside our figures.
+
+    Raises:
+        PlannerError: a configuration without a card or an adapter.
+    """
+    from planner.cli.rival import entrenar
+    from planner.errors import InvalidInput
+    from planner.model import ModelSpec
+    from planner.report.lora_report import rival_document, rival_text
+    from planner.report.tables import json_text
+
+    found = []
+    for item in items:
+        p = item.prediction
+        if p.gpu is None or p.training.lora is None or not isinstance(p.model, ModelSpec):
+            raise InvalidInput(f"configuration {item.label}: --with needs a card and an adapter (lora or qlora)")
+        found.append((item.label, entrenar(p.model, p.training, p.gpu)))
+    if style == "json":
+        answers = [{"configuration": label, **(rival_document(rival) or {})} for label, rival in found]
+        click.echo(json_text({"schema_version": 1, "entrenar": answers}), nl=False)
+        return 0
+    if style != "table":
+        raise InvalidInput(f"--with is printed as table or json, not as {style}")
+    for label, rival in found:
+        click.echo(f"{label}: {rival_text(rival)}")
     return 0
 
 

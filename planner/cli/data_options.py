@@ -71,12 +71,12 @@ def apply(wanted: dict[str, Any], model: ModelSpec, stack: str, given: dict[str,
     template = wanted["template"] or "auto"
     if template not in NAMES:
         raise unknown("template", template, NAMES)
-    resolved, training = configure(model, stack, given)
+    _, training = configure(model, stack, given, lenient=True)
     what = Source(
         paths=tuple(wanted["data_files"]), template=template, tokenizer=wanted["tokenizer"],
         family=family_of(model.model_type, model.vocab_size),
     )  # fmt: skip
-    run = on_data(read(what), training.micro_batch_size, resolved["seq_len"], wanted["padding"] or "longest")
+    run = on_data(read(what), training.micro_batch_size, training.seq_len, wanted["padding"] or "longest")
     given["seq_len"] = run.longest
     if given.get("padded") is None and needs_mask(run):
         given["padded"] = True

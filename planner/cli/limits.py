@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.data_options import data_options
 from planner.cli.options import Sectioned, Word, format_option, training_options
 
 if TYPE_CHECKING:
+    from planner.datarun import DataRun
     from planner.hardware import Gpu
     from planner.model import ModelSpec
+    from planner.pick import HoursOf
     from planner.report.grid import Caption
     from planner.training import TrainingSpec
 
@@ -36,6 +39,7 @@ FRONTIER = 24
 @click.option("--probability", type=float, default=0.95, show_default=True, help="How sure it must be that it fits.")
 @click.option("--up-to", type=click.IntRange(1, 2**20), metavar="N", help="The largest value to try.")
 @format_option
+@data_options
 @training_options
 def max_(
     model: str, gpu: str | None, vram: str | None, keys: tuple[str, ...], probability: float, up_to: int | None,
@@ -56,8 +60,8 @@ def max_(
     """
     from planner.errors import InvalidInput
 
-    spec, training, card = _run(model, gpu, vram, given)
     names = tuple(dict.fromkeys(keys))
+    spec, training, card = _run(model, gpu, vram, given, names)
     if len(names) > 2:
         raise InvalidInput("a frontier is over two numbers; give --of at most twice")
     if len(names) == 2:
@@ -65,16 +69,24 @@ def max_(
     return _single(spec, training, card, names[0], probability, up_to, style)
 
 
-def _run(model: str, gpu: str | None, vram: str | None, given: dict[str, Any]) -> tuple[ModelSpec, TrainingSpec, Gpu]:
+def _run(
+    model: str, gpu: str | None, vram: str | None, given: dict[str, Any], names: tuple[str, ...]
+) -> tuple[ModelSpec, TrainingSpec, Gpu]:
+    """The run whose numbers are raised; data decides its length."""
+    from planner.cli.data_options import apply, take
     from planner.cli.fits import card_of
     from planner.cli.plan import configure, load_model, training_settings
-    from planner.errors import InvalidInput
+    from planner.errors import Contradiction, InvalidInput
 
+    data = take(given)
+    if data["data_files"] and "seq_len" in names:
+        raise Contradiction("the length is what the data decides; look for the largest batch or rank, or drop --data")
     card = card_of(gpu, vram)
     if card is None:
         raise InvalidInput("no card; name one with --gpu or give its memory with --vram")
     stack = training_settings(given)
     spec = load_model(model).spec
+    apply(data, spec, stack or "custom", given)
     _, training = configure(spec, stack or "custom", given, card=card)
     return spec, training, card
 
@@ -101,7 +113,7 @@ def _single(
             click.echo(f"none: not even the smallest fits {card.name} ({found.probability:.0%} sure)")
             return 1
         end = " (the largest that was tried; --up-to raises it)" if found.value == found.limit else ""
-        click.echo(f"{found.value:,} {UNITS[key]}{end}, {found.probability:.1%} sure to fit {card.name}")
+        click.echo(f"{found.value:,} {UNITS[key]}{end}, {_sure(found.probability)} sure to fit {card.name}")
         need = f"{gib(p.device.expected)} GiB ({gib(p.device.low)} to {gib(p.device.high)}) of {gib(p.capacity_bytes)}"
         click.echo(f"peak {need}; fits says {ANSWERS[p.verdict]}")
         if p.time is not None:
@@ -116,6 +128,10 @@ def _single(
                "tokens_per_s"]  # fmt: skip
     _print(columns, [row], style)
     return 0 if found.value is not None else 1
+
+
+def _sure(probability: float) -> str:
+    return "over 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
 
 
 def _frontier(
@@ -156,16 +172,18 @@ def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption:
 @click.option(
     "--goal", type=Word("goal", ("usd", "time")), default="usd", show_default=True, help="Cheapest or fastest."
 )
-@click.option("--tokens", metavar="N", default="10M", show_default=True, help="Train on this many tokens.")
+@click.option("--tokens", metavar="N", help="Train on this many tokens (default 10M).")
+@click.option("--epochs", type=float, metavar="N", help="Passes over --data (default 1).")
 @click.option("--hours", type=float, metavar="H", help="Time limit.")
 @click.option("--budget", type=float, metavar="USD", help="Most it may cost.")
 @click.option("--provider", "providers", multiple=True, metavar="NAME", help="Only machines of these providers.")
 @click.option("--single", is_flag=True, help="Only machines with one card.")
 @format_option
+@data_options
 @training_options
 def pick(
-    model: str, gpus: tuple[str, ...], goal: str, tokens: str, hours: float | None, budget: float | None,
-    providers: tuple[str, ...], single: bool, style: str, **given: Any,
+    model: str, gpus: tuple[str, ...], goal: str, tokens: str | None, epochs: float | None, hours: float | None,
+    budget: float | None, providers: tuple[str, ...], single: bool, style: str, **given: Any,
 ) -> int:  # fmt: skip
     """Pick the cheapest or fastest machine that runs the job, and say why not the others.
 
@@ -174,6 +192,7 @@ def pick(
       loraplan pick meta-llama/Llama-3.1-8B --tokens 50M
       loraplan pick Qwen/Qwen2.5-7B --goal time --budget 20
       loraplan pick Qwen/Qwen2.5-7B --gpu l4,a10g,rtx-4090 --hours 12
+      loraplan pick Qwen/Qwen2.5-7B --data ./train.jsonl --epochs 3 --padding grouped
 
     \b
     Exit codes: 0 there is one, 1 no candidate will do, 2 could not answer.
@@ -181,8 +200,9 @@ def pick(
     from planner.pick import Limits
     from planner.pick import pick as choose
 
-    spec, candidates, amount = _candidates_of(model, gpus, providers, single, tokens, given)
-    found = choose(spec, candidates, amount, "usd" if goal == "usd" else "time", Limits(hours, budget))
+    spec, candidates, amount, run = _candidates_of(model, gpus, providers, single, (tokens, epochs), given)
+    hours_of = _hours_on_data(spec, run, epochs) if run else None
+    found = choose(spec, candidates, amount, "usd" if goal == "usd" else "time", Limits(hours, budget), hours_of)
     rows = [_row(item, "picked") for item in ([found.answer] if found.answer else [])]
     rows += [_row(item, item.reason) for item in found.rejected]
     columns = ["gpu", "machine", "usd_per_hour", "device_bytes", "hours", "usd", "reason"]
@@ -190,7 +210,8 @@ def pick(
         a = found.answer
         where = f" ({a.candidate.price.instance_type})" if a.candidate.price and a.candidate.price.instance_type else ""
         cost_words = f"{a.usd:,.2f} USD" if a.usd is not None else "no price known"
-        click.echo(f"{a.candidate.gpu.name}{where}: {a.hours:,.2f} h, {cost_words} for {tokens} tokens\n")
+        much = f"{epochs or 1:g} epochs of {len(run.found.lengths):,} rows" if run else f"{tokens or TOKENS} tokens"
+        click.echo(f"{a.candidate.gpu.name}{where}: {a.hours:,.2f} h, {cost_words} for {much}\n")
     _print(columns, rows, style)
     return 0 if found.answer else 1
 
@@ -203,20 +224,27 @@ def _row(item: Any, reason: str) -> tuple[Any, ...]:
 
 
 def _candidates_of(
-    model: str, gpus: tuple[str, ...], providers: tuple[str, ...], single: bool, tokens: str, given: dict[str, Any]
-) -> Any:
-    """The model, a candidate per card with its cheapest allowed machine, and the amount of training.
+    model: str, gpus: tuple[str, ...], providers: tuple[str, ...], single: bool, much: tuple[str | None, float | None],
+    given: dict[str, Any],
+) -> Any:  # fmt: skip
+    """The model, a candidate per card with its cheapest allowed machine, the amount of training, the data.
 
     Raises:
         PlannerError: unknown names, or no candidate at all.
     """
     from planner import catalog, cost
+    from planner.cli.data_options import apply, take
     from planner.cli.plan import configure, load_model, training_settings
     from planner.cli.table import cards_of
-    from planner.errors import InvalidInput, unknown
+    from planner.errors import Contradiction, InvalidInput, unknown
     from planner.pick import Candidate
     from planner.units import parse_count
 
+    data, (tokens, epochs) = take(given), much
+    if data["data_files"] and tokens is not None:
+        raise Contradiction("--tokens and --data say the same thing twice; give one of them")
+    if epochs is not None and not data["data_files"]:
+        raise Contradiction("--epochs counts passes over --data; give both")
     machines = catalog.instances()
     known = {item.provider for item in machines}
     for name in providers:
@@ -227,10 +255,23 @@ def _candidates_of(
     cards = cards_of(names) if names else cards_of(list(dict.fromkeys(m.gpu_id for m in machines)))
     stack = training_settings(given)
     spec = load_model(model).spec
+    run = apply(data, spec, stack or "custom", given)
     found = []
     for card in cards:
         _, training = configure(spec, stack or "custom", given, card=card)
         found.append(Candidate(card, cost.cheapest(card, machines), training))
     if not found:
         raise InvalidInput("no candidate: no machine of these providers has a card of the catalogue")
-    return spec, found, cost.Amount(tokens=parse_count(tokens))
+    return spec, found, cost.Amount(tokens=parse_count(tokens or TOKENS)), run
+
+
+TOKENS = "10M"
+"""What `pick` trains on where nothing is said."""
+
+
+def _hours_on_data(model: ModelSpec, run: DataRun, epochs: float | None) -> HoursOf:
+    """Hours on a candidate, from the distribution of lengths."""
+    from planner.datarun import hours_on
+    from planner.predict import predict
+
+    return lambda candidate: hours_on(run, predict(model, candidate.training, candidate.gpu), epochs or 1.0)

@@ -75,13 +75,10 @@ def data_plan(
     if prediction.gpu is None or prediction.time is None:
         return run, None, (*estimated, "no hours and no cost: the card's rates are not known")
     from planner.datarun import planned
-    from planner.model import ModelSpec
-
-    assert isinstance(prediction.model, ModelSpec)  # --data with --via trace was refused
 
     price = price_of(prediction.gpu, wanted)
     epochs = 1.0 if wanted["epochs"] is None else wanted["epochs"]
-    done, made = planned(run, prediction.model, prediction.training, prediction.gpu, epochs=epochs, price=price)
+    done, made = planned(run, prediction, epochs=epochs, price=price)
     notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
     return done, made, (*estimated, *notes)
 

@@ -64,7 +64,7 @@ def table(
       loraplan table meta-llama/Llama-3.1-8B --gpu rtx-4090,a100-sxm4-80gb -q none,nf4
       loraplan table Qwen/Qwen2.5-7B --gpu all --tokens 10M --pareto time,usd
       loraplan table Qwen/Qwen2.5-7B microsoft/phi-2 --gpu l4,t4 --pivot model gpu
-      loraplan table --grid plan.yaml -o plan.parquet
+      loraplan table --grid ./plan.yaml -o ./plan.parquet
 
     \b
     Exit codes: 0 there are rows, 1 no row is left, 2 could not answer.

@@ -413,7 +413,8 @@ def figure(value: Any, kind: Shown) -> Any:
 
 def _terminal(columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption, width: int) -> str:
     """The table, without columns that are the same in every row (they are named below) and what does not fit."""
-    kept, fixed = _varying(columns, rows)
+    listed = list(columns[:2]) == ["model", "gpu"]  # a pivoted table's headings are values: all stay
+    kept, fixed = _varying(columns, rows) if listed else (list(columns), [])
     text = _laid_out(kept, columns, rows)
     for name in _LEAST:
         if not width or max(len(line) for line in text.splitlines()) <= width:

@@ -90,7 +90,7 @@ def _text(answer: LoraAnswer) -> str:
         "".join(f"{wrapped(f'{c.what}: {c.why}', 96, '  ')}\n" for c in answer.comparisons if c.why),
     ]
     if answer.rival:
-        blocks.append(_rival_text(answer.rival))
+        blocks.append(rival_text(answer.rival))
     blocks.append("".join(f"{wrapped(f'warning: {note}', 96, '  ')}\n" for note in answer.facts.warnings))
     return "\n".join(block for block in blocks if block)
 
@@ -128,7 +128,8 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / GB:.2f}"
 
 
-def _rival_text(rival: Rival) -> str:
+def rival_text(rival: Rival) -> str:
+    """The answers side by side, and why they differ."""
     title = f"entrenar-lora plan, method {rival.plan.method}, for this model's size and card:\n"
     table = aligned(_RIVAL_HEADERS, _rival_rows(rival))
     return title + table + "".join(f"{wrapped(f'- {note}', 96, '  ')}\n" for note in rival.notes)
@@ -165,12 +166,13 @@ def document(answer: LoraAnswer) -> dict[str, Any]:
             {"formula": c.what, "says": c.theirs, "exact": c.exact, "unit": c.unit, "why": c.why or None}
             for c in answer.comparisons
         ],
-        "entrenar": _rival_document(answer.rival),
+        "entrenar": rival_document(answer.rival),
         "warnings": list(f.warnings),
     }  # fmt: skip
 
 
-def _rival_document(rival: Rival | None) -> dict[str, Any] | None:
+def rival_document(rival: Rival | None) -> dict[str, Any] | None:
+    """The same as plain JSON values."""
     if rival is None:
         return None
     plan = rival.plan
