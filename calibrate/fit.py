@@ -451,11 +451,16 @@ def repeats(points: Iterable[Measurement]) -> list[float]:
 
 
 def repeat_interval(differences: Sequence[float]) -> float:
-    """Ratio - 1 within which two runs of a burst lie in 9 of 10 cases: 1.645 standard deviations of a log ratio."""
+    """Ratio - 1 within which two runs of a burst lie in 9 of 10 cases, from the log ratios of repeated ones.
+
+    Their root mean square times Student's t for their number: few repeats know the spread badly.
+    """
     if not differences:
         return 0.0
+    from scipy.stats import t
+
     deviation = math.sqrt(sum(d * d for d in differences) / len(differences))
-    return math.expm1(NINETY_PERCENT * deviation)
+    return math.expm1(float(t.ppf(0.95, len(differences))) * deviation)
 
 
 def _calibration(

@@ -146,7 +146,7 @@ def test_repeats_and_their_interval() -> None:
     assert len(differences) == 6
     interval = fit.repeat_interval(differences)
     assert 0 < interval < 0.15
-    assert interval == pytest.approx(math.expm1(1.645 * math.sqrt(sum(d * d for d in differences) / 6)))
+    assert interval == pytest.approx(math.expm1(1.943 * math.sqrt(sum(d * d for d in differences) / 6)), rel=1e-3)
     assert fit.repeat_interval([]) == 0
 
 
