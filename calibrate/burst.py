@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from calibrate.device import Device, MemorySampler, open_device
+from calibrate.device import CudaDevice, Device, MemorySampler, open_device
 from planner.errors import InvalidInput, PlannerError, one_line
 
 PROTOCOL = 1
@@ -64,6 +64,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(int(request.get("seed", 0)))
     if device.kind == "cpu":
         torch.set_num_threads(threads)
+    elif isinstance(device, CudaDevice):
+        torch.cuda.set_device(device.index)
     sampler = MemorySampler(device.used_bytes)
     burst = _Burst(request, device, sampler)
     try:

@@ -41,8 +41,16 @@ REFITS = 3
 STRONG = 0.9
 """Correlations above this are reported."""
 NINETY_PERCENT = 1.645
-NOT_MEASURED = ("compiled_traffic", "host_link")
-"""What no burst contains: torch.compile, offloading."""
+NOT_MEASURED = ("compiled_traffic", "host_link", "flash_hopper")
+"""What no burst contains (torch.compile, offloading), and a factor that one card shows only in products with
+flash_forward and flash_backward."""
+FAMILIES = (
+    ("launch_forward", "launch_backward", "launch_quantized", "launch_optimizer", "kernel_latency"),
+    ("tile_reuse_half", "matmul_k_half"),
+    ("flash_forward", "flash_backward", "flash_length_half"),
+)
+"""Coefficients whose sum decides: bursts that determine one of them with its family fixed are enough, the priors
+tell how the family divides it."""
 
 REMEDY: dict[str, str] = {
     "matmul": "16-bit bursts of many tokens", "matmul_fp32": "fp32 bursts of many tokens",
@@ -232,17 +240,23 @@ class Problem:
     def _prior_slopes(self) -> list[float]:
         return [1 / (PRIOR_WEAKNESS * max(self.start[name].relative_error, 0.01)) for name in self.names]
 
-    def covariance(self, x: Sequence[float]) -> tuple[Any, Any, float]:
-        """Covariance of the logarithms with the priors and from the data alone, and the residuals' scale."""
+    def covariance(self, x: Sequence[float]) -> tuple[Any, float]:
+        """Covariance of the logarithms, and the residuals' scale in units of NOISE.
+
+        Rows are weighted by importance, not by their variance, so it is the sandwich A^-1 (s^2 J'W^2J + P) A^-1 with
+        A = J'J + P: J of the weighted data, W the weights, P the priors' information, s the scale of all rows.
+        """
         import numpy as np
 
         jacobian, residuals = self.jacobian(x), self.data_residuals(x)
-        freedom = max(len(residuals) - len(self.names), 1)
-        scale = max(float(np.sum(np.minimum(residuals**2, 9.0)) / freedom), 1e-12)
-        information = jacobian.T @ jacobian / scale
-        full = np.linalg.pinv(information + np.diag(np.square(self._prior_slopes())))
-        ridge = 1e-12 * np.eye(len(self.names)) * max(float(np.trace(information)), 1e-12)
-        return full, np.linalg.pinv(information + ridge), math.sqrt(scale)
+        weights = np.array([weight for item in self.points for weight in item.weights])
+        robust = np.minimum(np.abs(residuals), 3 * SOFT)
+        freedom = max(1 - len(self.names) / len(residuals), 0.1)
+        scale = math.sqrt(float(np.sum(robust**2) / np.sum(weights**2)) / freedom)
+        prior = np.diag(np.square(self._prior_slopes()))
+        bread = np.linalg.pinv(jacobian.T @ jacobian + prior)
+        meat = scale**2 * (jacobian * weights[:, None] ** 2).T @ jacobian + prior
+        return bread @ meat @ bread, scale
 
 
 def _bounds(start: Coefficients, names: Sequence[str]) -> tuple[Any, Any]:
@@ -274,8 +288,6 @@ def refuse_degenerate(problem: Problem, shares: Mapping[str, float]) -> list[str
     Raises:
         InvalidInput: naming what the bursts cannot tell apart and what a grid would need.
     """
-    import numpy as np
-
     distinct = len({p.measurement.key for p in problem.points})
     if distinct < 2:
         raise InvalidInput(
@@ -283,18 +295,31 @@ def refuse_degenerate(problem: Problem, shares: Mapping[str, float]) -> list[str
             "run a grid (loraplan calibrate run)"
         )
     jacobian = problem.jacobian(problem.place(problem.start))
-    information = jacobian.T @ jacobian
-    values, vectors = np.linalg.eigh(information)
-    floor = max(float(values[-1]), 1e-12) * 1e-12
-    errors = np.sqrt(np.sum(vectors**2 / np.maximum(values, floor), axis=1))
-    loose = [name for name, error in zip(problem.names, errors, strict=True) if error > UNDETERMINED]
+    alone = _errors_of_data(jacobian)
+    loose = [name for name, error in zip(problem.names, alone, strict=True) if error > UNDETERMINED]
     important = [name for name in loose if shares[name] >= IMPORTANT_SHARE]
-    if important:
-        needs = "; ".join(f"{name}: {REMEDY.get(name, 'long sequences')}" for name in important)
+    missing = []
+    for name in important:
+        family = next((f for f in FAMILIES if name in f), (name,))
+        kept = [place for place, other in enumerate(problem.names) if other == name or other not in family]
+        error = _errors_of_data(jacobian[:, kept])[[problem.names[place] for place in kept].index(name)]
+        if error > UNDETERMINED:
+            missing.append(name)
+    if missing:
+        needs = "; ".join(f"{name}: {REMEDY.get(name, 'long sequences')}" for name in missing)
         raise InvalidInput(
-            f"the grid of {distinct} configurations does not determine {', '.join(important)}; it needs {needs}"
+            f"the grid of {distinct} configurations does not determine {', '.join(missing)}; it needs {needs}"
         )
-    return loose
+    return [name for name in loose if name not in important]
+
+
+def _errors_of_data(jacobian: Any) -> Any:
+    """Relative standard error of every coefficient from bursts with NOISE, without priors."""
+    import numpy as np
+
+    values, vectors = np.linalg.eigh(jacobian.T @ jacobian)
+    floor = max(float(values[-1]), 1e-12) * 1e-12
+    return np.sqrt(np.sum(vectors**2 / np.maximum(values, floor), axis=1))
 
 
 # --- the fit -------------------------------------------------------------------------------------------------------
@@ -426,11 +451,16 @@ def repeats(points: Iterable[Measurement]) -> list[float]:
 
 
 def repeat_interval(differences: Sequence[float]) -> float:
-    """Ratio - 1 within which two runs of a burst lie in 9 of 10 cases: 1.645 standard deviations of a log ratio."""
+    """Ratio - 1 within which two runs of a burst lie in 9 of 10 cases, from the log ratios of repeated ones.
+
+    Their root mean square times Student's t for their number: few repeats know the spread badly.
+    """
     if not differences:
         return 0.0
+    from scipy.stats import t
+
     deviation = math.sqrt(sum(d * d for d in differences) / len(differences))
-    return math.expm1(NINETY_PERCENT * deviation)
+    return math.expm1(float(t.ppf(0.95, len(differences))) * deviation)
 
 
 def _calibration(
@@ -439,7 +469,7 @@ def _calibration(
 ) -> Calibration:  # fmt: skip
     import numpy as np
 
-    covariance, _, scale = problem.covariance(x)
+    covariance, scale = problem.covariance(x)
     found = problem.coefficients(x)
     deviations = np.sqrt(np.diag(covariance))
     items = dict(found)
@@ -539,8 +569,13 @@ def memory_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 def _context(items: Iterable[Measurement]) -> tuple[int, int, int] | None:
     """Device memory beyond the reserved peak: what formulas cannot know (context, libraries, workspaces)."""
-    peaks = [m for m in (item.memory_bytes for item in items) if "device" in m and "reserved" in m]
-    beyond = sorted(m["device"] - m["reserved"] for m in peaks)
+    beyond = []
+    for item in items:
+        marks = item.result.get("memory", {}).values()
+        reserved = max((mark.get("reserved", 0) for mark in marks), default=0)
+        if reserved and "device" in item.memory_bytes:
+            beyond.append(item.memory_bytes["device"] - reserved)
+    beyond.sort()
     if not beyond:
         return None
     return max(beyond[0], 0), max(beyond[len(beyond) // 2], 0), max(beyond[-1], 0)
@@ -564,7 +599,8 @@ def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
     differences = repeats(p.measurement for p in points)
     within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
     return {
-        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows, "skipped": sorted(set(skipped)),
+        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows,
+        "skipped": sorted(set(skipped)),
         "interval_pct": 100 * (ratio - 1), "inside": sum(inside), "repeats": len(within),
         "repeats_within": sum(within), "repeat_interval_pct": 100 * calibration.repeatability,
     }  # fmt: skip

@@ -53,9 +53,10 @@ class Burst:
 def _small(model_type: str, hidden: int, layers: int, vocab: int, **more: Any) -> dict[str, Any]:
     """A config small enough for steps below a second on one thread."""
     heads = hidden // 64
+    groups = 2 if heads % 2 == 0 else 1
     return {
         "model_type": model_type, "hidden_size": hidden, "intermediate_size": -(-hidden * 8 // 3 // 64) * 64,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": max(heads // 2, 1),
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // groups,
         "vocab_size": vocab, "max_position_embeddings": 2048, "tie_word_embeddings": False, **more,
     }  # fmt: skip
 
@@ -174,16 +175,33 @@ GPU_BASE = TrainingSpec(
 )  # fmt: skip
 _LORA: dict[str, Any] = {"method": "lora", "quantization": NONE}
 GPU_CHANGES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (3, {}), (1, {}), (3, {"seq_len": 128}), (3, _LORA), (0, {"seq_len": 128}), (3, {"seq_len": 4096}),
-    (3, {"gradient_checkpointing": "none"}), (2, {"micro_batch_size": 8, "seq_len": 512}), (4, {}),
-    (3, {"quantization": INT8}), (1, {"attention": "eager"}), (3, {"autocast": "none"}),
-    (3, {**_LORA, "seq_len": 4096}), (2, {"lora": LoraSpec(r=128)}), (5, {"seq_len": 2048}),
-    (3, {"lora": LoraSpec(r=8, target_modules=("attention",))}), (1, {**_LORA, "base_dtype": "fp32",
-                                                                    "autocast": "none", "seq_len": 512}),
-    (1, {"optimizer": "adamw", "lora": LoraSpec(r=256)}), (1, {"optimizer": "adamw-8bit", "lora": LoraSpec(r=256)}),
-    (2, {"optimizer": "paged-adamw-8bit", "lora": LoraSpec(r=256)}), (3, {"seq_len": 8192}),
-    (3, {"padded": True}), (4, {"kbit_preparation": True}), (0, {"micro_batch_size": 16, "seq_len": 256}),
-)  # fmt: skip
+    (3, {}),
+    (1, {"micro_batch_size": 8}),
+    (3, {"seq_len": 128}),
+    (3, {**_LORA, "seq_len": 4096}),
+    (0, {"seq_len": 128}),
+    (3, {"seq_len": 4096}),
+    (3, {"gradient_checkpointing": "none"}),
+    (1, {**_LORA, "base_dtype": "fp32", "autocast": "none"}),
+    (2, {"micro_batch_size": 8, "seq_len": 512}),
+    (1, {**_LORA, "seq_len": 128, "gradient_checkpointing": "none"}),
+    (4, {}),
+    (3, {"quantization": INT8}),
+    (1, {"attention": "eager"}),
+    (5, {"seq_len": 256, "gradient_checkpointing": "none"}),
+    (3, {**_LORA, "seq_len": 8192}),
+    (2, {"lora": LoraSpec(r=128)}),
+    (1, {"optimizer": "adamw", "lora": LoraSpec(r=256), "seq_len": 128}),
+    (3, {"autocast": "none"}),
+    (5, {"seq_len": 2048}),
+    (3, {"lora": LoraSpec(r=8, target_modules=("attention",))}),
+    (1, {"optimizer": "adamw-8bit", "lora": LoraSpec(r=256)}),
+    (3, {"padded": True}),
+    (2, {"optimizer": "paged-adamw-8bit", "lora": LoraSpec(r=256)}),
+    (3, {"seq_len": 8192}),
+    (4, {"kbit_preparation": True}),
+    (0, {"micro_batch_size": 16, "seq_len": 256}),
+)
 """(index into GPU_MODELS, what differs from GPU_BASE)."""
 
 

@@ -63,12 +63,13 @@ GONE_S = 2.0
 """The driver lists a process that has ended for a moment."""
 
 
-def strangers(device: Device, patience_s: float = GONE_S) -> list[dict[str, Any]]:
+def strangers(device: Device, patience_s: float | None = None) -> list[dict[str, Any]]:
     """Other processes on the device that stay there."""
     found = device.others()
-    until = time.monotonic() + patience_s
+    patience = GONE_S if patience_s is None else patience_s
+    until = time.monotonic() + patience
     while found and time.monotonic() < until:
-        time.sleep(patience_s / 5)
+        time.sleep(patience / 5)
         found = device.others()
     return found
 

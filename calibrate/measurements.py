@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from planner import catalog, processor
+from planner.calibration import STACK
 from planner.calibration_files import load_json, migrated
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.hardware import Gpu
@@ -55,8 +57,12 @@ class Measurement:
 
     @property
     def training(self) -> TrainingSpec:
-        """The settings that ran."""
-        return training_from_dict(dict(self.request["training"]))
+        """The settings that ran, with the releases that ran them."""
+        asked = training_from_dict(dict(self.request["training"]))
+        ran = self.result.get("versions") or {}
+        numbers = {name: re.findall(r"\d+", str(ran.get(name, "")))[:2] for name in STACK}
+        found = {name: (int(parts[0]), int(parts[1])) for name, parts in numbers.items() if len(parts) == 2}
+        return replace(asked, versions=replace(asked.versions, **found))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ h heads, d head size, v vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from planner.records import record
@@ -90,8 +91,8 @@ def rules(arch: Architecture) -> tuple[Rule, ...]:
         "autocast_lists": "autocast runs norms, sums and losses in fp32 by CUDA's lists",
         "fused_softmax_cast": "a softmax from fp16 to fp32 converts inside its kernel",
         "softmax_backward_product": "the backward of a softmax writes gradient times output first",
-        "gemm_4bit_dequantizes": f"a 4-bit product of more than 512 rows, or of over {GEMM_4BIT_FUSED_MAX_M} in any "
-        "case, dequantizes the whole weight into 16 bit",
+        "gemm_4bit_dequantizes": f"a 4-bit product of more than {GEMM_4BIT_FUSED_ROWS} rows, "
+        "dequantizes the whole weight into 16 bit",
         "int8_kernels": "an 8-bit product keeps an int32 result and, for bf16, an fp16 one beside its output",
         "blas_workspaces": f"{cublas_handles()} cuBLAS handles hold {workspace:,} bytes each",
         "host_scalars": "optimizer step counters and Python scalars stay in host memory",
@@ -133,9 +134,17 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-def program_class(capability: tuple[int, int]) -> tuple[object, ...]:
-    """All that the rules of this module read of a capability: cards of one class run the same program."""
-    return capability >= (8, 0), cublas_workspace_bytes(capability)
+def program_class(arch: Architecture) -> Architecture:
+    """All that the rules of this module read of an architecture beside the size of the cuBLAS workspaces.
+
+    Cards of one class run the same program; `blas_bytes` says how much of its memory is theirs.
+    """
+    return replace(arch, capability=(8, 0) if arch.capability >= (8, 0) else (7, 0), num_sms=0)
+
+
+def blas_bytes(arch: Architecture) -> int:
+    """Bytes of all cuBLAS workspaces: there from the load on, so levels of one class differ by them alone."""
+    return cublas_handles() * cublas_workspace_bytes(arch.capability) if arch.blas_workspaces else 0
 
 
 def cublas_handles(*, trains: bool = True) -> int:
@@ -147,7 +156,7 @@ def cublas_handles(*, trains: bool = True) -> int:
 
 BLOCKSIZE_4BIT = 64
 NESTED_BLOCKSIZE = 256
-GEMM_4BIT_FUSED_MAX_M = 1536
+GEMM_4BIT_FUSED_ROWS = 512
 
 
 def absmax_blocks(elements: int) -> int:
@@ -188,11 +197,7 @@ def gemm_4bit_dequantizes(m: int, n: int, k: int, *, compute_bytes: int, arch: A
     small weights with k < n/2 on sm80 go further); taken here as fused up to 512. The backward dequantizes in any
     case, so this moves a step's peak only where the forward holds it.
     """
-    if m > GEMM_4BIT_FUSED_MAX_M or k % BLOCKSIZE_4BIT:
-        return True
-    if m <= 4:
-        return False
-    return m > 512
+    return bool(k % BLOCKSIZE_4BIT) or m > GEMM_4BIT_FUSED_ROWS
 
 
 def int8_matmul_temporaries(outputs: int, dtype: str) -> tuple[tuple[str, int], ...]:

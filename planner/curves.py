@@ -8,13 +8,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from planner import timing
-from planner.calibration import Coefficients, priors
 from planner.errors import InvalidInput
-from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import Prediction, architecture, predict
 from planner.step import program
-from planner.training import TrainingSpec
 
 POINTS = 16
 """Lengths at which a full batch is predicted; smaller batches and memory take fewer."""
@@ -67,28 +64,30 @@ def grid(shortest: int, longest: int, points: int) -> list[int]:
 class StepCost:
     """Seconds of micro batches of any size and length, of the optimizer step around them, and their memory.
 
+    `prediction` is of the longest batch; its coefficients and context serve for all lengths.
+
     Raises:
         InvalidInput: the card's rates are not known.
     """
 
-    def __init__(
-        self, model: ModelSpec, training: TrainingSpec, gpu: Gpu, shortest: int, longest: int,
-        coefficients: Coefficients | None = None,
-    ) -> None:  # fmt: skip
-        if not timing.predictable(gpu):
-            raise InvalidInput(f"no source states the rates of {gpu.name}: no time can be predicted; name another card")
-        self.model, self.training, self.gpu = model, training, gpu
-        self.shortest, self.longest = max(1, shortest), longest
-        self.coefficients = coefficients or priors(gpu)
-        whole = self._time(training.micro_batch_size, longest)
-        self.step_s = whole.optimizer_s + whole.overhead_s
+    def __init__(self, prediction: Prediction, shortest: int) -> None:
+        gpu, time = prediction.gpu, prediction.time
+        if gpu is None or time is None:
+            name = gpu.name if gpu else "no card"
+            raise InvalidInput(f"no source states the rates of {name}: no time can be predicted; name another card")
+        if not isinstance(prediction.model, ModelSpec):
+            raise InvalidInput(f"{prediction.model.model_id} is known from a trace only: runs of it are not planned")
+        self.prediction, self.gpu, self.time = prediction, gpu, time
+        self.model, self.training = prediction.model, prediction.training
+        self.shortest, self.longest = max(1, shortest), prediction.training.seq_len
+        self.step_s = time.optimizer_s + time.overhead_s
         """Seconds of an optimizer step beside its micro batches."""
-        self.uncertainty = whole.step_s
+        device, reserved = prediction.device, prediction.reserved
+        self.context = (
+            device.low - reserved.low, device.expected - reserved.expected, device.high - reserved.high,
+        )  # fmt: skip
         self._curves: dict[int, Curve] = {}
-        self._memory = Curve(
-            grid(self.shortest, longest, FEW_POINTS), lambda length: (float(self._predicted(length).device.expected),)
-        )
-        self.prediction = self._predicted(longest)
+        self._memory = Curve(grid(self.shortest, self.longest, FEW_POINTS), self._device_bytes)
 
     def micro_s(self, rows: int, length: int) -> float:
         """Seconds of a micro batch, forward and backward; 0 for no tokens."""
@@ -104,7 +103,7 @@ class StepCost:
 
     def spread(self) -> tuple[float, float]:
         """Low and high end of predicted seconds, as factors on the expected ones."""
-        s = self.uncertainty
+        s = self.time.step_s
         return s.low / s.expected, s.high / s.expected
 
     def _curve(self, rows: int) -> Curve:
@@ -122,7 +121,11 @@ class StepCost:
     def _time(self, rows: int, length: int) -> timing.StepTime:
         training = replace(self.training, micro_batch_size=rows, seq_len=length)
         run = program.run(self.model, training, architecture(self.gpu, training))
-        return timing.step_time(run.record, training, self.gpu, self.coefficients)
+        return timing.step_time(run.record, training, self.gpu, self.time.coefficients)
 
-    def _predicted(self, length: int) -> Prediction:
-        return predict(self.model, replace(self.training, seq_len=length), self.gpu, coefficients=self.coefficients)
+    def _device_bytes(self, length: int) -> tuple[float, ...]:
+        if length == self.longest:
+            return (float(self.prediction.device.expected),)
+        training = replace(self.training, seq_len=length)
+        found = predict(self.model, training, self.gpu, coefficients=self.time.coefficients, context_bytes=self.context)
+        return (float(found.device.expected),)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner import cost
 from planner.curves import StepCost
 from planner.dataset.batches import Batching, Padding, longest_batch, seen_lengths
 from planner.dataset.lengths import Lengths
 from planner.dataset.scan import Scan
 from planner.errors import InvalidInput
-from planner.hardware import Gpu
-from planner.model import ModelSpec
+from planner.predict import Prediction
 from planner.records import record
 from planner.simulate import Plan, Totals, closed_form
 from planner.timing import Seconds
-from planner.training import TrainingSpec
 
 
 @record
@@ -59,18 +59,16 @@ def needs_mask(run: DataRun) -> bool:
 
 
 def planned(
-    run: DataRun, model: ModelSpec, training: TrainingSpec, gpu: Gpu, *, epochs: float, price: cost.Price | None
+    run: DataRun, prediction: Prediction, *, epochs: float, price: cost.Price | None
 ) -> tuple[DataRun, cost.RunPlan]:
     """Return the run with its totals, and its plan in hours and USD.
 
-    `training.seq_len` is the longest batch. Pauses for checkpoints and evaluations are not counted here.
+    `prediction` is of the longest batch. Pauses for checkpoints and evaluations are not counted here.
 
     Raises:
         InvalidInput: the card's rates are not known.
     """
-    from dataclasses import replace
-
-    step = StepCost(model, training, gpu, run.seen.shortest, run.longest)
+    step, training = StepCost(prediction, run.seen.shortest), prediction.training
     plan = Plan(
         lengths=run.found.lengths, batching=run.batching, accumulation=training.gradient_accumulation_steps,
         epochs=epochs, save_steps=0, usd_per_hour=price.usd_per_hour if price else 0.0,
@@ -86,9 +84,16 @@ def planned(
         hours=span,
         price=price,
         usd=_times(span, price.usd_per_hour) if price else None,
-        energy_kwh=gpu.tdp_w * hours / 1000 if gpu.tdp_w else None,
+        energy_kwh=step.gpu.tdp_w * hours / 1000 if step.gpu.tdp_w else None,
     )
     return replace(run, totals=totals, epochs=epochs), made
+
+
+def hours_on(run: DataRun, prediction: Prediction, epochs: float) -> float:
+    """Hours of the whole run where `prediction` (of its longest batch) says how fast the card is."""
+    done, _ = planned(run, prediction, epochs=epochs, price=None)
+    assert done.totals is not None
+    return done.totals.train_s / 3600
 
 
 def _times(value: Seconds, by: float) -> Seconds:

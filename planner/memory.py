@@ -54,7 +54,7 @@ _BY_OP = {
 
 @record
 class Moment:
-    """A place in the step: its phase and the decoder layer (-1: outside the layers; index in the emulated stack)."""
+    """A place in the step: its phase and the decoder layer (-1: outside the layers)."""
 
     phase: str
     layer: int
@@ -110,7 +110,8 @@ def peak_bytes(record: Record, block: int = BLOCK) -> int:
 def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: int = BLOCK) -> MemoryBreakdown:
     """Walk one configuration: its peak, moment and ledger.
 
-    `layer_names` maps emulated layers to real ones for the moment's label; block=1 counts requested bytes.
+    `layer_names` maps units of the record to the model's layers for the moment's label (program.Program.layer_names);
+    block=1 counts requested bytes.
     """
     level = peak = static = 0
     best: tuple[Segment, int, int, int] | None = None  # segment, event position, repetitions before it, its level
@@ -132,11 +133,12 @@ def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: 
             static = level
     assert best is not None
     segment, position, repetitions, _ = best
-    names = layer_names or {}
+    storage = record.events[position][0]
+    sublayer = record.sublayer_of[storage] if segment.layer >= 0 else 0
     moment = Moment(
         phase=segment.phase,
-        layer=names.get(segment.layer, segment.layer),
-        op=record.ops[record.events[position][0]],
+        layer=(layer_names or {}).get(segment.layer, segment.layer) + sublayer,
+        op=record.ops[storage],
     )
     ledger = _ledger(record, segment, position, repetitions, block)
     return MemoryBreakdown(

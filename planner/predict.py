@@ -76,6 +76,20 @@ class Prediction:
         """Memory the process may use on the card, its context included; 0 without a GPU."""
         return self.gpu.free_bytes if self.gpu else 0
 
+    def _repr_html_(self) -> str:
+        """A table for a notebook."""
+        import html
+
+        rows: list[tuple[str, str]] = [("verdict", self.verdict or "no card named")]
+        for name in ("allocated", "reserved", "device"):
+            value: Range = getattr(self, name)
+            text = f"{value.expected / GiB:,.2f} GiB ({value.low / GiB:,.2f} to {value.high / GiB:,.2f})"
+            rows.append((name, text))
+        if self.step_s is not None:
+            rows.append(("step", f"{self.step_s.expected:,.3f} s ({self.step_s.low:,.3f} to {self.step_s.high:,.3f})"))
+        body = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
+        return f"<table><caption>{html.escape(self.model.model_id)}</caption><tbody>{body}</tbody></table>"
+
     @property
     def headroom_bytes(self) -> int:
         """Capacity minus the expected device memory (negative: missing)."""
@@ -115,9 +129,7 @@ def predict(
         PlannerError: for settings that exclude each other or that the model does not have.
     """
     run = program.run(model, training, architecture(gpu, training))
-    real = sequence.real_layers(run.record)
-    names = {layer: numbers[-1] for layer, numbers in real.items()}
-    breakdown = memory.breakdown(run.record, names)
+    breakdown = memory.breakdown(run.record, run.layer_names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
     if gpu is not None and gpu.vendor == CPU:

@@ -130,6 +130,6 @@ def warnings(steps: Steps, schedule: Schedule, batch: int, accumulation: int) ->
     reached = schedule.peak_reached
     if reached < schedule.peak * 0.999:
         yield (
-            f"the learning rate peaks at {reached:.3g}, {reached / schedule.peak * 100:.0f} % of the {schedule.peak:.3g} "
-            f"asked for; warm up for fewer than {total:,} steps"
+            f"the learning rate peaks at {reached:.3g}, {reached / schedule.peak * 100:.0f} % of the "
+            f"{schedule.peak:.3g} asked for; warm up for fewer than {total:,} steps"
         )

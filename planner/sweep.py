@@ -7,13 +7,15 @@ checkpointing, ...) is an evaluation of its own. The program runs once per struc
 
 from __future__ import annotations
 
+import html
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from planner import cuda_rules
 from planner.calibration import Coefficients, priors
-from planner.errors import InvalidInput, MissingDependency
+from planner.errors import InvalidInput, MissingDependency, unknown
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import (
@@ -29,7 +31,7 @@ from planner.step import program
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Mixed
 from planner.sweep_memory import Levels
-from planner.sweep_time import CardRates, Clock, signature
+from planner.sweep_time import CardRates, Clock, kernel_groups, signature
 from planner.timing import predictable
 from planner.training import TrainingSpec
 
@@ -67,6 +69,14 @@ class Axes:
 NUMBERS = ("micro_batch_size", "seq_len", "r", "gradient_accumulation_steps")
 
 
+def number_of(training: TrainingSpec, key: str) -> int:
+    """The value that a number has in `training` (rank 1 where there is no adapter)."""
+    if key == "r":
+        return training.lora.r if training.lora is not None else 1
+    value: int = getattr(training, key)
+    return value
+
+
 class Cells(NamedTuple):
     """One choice of settings over all cells: arrays [cards, micro batch, length, rank, accumulation]."""
 
@@ -81,6 +91,8 @@ class Cells(NamedTuple):
     """Seconds of an optimizer step; nan where the card's rates are not known."""
     step_spread: Any
     """Half of the 90 % interval over step_s: low = step_s / (1 + spread), high = step_s * (1 + spread)."""
+    runs: int = 0
+    """Program runs it took."""
 
 
 VERDICTS: tuple[Verdict, ...] = ("fits", "too close to call", "does not fit")
@@ -153,12 +165,16 @@ def at_place(training: TrainingSpec, axes: Axes, place: Sequence[int]) -> Traini
     )
 
 
-def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
+Context = tuple[int, int, int]
+"""Device memory beyond reserved: low, expected and high bytes."""
+
+
+def judge(model: ModelSpec, cells: Cells, surplus: Surplus, contexts: Mapping[str, Context] | None = None) -> Judged:
     """Estimate reserved and device memory from the surplus, and say what fits.
 
     The allocator is not replayed in every cell. What is allocated is exact, so "does not fit" is `predict`'s verdict.
     "fits" also wants room for the whole expected cache, which `predict` lets shrink: where only that is missing, this
-    says "too close to call" and `predict` may say "fits".
+    says "too close to call" and `predict` may say "fits". `contexts`: measured, by GPU id; else assumed.
     """
     import numpy as np
 
@@ -174,8 +190,10 @@ def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
     verdict = np.where((low > rooms[0]) | (peak > rooms[1]), 2, verdict).astype(np.int8)
     reserved = np.where(peak <= rooms[1], np.minimum(expected, rooms[1]), expected)  # the cache cannot outgrow it
     high = np.where(most <= rooms[1], np.maximum(reserved, np.minimum(high, rooms[2])), high)
-    device = reserved + CONTEXT_BYTES[1]
-    return Judged(reserved, low + CONTEXT_BYTES[0], device, high + CONTEXT_BYTES[2], free - device, verdict, surplus)
+    known = [(contexts or {}).get(card.gpu_id, CONTEXT_BYTES) for card in cells.cards]
+    beyond = [np.array([each[i] for each in known]).reshape(-1, 1, 1, 1, 1) for i in range(3)]
+    device = reserved + beyond[1]
+    return Judged(reserved, low + beyond[0], device, high + beyond[2], free - device, verdict, surplus)
 
 
 def require_numpy() -> Any:
@@ -225,32 +243,41 @@ class Sweeper:
         classes: dict[Any, list[int]] = {}
         for number, card in enumerate(cards):
             arch = architecture(card, training)
-            classes.setdefault(cuda_rules.program_class(arch.capability), []).append(number)
-        for numbers in classes.values():
-            self._fill(made, numbers)
+            classes.setdefault(cuda_rules.program_class(arch), []).append(number)
+        runs = sum(self._fill(made, numbers) for numbers in classes.values())
         full = (len(cards), *axes.shape)
         return made._replace(
             allocated_bytes=made.allocated_bytes.reshape(full),
             static_bytes=made.static_bytes.reshape(full),
             step_s=made.step_s.reshape(full),
             step_spread=made.step_spread.reshape(full),
+            runs=runs,
         )
 
-    def _fill(self, made: Cells, numbers: Sequence[int]) -> None:
-        """Evaluate cards that run the same program. Accumulating keeps gradients, so it is another program."""
+    def _fill(self, made: Cells, numbers: Sequence[int]) -> int:
+        """Evaluate cards that run the same program; return how often it ran.
+
+        Accumulating keeps gradients, so it is another program.
+        """
+        runs = 0
         np, grid = self.np, self.grid
         steps = np.array(self.axes.gradient_accumulation_steps)
         for some in (np.flatnonzero(steps == 1), np.flatnonzero(steps > 1)):
             if not len(some):
                 continue
             training = self._symbolic(made.training, int(steps[some[0]]))
-            arch = architecture(made.cards[numbers[0]], made.training)
+            archs = [architecture(made.cards[number], made.training) for number in numbers]
+            arch = archs[0]
+            blas = np.array([cuda_rules.blas_bytes(other) for other in archs]).reshape(-1, 1, 1, 1)
+            more = blas - cuda_rules.blas_bytes(arch)
             for run in self._structures(training, arch):
                 levels = Levels(run, grid)
                 where = np.ix_(numbers, grid.active_pairs, grid.active_ranks, some)
-                made.allocated_bytes[where] = levels.peak()[None, :, :, None]
-                made.static_bytes[where] = levels.static_bytes()[None, :, :, None]
+                made.allocated_bytes[where] = levels.peak()[None, :, :, None] + more
+                made.static_bytes[where] = levels.static_bytes()[None, :, :, None] + more
                 self._fill_times(made, numbers, run, training, some)
+                runs += 1
+        return runs
 
     def _symbolic(self, training: TrainingSpec, steps: int) -> TrainingSpec:
         grid: Any = self.grid
@@ -281,8 +308,9 @@ class Sweeper:
             if predictable(card):
                 kinds.setdefault(signature(card, self._coefficients(card), training), []).append(number)
         steps = np.array(self.axes.gradient_accumulation_steps)[some]
+        groups = kernel_groups(run) if kinds else []
         for members in kinds.values():
-            whole = self._clock(made, members, training).step(run, training, steps)
+            whole = self._clock(made, members, training).step(groups, training, steps)
             where = np.ix_(members, grid.active_pairs, grid.active_ranks, some)
             made.step_s[where] = whole.total
             made.step_spread[where] = whole.spread
@@ -311,3 +339,99 @@ def _parted(holds: Any, pairs: Any, ranks: Any) -> list[tuple[Any, Any]]:
         inside = holds[0, ranks]
         return [(pairs, ranks[inside]), (pairs, ranks[~inside])]
     return [(pairs, ranks[number : number + 1]) for number in range(len(ranks))]
+
+
+class SweepResult(NamedTuple):
+    """Every combination of a sweep: one `Cells` and its `Judged` per choice of settings."""
+
+    choices: tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]
+    """Names of the settings that were chosen, and the values of each evaluation."""
+    cells: tuple[Cells, ...]
+    judged: tuple[Judged, ...]
+
+    def columns(self) -> dict[str, Any]:
+        """One flat array per column: cards, settings, numbers, verdict, bytes, seconds."""
+        np = require_numpy()
+        names, values = self.choices
+        parts: dict[str, list[Any]] = {}
+        for chosen, cells, judged in zip(values, self.cells, self.judged, strict=True):
+            shape = cells.allocated_bytes.shape
+            gpus = np.array([card.gpu_id for card in cells.cards], dtype=object).reshape(-1, 1, 1, 1, 1)
+            columns = {"gpu": gpus, **{n: np.array(v, dtype=object) for n, v in zip(names, chosen, strict=True)}}
+            for place, key in enumerate(NUMBERS, start=1):
+                columns[key] = np.array(getattr(cells.axes, key)).reshape([-1 if p == place else 1 for p in range(5)])
+            tokens = columns["micro_batch_size"] * columns["seq_len"] * columns["gradient_accumulation_steps"]
+            columns |= {
+                "verdict": np.array(VERDICTS, dtype=object)[judged.verdict],
+                "allocated_bytes": cells.allocated_bytes,
+                "device_low_bytes": judged.device_low_bytes,
+                "device_bytes": judged.device_bytes,
+                "device_high_bytes": judged.device_high_bytes,
+                "step_s": cells.step_s,
+                "tokens_per_s": tokens / cells.step_s,
+            }
+            for name, array in columns.items():
+                parts.setdefault(name, []).append(np.broadcast_to(array, shape).ravel())
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame.
+
+        Raises:
+            MissingDependency: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingDependency("to_frame needs pandas; pip install pandas") from error
+        return pd.DataFrame(self.columns())
+
+    def _repr_html_(self) -> str:
+        """The first rows, for a notebook."""
+        columns = self.columns()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        size = len(columns["verdict"])
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_shown(name, a[n]))}</td>" for name, a in columns.items()) + "</tr>"
+            for n in range(min(size, SHOWN_ROWS))
+        )
+        more = f"<p>{size - SHOWN_ROWS:,} more rows</p>" if size > SHOWN_ROWS else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
+
+
+SHOWN_ROWS = 20
+
+
+def _shown(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:,.2f} GiB"
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def sweep(
+    model: ModelSpec,
+    training: TrainingSpec,
+    gpus: Gpu | Sequence[Gpu],
+    axes: Mapping[str, Sequence[Any]],
+    coefficients: Mapping[str, Coefficients] | None = None,
+) -> SweepResult:
+    """Evaluate every combination of `axes`: numbers (NUMBERS) and any other field of TrainingSpec.
+
+    Raises:
+        PlannerError: an unknown field, or settings that exclude each other.
+    """
+    cards = (gpus,) if isinstance(gpus, Gpu) else tuple(gpus)
+    numbers = {key: tuple(axes[key]) if key in axes else (number_of(training, key),) for key in NUMBERS}
+    names = tuple(key for key in axes if key not in NUMBERS)
+    known = [item.name for item in fields(TrainingSpec)]
+    for name in names:
+        if name not in known:
+            raise unknown("setting", name, [*NUMBERS, *known])
+    sweeper = Sweeper(model, Axes(**numbers), coefficients)
+    values = tuple(itertools.product(*(axes[name] for name in names)))
+    cells = []
+    for chosen in values:
+        changes: dict[str, Any] = dict(zip(names, chosen, strict=True))
+        cells.append(sweeper.cells(replace(training, **changes), cards))
+    judged = [judge(model, each, replayed_surplus(model, each)) for each in cells]
+    return SweepResult((names, values), tuple(cells), tuple(judged))

@@ -12,7 +12,7 @@ from typing import Any
 from planner.errors import InvalidInput
 from planner.memory import BLOCK
 from planner.step.engine import Record
-from planner.step.polynomials import Grid, Monomial, Polynomial, terms_of
+from planner.step.polynomials import Grid, Monomial, terms_of
 
 EXACT = 2**53
 """Whole numbers up to here are exact in float64, in any order of additions."""
@@ -74,10 +74,9 @@ class Levels:
             if number is not None:
                 changes.append(-number)
                 continue
-            key = size.number if isinstance(size, Polynomial) else (size,)
-            number = numbers.get(key)
+            number = numbers.get(size)
             if number is None:
-                number = numbers[key] = len(sizes) + 1
+                number = numbers[size] = len(sizes) + 1
                 blocks = dict(terms_of(-(-size // BLOCK) * BLOCK))
                 for monomial in blocks:
                     self.columns.setdefault(monomial, len(self.columns))
@@ -111,13 +110,14 @@ class Levels:
             raise InvalidInput("the memory of this sweep passes 2**53 bytes; shorten the rows or the batches")
         rows = rows[most >= least.max()]
         middle = (self.low + self.high) / 2
-        kept: Any = np.empty((0, rows.shape[1]))
-        for row in rows[np.argsort(-(rows @ middle))]:
-            excess = kept - row
+        rows = rows[np.argsort(-(rows @ middle))]
+        kept = []
+        while len(rows):
+            kept.append(rows[0])
+            excess = rows[0] - rows[1:]
             always = np.maximum(excess, 0) @ self.low + np.minimum(excess, 0) @ self.high
-            if not (always >= 0).any():
-                kept = np.vstack((kept, row))
-        return kept
+            rows = rows[1:][always < 0]
+        return np.stack(kept)
 
     # --- values -----------------------------------------------------------------------------------------------
 

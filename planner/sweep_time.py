@@ -21,10 +21,17 @@ MOST_ELEMENTS = 1 << 20
 """Elements of one stack of prices: its temporaries then stay in the cache or at least small."""
 
 
-class Errors(NamedTuple):
-    """Relative standard error of a coefficient, per card."""
+class Error(NamedTuple):
+    """Relative standard error of a coefficient, per card, and where the coefficient is from."""
 
     relative_error: Any
+    origin: str
+
+
+class Errors(dict[str, Error]):
+    """By coefficient; `formula_error` as `planner.calibration.Coefficients` has it, per card."""
+
+    formula_error: Any = None
 
 
 class CardRates(Rates):
@@ -38,11 +45,14 @@ class CardRates(Rates):
         self.multiprocessors = self._stacked([rates.multiprocessors for rates in self.each])
         self.bytes_per_s = self._stacked([rates.bytes_per_s for rates in self.each])
         self.dequantize_bytes_per_s = self._stacked([rates.dequantize_bytes_per_s for rates in self.each])
-        self.splits = first.splits
         self._tiles = self._tile_rates()
         self.products: dict[str, Any] = {}
         names = cards[0][1]
-        self.errors = {n: Errors(self._stacked([c[n].relative_error for _, c in cards])) for n in names}
+        self.errors = Errors(
+            {n: Error(self._stacked([c[n].relative_error for _, c in cards]), names[n].origin) for n in names}
+        )
+        if names.formula_error is not None:
+            self.errors.formula_error = self._stacked([c.formula_error or 0.0 for _, c in cards])
 
     @staticmethod
     def _stacked(values: Sequence[float]) -> Any:
@@ -66,31 +76,32 @@ def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> t
     rates = Rates(gpu, coefficients, training)
     return (
         gpu.synchronous,
+        coefficients.formula_error is None,
+        tuple(name for name, item in coefficients.items() if item.origin == "fitted"),
         rates.capability >= (9, 0),
         *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")),
     )
 
 
-class _Group:
+class Group:
     """Kernels of one part of the step that are priced together."""
 
-    __slots__ = ("bytes", "calls", "count", "kernel", "part", "times")
+    __slots__ = ("bytes", "calls", "count", "kernel", "one_by_one", "part")
 
-    def __init__(self, part: str, kernel: Kernel) -> None:
+    def __init__(self, part: str, kernel: Kernel, one_by_one: bool) -> None:
         self.part = part
         self.kernel = kernel
-        self.times = 0
-        """How often the one kernel runs (matrix products and attention)."""
+        self.one_by_one = one_by_one
+        """Whether all are the same kernel, whose price is not proportional to its bytes (products, attention)."""
         self.bytes: dict[Monomial, Number] = {}
         self.count: dict[Monomial, Number] = {}
         self.calls = 0
 
     def add(self, kernel: Kernel, times: int) -> None:
         """Count a kernel that runs `times` times."""
-        self.times += times
         self.calls += times
         _add_terms(self.count, kernel.count, times)
-        if kernel.shape is None:
+        if not self.one_by_one:
             _add_terms(self.bytes, kernel.bytes, times)
 
 
@@ -131,9 +142,8 @@ class Clock:
         self.rates = rates
         self.known: dict[Any, Prices] = {}
 
-    def step(self, record: Record, training: TrainingSpec, accumulation: Any) -> WholeStep:
+    def step(self, groups: Sequence[Group], training: TrainingSpec, accumulation: Any) -> WholeStep:
         """One optimizer step in the active cells for each number of accumulated micro batches."""
-        groups = _groups(record)
         self._price_products([g.kernel for g in groups if g.kernel.shape is not None])
         sums = Sums(self.rates, training)
         sums.accumulation = accumulation.reshape(1, 1, 1, -1)
@@ -154,21 +164,18 @@ class Clock:
             sums.by_coefficient[name] = sums.by_coefficient.get(name, 0.0) + amount
         return sums.whole_step(self.rates.errors)
 
-    def _seconds(self, group: _Group) -> tuple[Any, Any, Any]:
+    def _seconds(self, group: Group) -> tuple[Any, Any, Any]:
         """Seconds of a group in the active cells, its arithmetic share, and its launches."""
         count = self._sum(group.count)
         kernel = group.kernel
         if kernel.shape is not None:
             seconds, bound = (self._active(values) for values in self.known[_product_key(kernel)])
         else:
-            made = Kernel(
-                kernel.op, kernel.dtype, self._values(kernel.flops), self._sum(group.bytes), 0.0, 0, None, False
-            )
-            if kernel.op.startswith(("flash", "efficient")):  # not proportional to its bytes: priced one by one
-                made.bytes = self._values(kernel.bytes)
+            moved = self._values(kernel.bytes) if group.one_by_one else self._sum(group.bytes)
+            made = Kernel(kernel.op, kernel.dtype, self._values(kernel.flops), moved, 0.0, 0, None, False)
             price = self.rates.price(made, self._values(self.grid.length))
             seconds, bound = self.grid.np.maximum(price.compute, price.memory), 0.0
-        times = group.times if _one_by_one(kernel) else 1
+        times = group.calls if group.one_by_one else 1
         latency = self.rates.c["kernel_latency"] * count * self.rates.latency_share(kernel)
         return seconds * times + latency, bound, count * self.rates.launched(kernel)
 
@@ -230,29 +237,26 @@ def _key(size: Any) -> Any:
     return size.number if isinstance(size, Polynomial) else (size,)
 
 
-def _one_by_one(kernel: Kernel) -> bool:
-    return kernel.shape is not None or kernel.op.startswith(("flash", "efficient"))
-
-
-def _groups(record: Record) -> list[_Group]:
+def kernel_groups(record: Record) -> list[Group]:
     """The kernels of the step by what they are priced by."""
-    groups: dict[Any, _Group] = {}
-    parts: dict[tuple[int, bool], str | None] = {}
+    counted: dict[Any, int] = {}
+    some: dict[Any, Kernel] = {}
     for kernel in record.kernels:
-        place = (kernel.segment, kernel.recomputed)
-        if place not in parts:
-            parts[place] = part_of(record.segments[kernel.segment].phase, kernel.recomputed)
-        part = parts[place]
+        key = (
+            kernel.segment, kernel.recomputed, kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops,
+            kernel.count,
+        )  # fmt: skip
+        counted[key] = counted.get(key, 0) + 1
+        some[key] = kernel
+    groups: dict[Any, Group] = {}
+    for key, number in counted.items():
+        kernel, segment = some[key], record.segments[key[0]]
+        part = part_of(segment.phase, kernel.recomputed)
         if part is None:
             continue
-        if kernel.shape is not None:
-            key: Any = (part, kernel.op, _product_key(kernel))
-        elif _one_by_one(kernel):
-            key = (part, kernel.op, kernel.dtype, _key(kernel.flops), _key(kernel.bytes))
-        else:
-            key = (part, kernel.op)
-        group = groups.get(key)
-        if group is None:
-            group = groups[key] = _Group(part, kernel)
-        group.add(kernel, record.segments[kernel.segment].repeat)
+        one_by_one = kernel.shape is not None or kernel.op.startswith(("flash", "efficient"))
+        place = (part, kernel.op, *(key[3:] if one_by_one else ()))
+        if place not in groups:
+            groups[place] = Group(part, kernel, one_by_one)
+        groups[place].add(kernel, number * segment.repeat)
     return list(groups.values())

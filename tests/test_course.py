@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from planner import adapter, catalog, families, rivals
+from planner.errors import InvalidInput
+from planner.headers import read_gguf
 from planner.model import ModelSpec
 from planner.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
@@ -182,3 +187,73 @@ def test_adapters_larger_than_what_they_adapt_are_warned_about() -> None:
     (note,) = facts("openai-community/gpt2", r=1024, targets=("c_attn",)).warnings
     assert "rank 1024 is too high for 768 x 2304" in note
     assert json.dumps(note)
+
+
+# --- the rest of the fixtures: 9, 10, 11, 12, 18 and 21 are in test_simulate.py, 14 in test_dataset.py, 15, 16, 17 and
+# 19 in test_exports.py
+
+
+def test_fixture_13_broken_gguf_files(tmp_path: Path) -> None:
+    damaged = {
+        "empty": b"",
+        "magic": b"PK\x03\x04" + bytes(60),
+        "version": b"GGUF" + struct.pack("<IQQ", 1, 0, 0) + bytes(60),
+        "string": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 900) + b"general.arch",
+    }
+    messages = set()
+    for name, data in damaged.items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(data)
+        with pytest.raises(InvalidInput) as found:
+            read_gguf(str(path))
+        messages.add(str(found.value).replace(str(path), "FILE"))
+        assert "\n" not in str(found.value)
+    assert len(messages) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-7B", LLAMA2_7B, "mistralai/Mistral-7B-v0.1", LLAMA2_70B]
+)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_fixture_22_qlora_needs_less_than_lora_less_than_full(name: str, double_quant: bool) -> None:
+    """Same batch and length, models of 1B and more."""
+    spec, lora = model(name), LoraSpec(r=8, target_modules=QKVO)
+    quantized = QuantizationSpec(kind="nf4", double_quant=double_quant)
+    shape = {"micro_batch_size": 1, "seq_len": 512}
+    peaks = [
+        predict(spec, training).allocated.expected
+        for training in (
+            TrainingSpec(method="qlora", lora=lora, quantization=quantized, **shape),
+            TrainingSpec(method="lora", lora=lora, **shape),
+            TrainingSpec(method="full", **shape),
+        )
+    ]
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["micro_batch_size", "seq_len", "r", "vocab_size"]),
+    st.integers(1, 4),
+    st.integers(16, 600),
+    st.integers(1, 64),
+    st.sampled_from(["lora", "qlora"]),
+)
+def test_fixture_24_memory_never_falls_with_size(what: str, batch: int, length: int, rank: int, method: str) -> None:
+    """Live memory against batch, length, rank and vocabulary, each doubled alone."""
+    record = catalog.model_record("Qwen/Qwen2.5-0.5B")
+    assert record is not None
+    sizes = {"micro_batch_size": batch, "seq_len": length, "r": rank, "vocab_size": 32_000}
+    peaks = []
+    for changed in (sizes, {**sizes, what: 2 * sizes[what]}):
+        spec = families.build_spec({**record.config, "vocab_size": changed["vocab_size"]}, model_id="sized")
+        base = QuantizationSpec(kind="nf4") if method == "qlora" else QuantizationSpec()
+        training = TrainingSpec(
+            method=method,  # type: ignore[arg-type]
+            lora=LoraSpec(r=changed["r"]),
+            quantization=base,
+            micro_batch_size=changed["micro_batch_size"],
+            seq_len=changed["seq_len"],
+        )
+        peaks.append(predict(spec, training).allocated.expected)
+    assert peaks[0] <= peaks[1]

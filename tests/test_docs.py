@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import atexit
 import doctest
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache as cache_once
 from pathlib import Path
 
 import click
@@ -20,8 +24,17 @@ from planner.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+RELEASE = re.compile(r"\b(torch|transformers|peft|bitsandbytes|accelerate) [\d.]+")
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PYCON = re.compile(r"^```pycon\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@cache_once
+def cache() -> str:
+    """A cache folder for this run of the tests: a trace shown twice is made once, and none comes from before."""
+    folder = tempfile.mkdtemp(prefix="loraplan-docs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def loraplan(line: str) -> tuple[int, str]:
@@ -34,6 +47,8 @@ def loraplan(line: str) -> tuple[int, str]:
         "COLUMNS": "100",
         "PYTHONIOENCODING": "utf-8",
         "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": cache(),
+        "LORAPLAN_DATA": cache(),
     }
     done = subprocess.run(
         [sys.executable, "-m", "planner.cli.main", *words],
@@ -43,7 +58,7 @@ def loraplan(line: str) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         check=False,
-        timeout=120,
+        timeout=300,
     )
     return done.returncode, done.stdout
 
@@ -59,6 +74,11 @@ def tidy(output: str) -> str:
     return "\n".join(line.rstrip() for line in output.rstrip().splitlines()) + "\n"
 
 
+def any_release(output: str) -> str:
+    """Tidy output in which every release of a traced library is the same: the numbers follow the installed ones."""
+    return RELEASE.sub(r"\1 0", tidy(output))
+
+
 def commands() -> list[tuple[str, str]]:
     text = README.read_text(encoding="utf-8")
     return [pair for block in CONSOLE.findall(text) for pair in sessions(block)]
@@ -68,7 +88,7 @@ def commands() -> list[tuple[str, str]]:
 def test_the_readme_shows_what_is_printed(command: str, shown: str) -> None:
     code, output = loraplan(command)
     assert code in (0, 1), output
-    assert tidy(output) == tidy(shown), "run: python tests/test_docs.py"
+    assert any_release(output) == any_release(shown), "run: python tests/test_docs.py"
 
 
 def test_the_readme_python_runs() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("units", "cuda_rules", "config_values"),
-    ("model", "training", "hardware"),
+    ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),
     ("releases",),
     ("lora", "families", "stacks", "headers", "processor"),
@@ -27,9 +27,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("timing",),
     ("sweep_memory", "sweep_time"),
     ("predict", "cost"),
-    ("search", "validation", "traced", "sweep"),
-    ("calibration_files",),
-    ("sources", "importers"),
+    ("search", "validation", "traced", "sweep", "curves", "adapter"),
+    ("largest", "pick", "simulate", "rivals", "calibration_files"),
+    ("datarun", "labs"),
+    ("sources", "importers", "exporters"),
     ("lint",),
     ("report",),
     ("cli",),
@@ -38,13 +39,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LAZY = {
     "numpy": ("",),
-    "pyarrow": ("report",),
+    "pyarrow": ("report", "dataset"),
     "pandas": ("sweep",),
     "huggingface_hub": ("sources",),
     "yaml": ("cli", "importers"),
     "pynvml": ("cli", "local_gpu"),
     "calibrate": ("cli",),
     "matplotlib": ("report",),
+    "tokenizers": ("dataset",),
+    "jinja2": ("dataset",),
+    "orjson": ("dataset",),
 }
 """What is not in the standard library and may be imported inside a function, and where ("" is everywhere)."""
 

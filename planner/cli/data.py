@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -61,7 +62,7 @@ def data(
         split = 1.0
     found = read(source(paths, template, tokenizer, model))
     if show:
-        click.echo(found.example, nl=False)
+        click.echo(_for_terminal(found.example) if sys.stdout.isatty() else found.example, nl=False)
         return 1 if found.num_problems else 0
     answer = DataAnswer(found, limit, batch)
     if split is not None:
@@ -77,6 +78,13 @@ def data(
         data_plots.lengths(found, limit, plot)
     click.echo(render(answer, style), nl=False)
     return 1 if found.num_problems else 0
+
+
+def _for_terminal(text: str) -> str:
+    """The text with what would drive a terminal escaped; a pipe gets it byte for byte."""
+    from planner.errors import one_line
+
+    return "\n".join(one_line(line, len(line) * 10) for line in text.split("\n"))
 
 
 def source(paths: tuple[str, ...], template: str, tokenizer: str | None, model: str | None) -> Source:

@@ -60,9 +60,8 @@ def apply(wanted: dict[str, Any], model: ModelSpec, stack: str, given: dict[str,
     """
     if not wanted["data_files"]:
         return None
-    from planner import stacks
     from planner.cli.data import read
-    from planner.cli.plan import infer_method
+    from planner.cli.plan import configure
     from planner.datarun import needs_mask, on_data
     from planner.dataset.scan import Source
     from planner.dataset.templates import NAMES
@@ -72,13 +71,12 @@ def apply(wanted: dict[str, Any], model: ModelSpec, stack: str, given: dict[str,
     template = wanted["template"] or "auto"
     if template not in NAMES:
         raise unknown("template", template, NAMES)
-    resolved = stacks.resolve(stack, method=infer_method(given), given=given)
+    _, training = configure(model, stack, given, lenient=True)
     what = Source(
         paths=tuple(wanted["data_files"]), template=template, tokenizer=wanted["tokenizer"],
         family=family_of(model.model_type, model.vocab_size),
     )  # fmt: skip
-    batch = stacks.to_training_spec(resolved).micro_batch_size
-    run = on_data(read(what), batch, resolved["seq_len"], wanted["padding"] or "longest")
+    run = on_data(read(what), training.micro_batch_size, training.seq_len, wanted["padding"] or "longest")
     given["seq_len"] = run.longest
     if given.get("padded") is None and needs_mask(run):
         given["padded"] = True

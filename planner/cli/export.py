@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.data_options import data_options
+from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, Word, training_options
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ RUN = (
     "seed",
 )
 PLACE = ("accelerator", "num_accelerators", "cloud", "node_type", "name", "margin")
-CALL = ("register_to", "data_prep_cluster_id", "duration", "call_file")
+CALL = ("register_to", "data_prep_cluster_id", "duration")
 
 
 @click.command(cls=Sectioned)
 @click.argument("target", type=Word("target", TARGETS))
-@click.argument("model", required=False)
+@model_or_config()
 @click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
 @click.option(
     "--schedule", type=Word("schedule", ("cosine", "linear", "constant")), default="cosine", show_default=True,
@@ -56,12 +57,15 @@ CALL = ("register_to", "data_prep_cluster_id", "duration", "call_file")
 @click.option("--register-to", metavar="NAME", help="databricks-fm: catalog.schema[.model].")
 @click.option("--data-prep-cluster-id", metavar="ID", help="databricks-fm: cluster that reads a Delta table.")
 @click.option("--duration", metavar="TEXT", help="databricks-fm: for example 3ep.")
-@click.option("--call", "call_file", metavar="FILE", help="databricks-fm: check the arguments in this JSON file.")
+@click.option(
+    "--check-call", metavar="FILE", is_eager=True, expose_value=False, callback=lambda *a: _check_call(*a),
+    help="databricks-fm: check the arguments in this JSON file, and stop.",
+)  # fmt: skip
 @click.option("--part", metavar="NAME", help="Print this file of the export instead of the first.")
 @click.option("--write", "folder", metavar="FOLDER", help="Write all files of the export there.")
 @data_options
 @training_options
-def export(target: str, model: str | None, part: str | None, folder: str | None, **given: Any) -> int:
+def export(target: str, model: str, part: str | None, folder: str | None, **given: Any) -> int:
     """Write a planned run as a recipe that TARGET launches; what the target cannot say is told on stderr.
 
     TARGET is peft, trl, axolotl, llama-factory, entrenar, databricks-air, databricks-cluster or databricks-fm.
@@ -71,15 +75,13 @@ def export(target: str, model: str | None, part: str | None, folder: str | None,
       loraplan export peft Qwen/Qwen2.5-7B --gpu l4 --rank 16
       loraplan export axolotl meta-llama/Llama-3.1-8B --data ./train.jsonl --padding packed --write ./job
       loraplan export databricks-air meta-llama/Llama-3.1-8B --method lora
+      loraplan export peft --from axolotl.yml
 
     \b
     Exit codes: 0 written, 1 written but it does not fit or would be refused, 2 could not answer.
     """
     made = _export(target, model, given)
-    for note in made.notes:
-        click.echo(f"note: {note}", err=True)
-    for error in made.errors:
-        click.echo(f"problem: {error}", err=True)
+    _tell(made)
     if folder:
         _write(made, folder)
     else:
@@ -109,19 +111,9 @@ def _write(made: Export, folder: str) -> None:
         click.echo(path)
 
 
-def _export(target: str, model: str | None, given: dict[str, Any]) -> Export:
-    from planner.errors import Contradiction
-
+def _export(target: str, model: str, given: dict[str, Any]) -> Export:
     place = {name: given.pop(name) for name in PLACE}
     call = {name: given.pop(name) for name in CALL}
-    if call["call_file"] is not None:
-        if target != "databricks-fm":
-            raise Contradiction("--call is checked by target databricks-fm only; drop it")
-        from planner.exporters import databricks_fm
-
-        return databricks_fm.export(_read_call(call["call_file"]))
-    if model is None:
-        raise Contradiction("which model? name it after the target, for example loraplan export peft Qwen/Qwen2.5-7B")
     recipe, fits, tokens = _recipe(model, given)
     made = _made(target, recipe, place, call, tokens)
     if fits == "does not fit" and not target.startswith("databricks"):
@@ -160,37 +152,57 @@ def _made(target: str, recipe: Recipe, place: dict[str, Any], call: dict[str, An
 
 def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, str | None, float]:
     """The planned run, its verdict on the card that was named, and the tokens it trains on."""
-    from planner import stacks
-    from planner.cli.data_options import apply, take
-    from planner.cli.fits import card_of
-    from planner.cli.plan import configure, load_model, training_settings
+    from planner.cli.data_options import take
+    from planner.cli.fits import answer_of, card_of
     from planner.exporters.recipe import Recipe
-    from planner.predict import predict
-    from planner.report.answer import training_words
+    from planner.model import ModelSpec
+    from planner.report.answer import run_words
 
     run = {name: given.pop(name) for name in RUN}
     card = card_of(given.pop("gpu"), given.pop("vram"))
-    data = take(given)
-    stack = training_settings(given) or "custom"
-    loaded = load_model(model)
-    found = apply(data, loaded.spec, stack, given)
-    resolved, training = configure(loaded.spec, stack, given, card=card)
-    plan = predict(loaded.spec, training, card)
-    limit = found.batching.limit if found else resolved["seq_len"]
+    answer = answer_of(model, card, 0.0, given, False, data=take(given))
+    plan, found = answer.prediction, answer.data
+    assert isinstance(plan.model, ModelSpec), "exports are planned by loraplan's own program"
     more: dict[str, Any] = {}
     if found:
         more = {
-            "data": data["data_files"][0],
+            "data": found.found.source.paths[0],
             "data_shape": found.found.shapes[0][0],
             "template": found.found.template.name,
             "padding": found.batching.padding,
         }
-    words = training_words(loaded.spec.model_id.rpartition("/")[2], training)
+    words = run_words(answer)
     words += f"; device memory {plan.device.expected / 2**30:.2f} GiB ({plan.device.low / 2**30:.2f} to "
     words += f"{plan.device.high / 2**30:.2f})" + (f" on {card.name}: {plan.verdict}" if card else "")
-    recipe = Recipe(model_id=model, model=loaded.spec, training=training, limit=limit, plan_words=words, **run, **more)
-    tokens = found.seen.total * run["epochs"] if found else 0.0
-    return recipe, plan.verdict, tokens
+    recipe = Recipe(
+        model_id=model,
+        model=plan.model,
+        training=plan.training,
+        limit=found.batching.limit if found else plan.training.seq_len,
+        plan_words=words,
+        **run,
+        **more,
+    )
+    return recipe, plan.verdict, found.seen.total * run["epochs"] if found else 0.0
+
+
+def _check_call(context: click.Context, _: click.Parameter, path: str | None) -> None:
+    """Check a call that is already written, and stop: it needs no model and no plan."""
+    if path is None or context.resilient_parsing:
+        return
+    from planner.exporters import databricks_fm
+
+    made = databricks_fm.export(_read_call(path))
+    _tell(made)
+    click.echo(made.artifacts[0].text, nl=False)
+    context.exit(1 if made.errors else 0)
+
+
+def _tell(made: Export) -> None:
+    for note in made.notes:
+        click.echo(f"note: {note}", err=True)
+    for error in made.errors:
+        click.echo(f"problem: {error}", err=True)
 
 
 def _read_call(path: str) -> dict[str, Any]:

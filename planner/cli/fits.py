@@ -23,7 +23,6 @@ from planner.cli.options import (
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
-    from planner.importers import Job
     from planner.report.answer import Answer
     from planner.search import Change
 
@@ -31,7 +30,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 
 
 @click.command(cls=Sectioned)
-@model_or_config(many=True)
+@model_or_config(many=True, reports_gaps=True)
 @click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), local for this machine's, or cpu.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
@@ -123,7 +122,14 @@ def answer_of(
         PlannerError: the run cannot be planned.
     """
     from planner import calibration_files
-    from planner.cli.plan import configure, load_model, training_settings, with_stated_releases
+    from planner.cli.plan import (
+        configure,
+        file_notes,
+        load_model,
+        stack_origin,
+        training_settings,
+        with_stated_releases,
+    )
     from planner.predict import predict
     from planner.report.answer import Answer
 
@@ -146,9 +152,7 @@ def answer_of(
         run = apply(data, loaded.spec, stack or "custom", given)
     resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
     resolved = with_stated_releases(resolved, stated)
-    job: Job | None = given.get("job")
-    notes = loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
-    notes = (*(str(missing) for missing in job.missing), *notes) if job else notes
+    notes = file_notes(given) + loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
     chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
     prediction = predict(
         loaded.spec,
@@ -164,7 +168,7 @@ def answer_of(
         from planner.search import nearest_changes
 
         found = nearest_changes(prediction, catalog.gpus())
-    origin = job.stack_origin if job and stack == job.stack else "given" if stack else "loraplan default"
+    origin = stack_origin(given, stack)
     return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin, data=run)
 
 

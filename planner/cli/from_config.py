@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -23,18 +23,24 @@ CONFIG_ENDS = (".yml", ".yaml", ".py", ".ipynb")
 _OPTIONS = ("configs", "one_gpu", "allow_outside", "show_keys")
 
 
-def model_or_config(*, many: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def model_or_config(
+    *, many: bool = False, reports_gaps: bool = False, required: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the argument MODEL (which a config may name) and the options that read configs.
 
     Args:
         many: several config files in place of MODEL are a gate over all of them (`loraplan fits configs/*.yml`).
+        reports_gaps: the command prints what a config asks for and the estimate lacks (`plan.file_notes`) in its
+            answer; otherwise it is printed here, on stderr.
+        required: a run without a model is refused; otherwise the command gets None.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def run(model: Any, **rest: Any) -> Any:
             reading = {name: rest.pop(name) for name in _OPTIONS}
-            return _run(command, model if many else (model,) if model else (), reading, rest)
+            models = model if many else (model,) if model else ()
+            return _run(command, models, reading, rest, _Way(reports_gaps, required))
 
         argument = click.argument("model", nargs=-1) if many else click.argument("model", required=False)
         for option in reversed(_click_options()):
@@ -56,7 +62,20 @@ def _click_options() -> list[Callable[..., Any]]:
     ]  # fmt: skip
 
 
-def _run(command: Callable[..., Any], models: tuple[str, ...], reading: dict[str, Any], rest: dict[str, Any]) -> Any:
+class _Way(NamedTuple):
+    """What the command itself takes care of."""
+
+    reports_gaps: bool
+    required: bool
+
+
+def _run(
+    command: Callable[..., Any],
+    models: tuple[str, ...],
+    reading: dict[str, Any],
+    rest: dict[str, Any],
+    way: _Way,
+) -> Any:
     files = models if models and all(_is_config(name, len(models) > 1) for name in models) else ()
     if len(files) > 1 or (files and rest.get("style") == "github"):
         from planner.cli.gate import gate
@@ -76,9 +95,11 @@ def _run(command: Callable[..., Any], models: tuple[str, ...], reading: dict[str
         rest = with_job(job, rest)
         model = model or job.model
         click.echo(job.summary, err=True)
+        for gap in () if way.reports_gaps else job.missing:
+            click.echo(f"warning: {gap}", err=True)
     elif reading["show_keys"]:
         raise click.UsageError("--show-keys lists the keys of a config; give one with --from")
-    if model is None:
+    if model is None and way.required:
         raise click.UsageError("Missing argument 'MODEL' (no config names it)" if job else "Missing argument 'MODEL'")
     return command(model=model, **rest)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from planner.cli.from_config import job_of, with_job
 from planner.cli.options import COST
 from planner.errors import InvalidInput, PlannerError, one_line
 from planner.report.config_checks import Check, render
+
+if TYPE_CHECKING:
+    from planner.importers import Job
 
 MAX_FILES = 1_000
 
@@ -55,7 +58,7 @@ def _check(name: str, card: Any, margin: float, reading: Mapping[str, Any], opti
         answer = answer_of(job.model, card, margin, _training(rest), search=False)
     except (PlannerError, OSError) as error:
         return Check(name, error=one_line(" ".join(str(error).split()), 400))
-    return Check(name, answer=answer, line=_line(job.given.values()))
+    return Check(name, answer=answer, line=_line(job))
 
 
 def _training(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,6 +69,6 @@ def _training(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in keys | {"job"}}
 
 
-def _line(values: Iterable[Any]) -> int:
-    """Return the line to annotate: the first one that a setting was read from."""
-    return min((value.line for value in values if value.line), default=1)
+def _line(job: Job) -> int:
+    """Return the line to annotate: the model's, which the whole answer hangs on."""
+    return next((reading.model.line for reading in reversed(job.readings) if reading.model), 0) or 1

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from planner import cost, families, predict, sources, sweep
+from planner.calibration import Coefficients, Selection
 from planner.cli.options import TRAINING, flag_of
 from planner.cli.plan import configure, training_settings
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
@@ -59,6 +60,18 @@ class Run(NamedTuple):
 
     amount: cost.Amount
     prices: Mapping[str, cost.Price | None]
+    chosen: Mapping[str, Selection]
+    """The calibration of each card, or its priors."""
+
+    @property
+    def coefficients(self) -> dict[str, Coefficients]:
+        """Of the time model, by GPU id."""
+        return {name: item.coefficients for name, item in self.chosen.items()}
+
+    @property
+    def contexts(self) -> dict[str, sweep.Context]:
+        """Measured CUDA contexts, by GPU id."""
+        return {name: item.context_bytes for name, item in self.chosen.items() if item.context_bytes is not None}
 
 
 class Problems:
@@ -195,7 +208,7 @@ class Tabulator:
                 for combination in self._combinations(model):
                     axes = _axes(numbers, combination.training)
                     if not self.exact and axes not in sweepers:
-                        sweepers[axes] = sweep.Sweeper(model, axes)
+                        sweepers[axes] = sweep.Sweeper(model, axes, self.run.coefficients)
                     try:
                         yield from self._rows(name, combination, axes, sweepers.get(axes))
                     except PlannerError as error:
@@ -263,7 +276,7 @@ class Tabulator:
             surplus = (
                 sweep.replayed_surplus(some.model, cells) if self.replays else sweep.assumed_surplus(some.training)
             )
-            yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus))
+            yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus, self.run.contexts))
 
     def _constant(self, name: str, some: Combination) -> dict[str, Any]:
         return {"model": name, **{key: _plain(value) for key, value in some.choices.items()}}
@@ -321,7 +334,10 @@ class Tabulator:
 
     def predicted_row(self, model: ModelSpec, training: TrainingSpec, card: Gpu) -> dict[str, Any]:
         """The columns of one configuration."""
-        found = predict.predict(model, training, card)
+        chosen = self.run.chosen[card.gpu_id]
+        found = predict.predict(
+            model, training, card, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes
+        )
         time = found.time
         row: dict[str, Any] = {
             "gpu": card.gpu_id,
@@ -353,8 +369,7 @@ _UNSET = object()
 
 def _axes(numbers: Numbers, training: TrainingSpec) -> sweep.Axes:
     """The axes of a combination: what was not given is what its framework does."""
-    own = {key: getattr(training, key) for key in sweep.NUMBERS if key != "r"}
-    own["r"] = training.lora.r if training.lora is not None else 1
+    own = {key: sweep.number_of(training, key) for key in sweep.NUMBERS}
     without = ("r",) if training.lora is None else ()
     return sweep.Axes(
         **{key: (own[key],) if key in without or not values else tuple(values) for key, values in numbers.items()}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, Word, format_option, training_options
 
 if TYPE_CHECKING:
-    from planner.hardware import Gpu
     from planner.model import ModelSpec
-    from planner.report.lora_report import Rival
     from planner.training import TrainingSpec
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--lab", type=Word("lab", ("5.1", "5.2", "5.3")), help="Answer a lab of the course, as JSON.")
 @click.option("--data", "data_file", metavar="FILE", help="The lab's data (5.1, 5.3).")
 @click.option("--with", "rival", type=Word("other planner", ("entrenar",)), help="Its answer beside ours, and why.")
@@ -42,6 +41,7 @@ def lora(
     from planner import adapter, labs
     from planner.cli.fits import card_of
     from planner.cli.plan import configure, load_model, training_settings
+    from planner.cli.rival import entrenar
     from planner.errors import Contradiction
     from planner.report.lora_report import LoraAnswer, render
 
@@ -63,7 +63,7 @@ def lora(
         answer = labs.lab_5_2(spec, training, facts) if lab == "5.2" else _lab_5_3(spec, training, model, data_file)
         click.echo(_json(answer), nl=False)
         return 0
-    beside = _entrenar(spec, training, card) if card else None
+    beside = entrenar(spec, training, card) if card else None
     click.echo(
         render(LoraAnswer(spec.model_id, training, facts, labs.compare(spec, training, facts), beside), style), nl=False
     )
@@ -99,25 +99,5 @@ def _lab_5_1(data_file: str | None) -> str:
 def _lab_5_3(spec: ModelSpec, training: TrainingSpec, model: str, data_file: str | None) -> dict[str, Any]:
     from planner import labs
 
-    job = labs.Job(model_name=model, **({"dataset_path": data_file} if data_file else {}))
+    job = labs.Job(model_name=model, dataset_path=data_file or "train.jsonl")
     return labs.lab_5_3(spec, training, job)
-
-
-def _entrenar(spec: ModelSpec, training: TrainingSpec, card: Gpu) -> Rival:
-    """Its plan for the model's size and the card, beside our prediction of this run."""
-    from dataclasses import replace
-
-    from planner import rivals
-    from planner.lora import trainable_lora_parameters
-    from planner.predict import predict
-    from planner.report.lora_report import Rival
-
-    assert training.lora is not None
-    method: Literal["lora", "qlora"] = "qlora" if training.method == "qlora" else "lora"
-    plan = rivals.entrenar_plan(spec.num_parameters, card.memory_bytes, method)
-    adapter = replace(training.lora, r=plan.rank, lora_alpha=plan.alpha, target_modules=("attention",))
-    request = replace(training, lora=adapter, micro_batch_size=rivals.ENTRENAR_BATCH, seq_len=rivals.ENTRENAR_LENGTH)
-    exact = trainable_lora_parameters(spec, adapter)
-    same, own = predict(spec, request, card), predict(spec, training, card)
-    notes = rivals.entrenar_differences(plan, exact, same.device.expected)
-    return Rival(plan, exact, same.device.expected, same.verdict, own.device.expected, own.verdict, tuple(notes))

@@ -57,6 +57,9 @@ def run_plan(
     return made, notes
 
 
+ESTIMATED = "lengths are estimated: the longest row, which decides memory, may be 30 % longer; give --tokenizer"
+
+
 def data_plan(
     prediction: Prediction, run: DataRun, wanted: dict[str, Any]
 ) -> tuple[DataRun, cost.RunPlan | None, tuple[str, ...]]:
@@ -68,18 +71,16 @@ def data_plan(
     for name in ("rows", "tokens", "mean_tokens"):
         if wanted[name] is not None:
             raise Contradiction(f"--{name.replace('_', '-')} and --data say the same thing twice; give one of them")
+    estimated = (ESTIMATED,) if run.found.token_error else ()
     if prediction.gpu is None or prediction.time is None:
-        return run, None, ("no hours and no cost: the card's rates are not known",)
+        return run, None, (*estimated, "no hours and no cost: the card's rates are not known")
     from planner.datarun import planned
-    from planner.model import ModelSpec
-
-    assert isinstance(prediction.model, ModelSpec)  # --data with --via trace was refused
 
     price = price_of(prediction.gpu, wanted)
     epochs = 1.0 if wanted["epochs"] is None else wanted["epochs"]
-    done, made = planned(run, prediction.model, prediction.training, prediction.gpu, epochs=epochs, price=price)
+    done, made = planned(run, prediction, epochs=epochs, price=price)
     notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
-    return done, made, notes
+    return done, made, (*estimated, *notes)
 
 
 def price_of(gpu: Gpu, wanted: dict[str, Any]) -> cost.Price | None:

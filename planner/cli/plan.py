@@ -35,8 +35,8 @@ def load_model(source: str, *, offline: bool = False) -> LoadedModel:
     return read_model(sources.load_config(source, offline=offline))
 
 
-def read_model(loaded: LoadedConfig) -> LoadedModel:
-    """Build what the model of a config is made of.
+def read_model(loaded: LoadedConfig, *, derive: bool = True) -> LoadedModel:
+    """Build what the model of a config is made of; `derive`: from its transformers class if no family describes it.
 
     Raises:
         PlannerError: a family that is not known, or an impossible value.
@@ -44,6 +44,8 @@ def read_model(loaded: LoadedConfig) -> LoadedModel:
     try:
         spec = families.build_spec(loaded.config, model_id=loaded.model_id)
     except UnknownFamily as error:
+        if not derive:
+            raise
         spec = _from_class(loaded, error)
     warnings = [*loaded.warnings, *spec.notes]
     if loaded.exact_parameters:
@@ -91,6 +93,20 @@ def training_settings(given: dict[str, Any]) -> str | None:
         given["skip_modules"] = ()
     stack: str | None = given.pop("stack")
     return stack
+
+
+def file_notes(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the config files of `given` ask for and the estimate lacks, as warnings."""
+    job = given.get("job")
+    return tuple(str(missing) for missing in job.missing) if job else ()
+
+
+def stack_origin(given: Mapping[str, Any], stack: str | None) -> str:
+    """Say where the choice of the framework comes from."""
+    job = given.get("job")
+    if job is not None and stack == job.stack:
+        return str(job.stack_origin)
+    return "given" if stack else "loraplan default"
 
 
 def configure(

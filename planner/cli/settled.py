@@ -96,7 +96,7 @@ def _translate_targets(values: dict[str, Any], origins: dict[str, str], model: M
     absent = [name for name in found if name not in present]
     if absent and stack in _OWN_NAMES:
         fused, slices = _fused(absent, known)
-        present += fused
+        present += fused  # a name without a counterpart stays: the model's own check names it
         if slices:
             values["target_slices"] = slices
             origins["target_slices"] = origins["target_modules"]
@@ -129,7 +129,7 @@ def _fused(absent: Iterable[str], known: set[str]) -> tuple[list[str], tuple[int
             slices |= {_QKV[name]} if fused else set()
         else:
             fused = next((candidate for candidate in _FUSED_PARTS.get(name, ()) if candidate in known), None)
-        names += [fused] if fused else []
+        names.append(fused or name)
     return names, tuple(sorted(slices)) if len(slices) < len(_QKV) else ()
 
 

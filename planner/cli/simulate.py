@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.data_options import data_options
-from planner.cli.options import COST, FORMATS, Sectioned, Word, cost_options, training_options
+from planner.cli.from_config import model_or_config
+from planner.cli.options import (
+    COST,
+    FORMATS,
+    Sectioned,
+    Word,
+    calibration_option,
+    cost_options,
+    format_option_of,
+    training_options,
+)
 
 if TYPE_CHECKING:
+    from planner.cost import Price
     from planner.report.simulation import Simulation
     from planner.simulate import Plan
+    from planner.training import TrainingSpec
 
 RUN = (
     "learning_rate", "shape", "warmup_steps", "warmup_ratio", "save_steps", "eval_steps", "eval_rows", "drop_last",
@@ -21,7 +33,7 @@ RUN = (
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--gpu", metavar="GPU", required=True, help="A card of the catalogue (loraplan gpus), or local.")
 @click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
 @click.option(
@@ -38,15 +50,14 @@ RUN = (
 @click.option("--every", type=click.IntRange(0), default=0, help="Print every N-th step.")
 @click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="Replay live, so many times as fast.")
 @click.option("--plot", metavar="FILE", help="Draw the run (.png, .svg or .pdf).")
-@click.option(
-    "--format", "style", type=Word("format", (*FORMATS, "jsonl")), default="table", show_default=True,
-    help="How to print.",
-)  # fmt: skip
+@format_option_of((*FORMATS, "jsonl"))
 @cost_options
+@calibration_option
 @data_options
 @training_options
 def simulate(
-    model: str, gpu: str, every: int, speed: float | None, plot: str | None, style: str, **given: Any
+    model: str, gpu: str, every: int, speed: float | None, plot: str | None, style: str, calibration: str | None,
+    **given: Any,
 ) -> int:  # fmt: skip
     """Play a training run through: steps, learning rate, time, tokens, memory and cost of every optimizer step.
 
@@ -61,7 +72,7 @@ def simulate(
     \b
     Exit codes: 0 the run works, 1 it trains nothing or does not fit, 2 could not answer.
     """
-    simulation = _simulation(model, gpu, given, every)
+    simulation = _simulation(model, gpu, given, every, calibration)
     if plot:
         from planner.report import data_plots
 
@@ -76,14 +87,14 @@ def simulate(
     return 0 if works and simulation.timeline.cost.prediction.verdict == "fits" else 1
 
 
-def _simulation(model: str, gpu: str, given: dict[str, Any], every: int) -> Simulation:
+def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibration: str | None) -> Simulation:
     from planner import adapter
-    from planner.cli.data_options import apply, take
-    from planner.cli.fits import card_of
-    from planner.cli.money import price_of
-    from planner.cli.plan import configure, load_model, training_settings
+    from planner.cli.data_options import take
+    from planner.cli.fits import answer_of, card_of
+    from planner.cli.money import ESTIMATED, price_of
     from planner.curves import StepCost
-    from planner.report.answer import training_words
+    from planner.model import ModelSpec
+    from planner.report.answer import run_words
     from planner.report.simulation import Simulation
     from planner.simulate import Timeline, closed_form
 
@@ -92,20 +103,21 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int) -> Simu
     data = take(given)
     card = card_of(gpu, None)
     assert card is not None
-    stack = training_settings(given)
-    loaded = load_model(model)
-    found = apply(data, loaded.spec, stack or "custom", given)
-    _, training = configure(loaded.spec, stack or "custom", given, card=card)
+    answer = answer_of(model, card, 0.0, given, False, calibration=calibration, data=data)
+    found, training = answer.data, answer.prediction.training
     lengths, how, words = (
-        (found.found.lengths, found.batching, _data_words(found)) if found else _constant(training, wanted, data)
+        (found.found.lengths, found.batching, _data_words(found)) if found else _constant(training, wanted)
     )
-    shortest = found.seen.shortest if found else training.seq_len
-    cost = StepCost(loaded.spec, training, card, shortest, training.seq_len)
-    price = price_of(cost.prediction, wanted)
+    cost = StepCost(answer.prediction, found.seen.shortest if found else training.seq_len)
+    price = price_of(card, wanted)
     plan = _plan(run, lengths, how, training.gradient_accumulation_steps, wanted["epochs"], price)
-    notes = [*loaded.warnings, *cost.prediction.warnings]
-    if training.lora is not None:
-        notes += adapter.facts(loaded.spec, training).warnings
+    notes = [*answer.prediction.warnings]
+    if training.lora is not None and isinstance(answer.prediction.model, ModelSpec):
+        notes += adapter.facts(answer.prediction.model, training).warnings
+    if answer.prediction.verdict == "too close to call":
+        notes.append("whether it fits is too close to call: loraplan fits says by how much")
+    if found and found.found.token_error:
+        notes.append(ESTIMATED)
     if price is not None:
         import datetime
 
@@ -113,13 +125,18 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int) -> Simu
     return Simulation(
         timeline=Timeline(plan, cost),
         closed=closed_form(plan, cost),
-        run_words=training_words(loaded.spec.model_id.rpartition("/")[2], training),
+        run_words=run_words(answer),
         card=card.name,
         data=words,
         every=every,
         notes=tuple(dict.fromkeys(notes)),
-        price=f"{price.usd_per_hour:,.3f} USD/h ({price.instance_type or price.source} {price.date})" if price else "",
+        price=_price_words(price) if price else "",
     )
+
+
+def _price_words(price: Price) -> str:
+    where = " ".join(part for part in (price.instance_type or price.source, price.date) if part)
+    return f"{price.usd_per_hour:,.3f} USD/h ({where})"
 
 
 def _plan(run: dict[str, Any], lengths: Any, how: Any, accumulation: int, epochs: float | None, price: Any) -> Plan:
@@ -138,7 +155,7 @@ def _data_words(found: Any) -> str:
     )
 
 
-def _constant(training: Any, wanted: dict[str, Any], data: dict[str, Any]) -> tuple[Any, Any, str]:
+def _constant(training: TrainingSpec, wanted: dict[str, Any]) -> tuple[Any, Any, str]:
     """Rows of one length, when there is no data: all padded to the length.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def table(
       loraplan table meta-llama/Llama-3.1-8B --gpu rtx-4090,a100-sxm4-80gb -q none,nf4
       loraplan table Qwen/Qwen2.5-7B --gpu all --tokens 10M --pareto time,usd
       loraplan table Qwen/Qwen2.5-7B microsoft/phi-2 --gpu l4,t4 --pivot model gpu
-      loraplan table --grid plan.yaml -o plan.parquet
+      loraplan table --grid ./plan.yaml -o ./plan.parquet
 
     \b
     Exit codes: 0 there are rows, 1 no row is left, 2 could not answer.
@@ -104,6 +105,7 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> T
     Raises:
         PlannerError: unknown names or values.
     """
+    from planner import calibration_files
     from planner.cli.grid import Run, Tabulator, Wanted, card_prices, parse_values
     from planner.cli.money import amount_of, price_of
     from planner.errors import InvalidInput
@@ -114,7 +116,8 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> T
     cards = cards_of(_names(lists.get("gpu", ())))
     values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu")}
     wanted = {**costs, "mean_tokens": None, "dbu_table": None, "dbu_rate": None}
-    run = Run(amount_of(wanted), card_prices(cards, lambda card: price_of(card, wanted)))
+    chosen = {card.gpu_id: calibration_files.select(card) for card in cards}
+    run = Run(amount_of(wanted), card_prices(cards, lambda card: price_of(card, wanted)), chosen)
     return Tabulator(Wanted(models, cards, values), run)
 
 
@@ -248,7 +251,11 @@ class View(NamedTuple):
 
         columns = columns_of([one.wanted for one in made], made[0].run.amount.given)
         conditions = [report.condition(text, columns) for text in self.where]
-        blocks = (report.select(b, conditions) for b in _with_progress(made))
+        made_blocks = _with_progress(made)
+        first = next(made_blocks, None)
+        if first is None:  # nothing has an answer: say why instead of an empty table
+            raise InvalidInput(next((reason for one in made for reason in one.problems.reasons), "no rows"))
+        blocks = (report.select(b, conditions) for b in itertools.chain([first], made_blocks))
         reorders = self.sort or self.top or self.pareto or self.pivot
         if self.style in report.STREAMED and not reorders:
             count = self._stream(blocks, columns, caption_of(made, final=False))
@@ -264,8 +271,6 @@ class View(NamedTuple):
         for one in made:
             for reason, number in one.problems.reasons.items():
                 problems[reason] = problems.get(reason, 0) + number
-        if problems and not count and not conditions:
-            raise InvalidInput(next(iter(problems)))
         for reason, number in problems.items():
             click.echo(f"left out {number:,}: {one_line(reason, 300)}", err=True)
         return 0 if count else 1
@@ -349,7 +354,11 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     shared = dict(made[0].shared)
     for one in made[1:]:
         shared = {key: value for key, value in shared.items() if one.shared.get(key) == value}
-    lines = [f"loraplan {__version__}; {made[0].basis}; time from data sheets, not calibrated on these cards"]
+    labels = {name: item.calibration for name, item in made[0].run.chosen.items() if item.calibration is not None}
+    calibrations = "time from data sheets, not calibrated on these cards"
+    if labels:
+        calibrations = f"time calibrated on {', '.join(sorted(labels))}, elsewhere from data sheets"
+    lines = [f"loraplan {__version__}; {made[0].basis}; {calibrations}"]
     if made[0].run.amount.given and days:
         lines.append(f"prices on demand, read {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
     if final and shared:
@@ -358,7 +367,7 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
         words = [f"{key} {value_words(shared[key])}" for key in order if key in shared]
         lines.append(f"all rows: {'; '.join(words)}")
     data = {
-        "version": __version__, "basis": made[0].basis, "calibration": None, "prices_read": days,
+        "version": __version__, "basis": made[0].basis, "calibrated": sorted(labels), "prices_read": days,
         "shared": {key: value_words(value) for key, value in shared.items()},
     }  # fmt: skip
     return Caption(tuple(lines), data)

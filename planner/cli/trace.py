@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, format_option, trace_options, training_options
 
 if TYPE_CHECKING:  # the command's help needs none of these
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # the command's help needs none of these
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config(reports_gaps=True)
 @click.option("--gpu", metavar="GPU", help="The card whose kernels are imitated (loraplan gpus); default an A100's.")
 @click.option(
     "--layers",
@@ -94,6 +95,7 @@ def traced_answer(
     Raises:
         PlannerError: no answer.
     """
+    from planner.cli.plan import stack_origin
     from planner.predict import architecture
     from planner.report.answer import Answer
     from planner.traced import predict_traced
@@ -103,8 +105,7 @@ def traced_answer(
     traced = _run(loaded.config, loaded.model_id, training, arch, "full", limit_s, cached, events=True)
     notes += _other_releases(given, traced) + ((card.notes,) if card and card.notes.startswith("'") else ())
     prediction = predict_traced(traced, training, card, model=spec, warnings=notes)
-    origin = "given" if stack else "loraplan default"
-    return Answer(prediction, loaded, resolved, (), kept, stack_origin=origin)
+    return Answer(prediction, loaded, resolved, (), kept, stack_origin=stack_origin(given, stack))
 
 
 def _prepare(
@@ -112,19 +113,19 @@ def _prepare(
 ) -> tuple[LoadedConfig, ModelSpec | None, tuple[str, ...], Resolved, TrainingSpec]:
     """Read the model's config, the family's structure if one is registered, and the settings."""
     from planner import sources
-    from planner.cli.plan import configure, read_model
+    from planner.cli.plan import configure, file_notes, read_model
     from planner.errors import UnknownName
 
     loaded = sources.load_config(model)
     spec, notes = None, loaded.warnings
     try:
-        known = read_model(loaded)
+        known = read_model(loaded, derive=False)
     except UnknownName:  # not a family of the registry: transformers may know it
         pass
     else:
         spec, notes = known.spec, known.warnings
     resolved, training = configure(spec, stack or "custom", given, card=card)
-    return loaded, spec, notes, resolved, training
+    return loaded, spec, file_notes(given) + notes, resolved, training
 
 
 def _layers(text: str) -> str | int:

@@ -1,1 +1,1 @@
-"""Training data: reading rows, rendering templates, counting tokens, and what padding or packing makes of the lengths."""
+"""Training data: rows, templates, tokens, and what padding or packing makes of the lengths."""

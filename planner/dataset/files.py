@@ -94,7 +94,7 @@ def _decoder() -> Callable[[bytes], Any]:
     try:
         import orjson
     except ImportError:
-        return json.loads
+        return lambda line: json.loads(line.decode())  # bytes would have their encoding guessed first
     loads: Callable[[bytes], Any] = orjson.loads
     return loads
 
@@ -114,50 +114,66 @@ def _decoded(number: int, line: bytes, decode: Callable[[bytes], Any]) -> Record
 
 def _array(path: str, progress: Progress) -> Iterator[Record]:
     """Yield the elements of a JSON array; what follows a broken element cannot be read and is reported."""
-    decoder = json.JSONDecoder()
     with open(path, encoding="utf-8-sig", errors="strict") as file:
-        buffer, place, line, ended = "", 0, 1, False
-
-        def fill() -> None:
-            nonlocal buffer, place, ended
-            text = file.read(_CHUNK)
-            progress(len(text))
-            ended = not text
-            buffer, place = buffer[place:] + text, 0
-
+        reader = _ArrayReader(file, progress)
         try:
-            fill()
-            place = buffer.index("[") + 1
-            line += buffer.count("\n", 0, place)
-            while True:
-                start = place
-                while place < len(buffer) and buffer[place] in f"{_BLANK},":
-                    place += 1
-                line += buffer.count("\n", start, place)
-                if place == len(buffer):
-                    if ended:
-                        yield Record(line, None, "the array is not closed")
-                        return
-                    fill()
-                    continue
-                if buffer[place] == "]":
-                    return
-                try:
-                    value, end = decoder.raw_decode(buffer, place)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    if not ended and isinstance(error, json.JSONDecodeError) and len(buffer) - place < MAX_RECORD:
-                        fill()
-                        continue
-                    yield Record(line, None, "not JSON: the rest of the array cannot be read")
-                    return
-                if end == len(buffer) and not ended:  # a number may go on in the next chunk
-                    fill()
-                    continue
-                yield Record(line, value)
-                line += buffer.count("\n", place, end)
-                place = end
+            yield from reader.elements()
         except UnicodeDecodeError:
-            yield Record(line, None, "not UTF-8: the rest of the file cannot be read")
+            yield Record(reader.line, None, "not UTF-8: the rest of the file cannot be read")
+
+
+class _ArrayReader:
+    """A JSON array read in pieces: `text` from `place` on is not parsed yet, `line` is the line of `place`."""
+
+    def __init__(self, file: IO[str], progress: Progress) -> None:
+        self.file, self.progress = file, progress
+        self.text, self.place, self.line, self.ended = "", 0, 1, False
+
+    def elements(self) -> Iterator[Record]:
+        """Yield every element, then what is wrong with the rest."""
+        decoder = json.JSONDecoder()
+        self._fill()
+        self._move(self.text.index("[") + 1)
+        while (mark := self._next()) != "]":
+            if not mark:
+                yield Record(self.line, None, "the array is not closed")
+                return
+            try:
+                value, end = decoder.raw_decode(self.text, self.place)
+            except (json.JSONDecodeError, RecursionError) as error:
+                cut_off = isinstance(error, json.JSONDecodeError) and len(self.text) - self.place < MAX_RECORD
+                if self.ended or not cut_off:
+                    yield Record(self.line, None, "not JSON: the rest of the array cannot be read")
+                    return
+                self._fill()
+                continue
+            if end == len(self.text) and not self.ended:  # a number may go on in the next piece
+                self._fill()
+                continue
+            yield Record(self.line, value)
+            self._move(end)
+
+    def _next(self) -> str:
+        """Pass over blanks and commas; return the character after them, empty at the end of the file."""
+        while True:
+            place = self.place
+            while place < len(self.text) and self.text[place] in f"{_BLANK},":
+                place += 1
+            self._move(place)
+            if place < len(self.text) or self.ended:
+                return self.text[place : place + 1]
+            self._fill()
+
+    def _fill(self) -> None:
+        """Read one more piece and forget what is parsed."""
+        more = self.file.read(_CHUNK)
+        self.progress(len(more))
+        self.ended = not more
+        self.text, self.place = self.text[self.place :] + more, 0
+
+    def _move(self, place: int) -> None:
+        self.line += self.text.count("\n", self.place, place)
+        self.place = place
 
 
 def _csv(path: str, progress: Progress) -> Iterator[Record]:
@@ -214,9 +230,24 @@ def _parquet(path: str, progress: Progress) -> Iterator[Record]:
         file = pyarrow.parquet.ParquetFile(path)
         total, size, number = max(file.metadata.num_rows, 1), os.path.getsize(path), 0
         for batch in file.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+            for value in _parquet_rows(batch):
                 number += 1
-                yield Record(number, {k: v for k, v in value.items() if v is not None})
+                yield Record(number, value, "" if value is not None else "not UTF-8")
             progress(size * len(batch) // total)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{one_line(path, 200)} is not readable parquet: {one_line(str(error), 100)}") from None
+
+
+def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch without their nulls; None for one whose text is not UTF-8, which spoils its whole batch."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            yield None
+            return
+        for number in range(len(batch)):
+            yield from _parquet_rows(batch.slice(number, 1))
+        return
+    for row in rows:
+        yield {key: value for key, value in row.items() if value is not None}

@@ -81,7 +81,7 @@ def _alpaca(value: Mapping[str, Any]) -> Row:
     if not instruction:
         raise RowError("instruction is empty")
     question = f"{instruction}\n{given}" if given else instruction
-    turns = (Turn("user", question), Turn("assistant", answer))
+    turns: tuple[Turn, ...] = (Turn("user", question), Turn("assistant", answer))
     if system:
         turns = (Turn("system", system), *turns)
     return Row("alpaca", turns, instruction, given, answer)
@@ -151,6 +151,8 @@ def doubts(row: Row) -> list[str]:
     """What is odd about a row that can still be used."""
     if row.shape == "text":
         return []
+    if row.instruction:  # one question and one answer
+        return [] if row.output.strip() else ["the last answer is empty"]
     roles = [turn.role for turn in row.turns]
     found = []
     if "assistant" not in roles:

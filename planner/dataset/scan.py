@@ -1,4 +1,4 @@
-"""Read data files once, in little memory: rows, lengths in tokens, what is wrong with which line; split and write them."""
+"""Read data files once, in little memory: rows, lengths in tokens, what is wrong where; split and write them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 from array import array
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import IO, Any, Literal, NamedTuple, get_args
 
 from planner.dataset import chat, files
@@ -190,7 +191,7 @@ class _Tally:
         """Rows whose 64-bit hash occurred before; the hashes are dropped."""
         ordered = sorted(self.hashes)
         self.hashes = array("q")
-        return sum(a == b for a, b in zip(ordered, ordered[1:], strict=False))
+        return sum(a == b for a, b in pairwise(ordered))
 
 
 class _Queue:

@@ -1,7 +1,7 @@
 """Target `databricks-air`: a workload of Databricks AI Runtime, as its YAML and as a job of the Jobs API.
 
-Workload keys: docs.databricks.com, "Workload YAML reference" (ai-runtime/connecting/cli/yaml-config). Job: databricks-sdk
-0.162.0 service/jobs.py AiRuntimeTask, one deployment, accelerators in whole nodes.
+Workload keys: docs.databricks.com, "Workload YAML reference" (ai-runtime/connecting/cli/yaml-config). Job:
+databricks-sdk 0.162.0 service/jobs.py AiRuntimeTask, one deployment, accelerators in whole nodes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     """The accelerator a run is placed on, and the prediction there."""
 
     accelerator: Accelerator
-    count: int
+    number: int
     prediction: Prediction
 
 

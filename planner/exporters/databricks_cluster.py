@@ -25,7 +25,8 @@ CLOUDS = ("aws", "azure")
 
 _FAMILIES = {
     "aws": r"(p5|p4d|p4de|g6e|g6|g5|g4dn)\.[a-z0-9]+",
-    "azure": r"Standard_(NC\d+ad(s|is)_H100_v5|ND96isr_H100_v5|NC\d+ads_A100_v4|ND96as?r_v4|ND96amsr_A100_v4|NV\d+ad(s|ms)_A10_v5|NC\d+as_T4_v3)",
+    "azure": r"Standard_(NC\d+ad(s|is)_H100_v5|ND96isr_H100_v5|NC\d+ads_A100_v4|ND96as?r_v4|ND96amsr_A100_v4"
+    r"|NV\d+ad(s|ms)_A10_v5|NC\d+as_T4_v3)",
 }  # fmt: skip
 """Node types that Databricks offers with GPUs; P3 and NC v3 are being withdrawn."""
 

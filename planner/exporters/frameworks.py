@@ -205,12 +205,12 @@ def llama_factory(recipe: Recipe) -> Export:
         **{key: value for key, value in shared.items() if key not in drop},
     }
     values.pop("activation_offloading", None)
-    if values.pop("train_sampling_strategy", None):  # its transformers (before 5.7) still has the old name
-        values["group_by_length"] = True
     info = {LLAMA_FACTORY_DATASET: {"file_name": recipe.data, **_COLUMNS[recipe.data_shape]}}
     notes = common_notes(recipe)
     if values["template"] == "default":
         notes.append(f"no template of LLaMA-Factory is known for {recipe.model.model_type}: check `template`")
+    if recipe.padding == "grouped":
+        notes.append("with transformers 4 write group_by_length: true instead of train_sampling_strategy")
     if training.loss in ("chunked", "fused") and training.kernels == "none":
         notes.append("LLaMA-Factory has no chunked loss without liger: it takes the memory of whole fp32 logits")
     if training.gradient_checkpointing == "offload":

@@ -50,29 +50,8 @@ class Framework(NamedTuple):
     refuse: tuple[Mapping[str, Any], ...]
     warn: tuple[Mapping[str, Any], ...]
     maps: Mapping[str, Mapping[str, Any]]
-
-    def known_keys(self) -> set[str]:
-        """Return every key of the framework that its table names."""
-        keys = {*self.defaults, *self.files, *self.neutral}
-        keys.update(item["key"] for item in self.missing)
-        for condition in (*self.recognise, *(row.get("when", {}) for row in (*self.refuse, *self.warn))):
-            keys.update(condition)
-        for row in self.model:
-            keys.update(row_keys(row))
-        for rows in self.options.values():
-            for row in rows:
-                keys.update(row_keys(row))
-        return keys
-
-
-def row_keys(row: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the foreign keys that a row reads."""
-    yield from row.get("when", {})
-    for part in ("from", "over", "of"):
-        if part in row:
-            yield row[part]
-    for sub in row.get("collect", ()):
-        yield from row_keys(sub)
+    known: frozenset[str]
+    """Every key that the table names."""
 
 
 @lru_cache(maxsize=1)
@@ -120,6 +99,10 @@ def _matches(document: Document, key: str, wanted: Any) -> bool:
 def _framework(name: str, tables: Mapping[str, Mapping[str, Any]]) -> Framework:
     table = tables[name]
     whole = _inherited(name, tables, "")
+    rows = [*table.get("model", ()), *(row for rows in whole["options"].values() for row in rows)]
+    known = {*whole["defaults"], *whole["files"], *whole["neutral"], *(row["key"] for row in whole["missing"])}
+    for row in (*rows, *whole["refuse"], *whole["warn"], *({"when": item} for item in table.get("recognise", ()))):
+        known.update(_row_keys(row))
     return Framework(
         name=name,
         title=table.get("title", name),
@@ -139,7 +122,16 @@ def _framework(name: str, tables: Mapping[str, Mapping[str, Any]]) -> Framework:
         refuse=tuple(whole["refuse"]),
         warn=tuple(whole["warn"]),
         maps=tables[WORDS]["maps"],
+        known=frozenset(known),
     )
+
+
+def _row_keys(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the foreign keys that a row reads."""
+    yield from row.get("when", {})
+    yield from (row[part] for part in ("from", "over") if part in row)
+    for sub in row.get("collect", ()):
+        yield from _row_keys(sub)
 
 
 def _inherited(name: str, tables: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Any]:
@@ -147,7 +139,7 @@ def _inherited(name: str, tables: Mapping[str, Mapping[str, Any]], prefix: str) 
     table = tables[name]
     whole: dict[str, Any] = {
         "defaults": {
-            prefix + key: Default(value, f"{table['source']}:{place}")
+            prefix + key: Default(value, place[1:] if place.startswith("=") else f"{table['source']}:{place}")
             for place, keys in table.get("defaults", {}).items()
             for key, value in keys.items()
         },
@@ -173,7 +165,7 @@ def _prefixed(row: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
     if not prefix:
         return row
     moved = dict(row)
-    for part in ("from", "over", "of", "key"):
+    for part in ("from", "over", "key"):
         if part in moved:
             moved[part] = prefix + moved[part]
     if "when" in moved:

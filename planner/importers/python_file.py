@@ -156,6 +156,7 @@ class _Reader:
             if len(self.nodes) > 50 * MAX_NODES:
                 break
         self.names = _single_values(self.nodes)
+        self.budget = MAX_NODES
 
     def calls(self) -> Iterator[tuple[str, ast.Call, tuple[str, ...]]]:
         """Yield section, call and positional names, in the order of the text."""
@@ -170,7 +171,8 @@ class _Reader:
 
     def value(self, node: ast.expr, depth: int = 0) -> Any:
         """Return a literal, the last part of a dotted name (torch.bfloat16), or Unread."""
-        if depth > 20:
+        self.budget -= 1  # a list that names a list that names a list could otherwise double without end
+        if depth > 20 or self.budget < 0:
             return Unread("a deep expression")
         if isinstance(node, ast.Constant):
             known = isinstance(node.value, (str, int, float, bool, type(None)))

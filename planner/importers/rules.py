@@ -203,7 +203,7 @@ class _View:
             if "over" in row:
                 value = max(1, value // max(1, option_value(option, self.value(row["over"]) or 1, {})))
         except ValueError as error:
-            raise InvalidInput(f"{where} {one_line(key, 60)} is {one_line(raw)!r}; {error}; correct it") from None
+            raise InvalidInput(f"{where} {one_line(key, 60)} is {one_line(repr(raw))}; {error}; correct it") from None
         return value, notes, [key, *([row["over"]] if "over" in row else [])]
 
     def _mapped(self, option: str, key: str, raw: Any, name: Any, notes: list[Missing]) -> Any:
@@ -309,7 +309,7 @@ def _key_uses(view: _View) -> list[KeyUse]:
     framework = view.framework
     unsupported = {row["key"] for row in framework.missing} | {key for row in framework.refuse for key in row["when"]}
     neutral = set(framework.neutral)
-    known = framework.known_keys()
+    known = framework.known
     uses = []
     for key in leaves(view.document):
         value, where = view.document.get(key), view.document.where(key)

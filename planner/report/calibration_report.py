@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def _summary_cells(found: Mapping[str, Any]) -> list[Any]:
 
 def _remarks(c: Calibration) -> Iterator[str]:
     report, error = c.report, c.coefficients.formula_error or 0.0
-    interval = 164.5 * error
+    interval = 100 * math.expm1(1.645 * error)
     covered = report.get("coverage")
     inside = f", which held {100 * covered:.0f} % of the held-out bursts" if covered is not None else ""
     yield f"interval of a prediction: +/- {interval:.0f} %{inside}"

@@ -31,9 +31,8 @@ def data_block(run: DataRun) -> str:
         )
     if found.num_problems:
         first = found.problems[0]
-        lines.append(
-            f"  {found.num_problems:,} rows are left out (first: {one_line(first.file, 40)}:{first.line}: {first.reason})"
-        )
+        where = f"{one_line(first.file, 40)}:{first.line}: {first.reason}"
+        lines.append(f"  {found.num_problems:,} rows are left out (first: {where})")
     return "".join(f"{wrapped(line, 78, '    ')}\n" for line in lines)
 
 

@@ -57,6 +57,8 @@ SHOWN: dict[str, Shown] = {
     "tokens_per_s": Shown("tokens/s", digits=0),
     "hours": Shown("hours"),
     "usd": Shown("USD"),
+    "usd_per_hour": Shown("USD/h"),
+    "probability": Shown("probability", digits=3),
 }
 ALIASES = {
     "peak": "device_bytes", "low": "device_low_bytes", "high": "device_high_bytes", "allocated": "allocated_bytes",
@@ -411,7 +413,8 @@ def figure(value: Any, kind: Shown) -> Any:
 
 def _terminal(columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption, width: int) -> str:
     """The table, without columns that are the same in every row (they are named below) and what does not fit."""
-    kept, fixed = _varying(columns, rows)
+    listed = list(columns[:2]) == ["model", "gpu"]  # a pivoted table's headings are values: all stay
+    kept, fixed = _varying(columns, rows) if listed else (list(columns), [])
     text = _laid_out(kept, columns, rows)
     for name in _LEAST:
         if not width or max(len(line) for line in text.splitlines()) <= width:
@@ -474,6 +477,7 @@ def html_table(headings: Sequence[str], cells: Sequence[Sequence[Any]], caption:
         inside = []
         for value in row:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = number or (isinstance(value, str) and _NUMERIC.fullmatch(value) is not None)
             kind = " class=n" if number else f" class={_VERDICT_CLASS[value]}" if value in _VERDICT_CLASS else ""
             inside.append(f"<td{kind}>{html.escape(plain(value))}</td>")
         body.append(f"<tr>{''.join(inside)}</tr>")
@@ -482,6 +486,7 @@ def html_table(headings: Sequence[str], cells: Sequence[Sequence[Any]], caption:
     return f"<div class=scroll>{table}</div>\n<div class=notes>{notes}</div>\n"
 
 
+_NUMERIC = re.compile(r"[-+]?[\d,]+(\.\d+)?")
 _VERDICT_CLASS = {"fits": "yes", "does not fit": "no", "too close to call": "maybe"}
 
 STYLE = """
@@ -496,7 +501,8 @@ th{border-bottom:2px solid #444}td.n{text-align:right}
 td.yes::before{content:"\\2713\\a0"}td.no::before{content:"\\2717\\a0"}td.maybe::before{content:"?\\a0"}
 td.no{font-weight:600}td.maybe{font-style:italic}
 .notes{color:#444;font-size:.85rem}.notes p{margin:.2rem 0;overflow-wrap:anywhere}
-figure{margin:1rem 0}figure svg{max-width:100%;height:auto}figcaption{color:#444;font-size:.85rem}
+figure{margin:1rem 0;overflow-x:auto}figure svg{max-width:100%;min-width:620px;height:auto}
+figcaption{color:#444;font-size:.85rem}
 @media print{body{max-width:none;margin:0}h2{break-after:avoid}figure{break-inside:avoid}}
 """
 

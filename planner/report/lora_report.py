@@ -1,4 +1,4 @@
-"""The report of `loraplan lora`: what a configuration trains, how it is scaled, what it stores, what others would say."""
+"""The report of `loraplan lora`: what a configuration trains and stores, how it is scaled, what others would say."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def summary(answer: LoraAnswer) -> list[tuple[str, str]]:
     if base.quantized_elements:
         bits = f"{base.bits_per_weight:.10g} bits a weight" if base.bits_per_weight else kind
         lines += [
-            ("quantized base", f"{base.quantized_elements:,} weights as {kind}, {bits}: {base.quantized_bytes / GB:.3f} GB"),
+            (
+                "quantized base",
+                f"{base.quantized_elements:,} weights as {kind}, {bits}: {base.quantized_bytes / GB:.3f} GB",
+            ),
             ("rest of the base", f"{base.other_elements:,} weights: {base.other_bytes / GB:.3f} GB"),
         ]  # fmt: skip
     lines.append(("base", f"{base.total_bytes:,} bytes ({base.bits_overall:.2f} bits a weight over the whole model)"))
@@ -87,7 +90,7 @@ def _text(answer: LoraAnswer) -> str:
         "".join(f"{wrapped(f'{c.what}: {c.why}', 96, '  ')}\n" for c in answer.comparisons if c.why),
     ]
     if answer.rival:
-        blocks.append(_rival_text(answer.rival))
+        blocks.append(rival_text(answer.rival))
     blocks.append("".join(f"{wrapped(f'warning: {note}', 96, '  ')}\n" for note in answer.facts.warnings))
     return "\n".join(block for block in blocks if block)
 
@@ -125,7 +128,8 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / GB:.2f}"
 
 
-def _rival_text(rival: Rival) -> str:
+def rival_text(rival: Rival) -> str:
+    """The answers side by side, and why they differ."""
     title = f"entrenar-lora plan, method {rival.plan.method}, for this model's size and card:\n"
     table = aligned(_RIVAL_HEADERS, _rival_rows(rival))
     return title + table + "".join(f"{wrapped(f'- {note}', 96, '  ')}\n" for note in rival.notes)
@@ -162,12 +166,13 @@ def document(answer: LoraAnswer) -> dict[str, Any]:
             {"formula": c.what, "says": c.theirs, "exact": c.exact, "unit": c.unit, "why": c.why or None}
             for c in answer.comparisons
         ],
-        "entrenar": _rival_document(answer.rival),
+        "entrenar": rival_document(answer.rival),
         "warnings": list(f.warnings),
     }  # fmt: skip
 
 
-def _rival_document(rival: Rival | None) -> dict[str, Any] | None:
+def rival_document(rival: Rival | None) -> dict[str, Any] | None:
+    """The same as plain JSON values."""
     if rival is None:
         return None
     plan = rival.plan

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from planner.errors import one_line
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
-from planner.simulate import Step, Timeline, Totals
+from planner.simulate import DISK_BYTES_PER_S, Step, Timeline, Totals
 from planner.units import gib, seconds
 
 SCHEMA_VERSION = 1
@@ -84,6 +84,7 @@ def document(simulation: Simulation) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "synthetic": SYNTHETIC,
+        "assumed": {"checkpoint_bytes_per_s": DISK_BYTES_PER_S},
         "seed": timeline.plan.seed,
         "steps": {
             "total": timeline.steps.total,
@@ -175,13 +176,15 @@ def summary(simulation: Simulation) -> list[str]:
         f"steps    {steps.total:,}: {steps.per_epoch:,} per epoch x {plan.epochs:g} "
         f"(floor {steps.per_epoch_floor:,}, the Trainer's ceil {steps.per_epoch_ceil:,}; "
         f"in all {steps.floor_total:,} or {steps.ceil_total:,})",
-        f"rate     {rate.shape}, peak {rate.peak:g} (reached: {rate.peak_reached:.3g}), warm-up {rate.warmup_steps:,} steps",
+        f"rate     {rate.shape}, peak {rate.peak:g} (reached: {rate.peak_reached:.3g}), "
+        f"warm-up {rate.warmup_steps:,} steps",
     ]  # fmt: skip
     if not totals.steps:
         return lines
     lines += [
         f"time     {clock(totals.seconds)} ({clock(totals.seconds * low)} to {clock(totals.seconds * high)}), of it "
-        f"{seconds(totals.pause_s)} checkpoints and evaluations; closed form {clock(closed.seconds)}",
+        f"{seconds(totals.pause_s)} checkpoints ({DISK_BYTES_PER_S / 1e9:g} GB/s assumed) and evaluations; closed form "
+        f"{clock(closed.seconds)}",
         f"tokens   {totals.tokens:,.0f} computed, {totals.useful_tokens:,.0f} useful: "
         f"{totals.useful_tokens_per_s:,.0f} useful tokens/s",
         f"memory   {gib(totals.memory_bytes)} GiB expected at the longest batch",

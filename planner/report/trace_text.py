@@ -54,7 +54,8 @@ def _ledger(view: TraceView) -> str:
 def _comparison(view: TraceView) -> str:
     rows = [(d.name, d.trace / GiB, d.program / GiB, (d.program - d.trace) / 2**20) for d in differences(view)]
     assert view.program is not None
-    moments = f"the program's peak is {program_peak_words(view)} (operation {view.program.moment.op})\n"
+    said = f"the program's peak is {program_peak_words(view)} (operation {view.program.moment.op})"
+    moments = wrapped(said, indent="  ") + "\n"
     head = ("owner", "trace GiB", "program GiB", "difference MiB")
     return "alive at the peak, trace and loraplan's program:\n" + aligned(head, rows) + moments
 

@@ -330,12 +330,13 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     inside = step.arch.fused_softmax_cast and cuda_rules.softmax_casts_inside(scores.dtype, FP32)
     product = step.arch.softmax_backward_product
     probs = ops.softmax_fp32(eng, scores, casts_inside=inside, writes_product=product)
+    probs = ops.cast(eng, probs, values, "probabilities")  # attn_weights names the scores until this is assigned
     del scores
-    probs = ops.cast(eng, probs, values, "probabilities")
     if spec.dropout:
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
     if step.model.model_type in RETURNS_PROBABILITIES:
         step.probabilities = probs
+    step.unused_probabilities = probs
     out = ops.bmm(eng, probs, v, value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out, arg
@@ -392,6 +393,7 @@ def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -
     wide = ops.add(eng, wide, eng.empty(rows, wide.dtype, "scores"), "scores", wide.numel)
     probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
     kept = ops.narrow(eng, probs, scores_numel, "scores_grad")
+    step.unused_probabilities = kept
     out = ops.bmm(eng, kept, v, value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out, index, wide, scores, probs, kept

@@ -14,7 +14,7 @@ class Step:
     __slots__ = (
         "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
         "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens", "train",
-        "unquantized_dtype",
+        "unquantized_dtype", "unused_probabilities",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +44,8 @@ class Step:
         self.mask: Tensor | None = None
         self.probabilities: Tensor | None = None
         """Attention probabilities that the running layer is going to return beside its output."""
+        self.unused_probabilities: Tensor | None = None
+        """Eager attention returns them to the decoder layer, whose frame names them (`_`) until it ends."""
         self.cache: list[tuple[int, Tensor]] = []
         """(layer, keys and values) of classes that cache them while training."""
         self.backward_began = False

@@ -84,6 +84,9 @@ class Record:
         self.ops: list[str] = []
         """Per storage: the operation that made it (may be relabelled, e.g. a kept layer input)."""
         self.segment_of: list[int] = []
+        self.sublayer = 0
+        """Which layer of its unit runs now (0 where a unit is one layer)."""
+        self.sublayer_of: list[int] = []
         self.kernels: list[Kernel] = []
         self.segments: list[Segment] = [Segment("load", -1, 1, 0)]
         self.closed = False
@@ -92,6 +95,7 @@ class Record:
         index = len(self.ops)
         self.ops.append(op)
         self.segment_of.append(len(self.segments) - 1)
+        self.sublayer_of.append(self.sublayer)
         self.events.append((index, nbytes))
         return index
 
@@ -146,7 +150,7 @@ class Node:
 
     __slots__ = (
         "__weakref__", "attributes", "backward", "dtypes", "edges", "frame", "is_parameter", "layer", "leaf", "numels",
-        "outputs", "saved", "seq",
+        "outputs", "saved", "seq", "sublayer",
     )  # fmt: skip
 
     def __init__(self, seq: int, backward: Backward | None, saved: tuple[Tensor, ...]) -> None:
@@ -164,6 +168,7 @@ class Node:
         """Whether `leaf` is a parameter of the model, not an activation made a leaf."""
         self.frame: Frame | None = None
         self.layer = -1
+        self.sublayer = 0
 
 
 class Frame:
@@ -201,6 +206,7 @@ class Engine:
         """Autocast's cached weights: (layer, cast) by the leaf's identity."""
         self.frame: Frame | None = None
         self.layer = -1
+        self.sublayer = 0
         """The decoder layer that runs now (-1: outside the layers); nodes remember it for the backward."""
         self.repeats: dict[int, int] = {}
         """How many equal layers an emulated layer stands for (1 where not listed)."""
@@ -284,7 +290,7 @@ class Engine:
             return None
         self._seq += 1
         node = Node(self._seq, backward, saved)
-        node.layer = self.layer
+        node.layer, node.sublayer = self.layer, self.record.sublayer
         node.attributes = not hooked and bool(saved)
         for t in inputs:
             if t is None or not t.requires_grad or t.node is None:
@@ -467,8 +473,10 @@ class Engine:
         tie = 0
         while ready:
             node = heapq.heappop(ready)[2]
-            if node.layer != self.layer and node.leaf is None:
-                self.enter("backward", node.layer)
+            if node.leaf is None:
+                self.record.sublayer = node.sublayer
+                if node.layer != self.layer:
+                    self.enter("backward", node.layer)
             attributes = node.saved if node.attributes else ()
             results = self._evaluate(node, buffers.pop(id(node)))
             if attributes:

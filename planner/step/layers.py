@@ -21,7 +21,10 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """One decoder layer: norms, attention, feed-forward, residuals in the class's order."""
     spec = held.spec
     arg = x
-    out = _parallel_layer(step, held, x) if spec.parallel else _sequential_layer(step, held, x)
+    try:
+        out = _parallel_layer(step, held, x) if spec.parallel else _sequential_layer(step, held, x)
+    finally:  # a recomputation may stop early
+        step.unused_probabilities = None
     del arg
     return out
 

@@ -366,7 +366,8 @@ def _backward_8bit(step: Step, spec: Linear, numel: Size, dtype: str) -> Tensor:
 def _dequantize_8bit(step: Step, spec: Linear, dtype: str) -> Tensor:
     """CB.to(dtype).mul_(scales)."""
     weight = step.eng.empty(spec.weight_elements, dtype, "dequantize")
-    step.eng.kernel("dequantize", dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
+    op = "elementwise" if step.arch.on_cpu else "dequantize"  # operations of torch, none of bitsandbytes
+    step.eng.kernel(op, dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
     return weight
 
 

@@ -46,20 +46,29 @@ class OptimizerState:
     def __init__(self, step: Step, owners: list[tuple[int, int]]) -> None:
         self.step = step
         self.eng = step.eng
-        self.groups: list[tuple[int, list[Tensor]]] = []
+        self.groups: list[tuple[tuple[int, int], list[Tensor]]] = []
+        """((unit, layer in it), its parameters)."""
         self.tensors_per_launch = 1 if step.arch.on_cpu else TENSORS_PER_LAUNCH
         """A CPU's foreach operations go through the tensors one by one (ATen/native/ForeachOpsKernels.cpp)."""
         self.factors = {id(leaf): n for leaf, n in zip(step.parameters, step.factors, strict=True)}
         position = 0
+        before, sublayer = -1, 0
         for layer, number in owners:
+            sublayer = sublayer + 1 if layer == before else 0
+            before = layer
             if number:
-                self.groups.append((layer, step.parameters[position : position + number]))
+                self.groups.append(((layer, sublayer), step.parameters[position : position + number]))
             position += number
         self.held: list[Storage] = []
-        for layer, leaves in self.groups:
-            self.eng.enter("state", layer)
+        for where, leaves in self.groups:
+            self._enter("state", where)
             for leaf in leaves:
                 self.held += [self.eng.workspace(n, "optimizer_state") for n in self.state_bytes(leaf)]
+
+    def _enter(self, phase: str, where: tuple[int, int]) -> None:
+        """Begin a segment for one layer's parameters."""
+        layer, self.eng.record.sublayer = where
+        self.eng.enter(phase, layer)
 
     def state_bytes(self, leaf: Tensor) -> list[Size]:
         """Bytes of each state tensor of one parameter, as they lie on the GPU."""
@@ -83,8 +92,8 @@ class OptimizerState:
 
     def hold_gradients(self) -> None:
         """Gradients left by earlier micro batches of the accumulation."""
-        for layer, leaves in self.groups:
-            self.eng.enter("state", layer)
+        for where, leaves in self.groups:
+            self._enter("state", where)
             for leaf in leaves:
                 leaf.grad = self.eng.empty(leaf.numel, leaf.dtype, "gradient")
 
@@ -93,19 +102,19 @@ class OptimizerState:
         if self.step.train.max_grad_norm and not self.step.train.optimizer_in_backward:
             self._clip()
         if self.step.train.optimizer in ("adamw", "adamw-bf16-states") and not self.step.train.optimizer_in_backward:
-            held: list[tuple[int, list[Tensor]]] = []
+            held: list[tuple[tuple[int, int], list[Tensor]]] = []
             for layer, leaves in self.groups:
-                self.eng.enter("optimizer", layer)
+                self._enter("optimizer", layer)
                 copies = [self.eng.empty(leaf.numel, leaf.dtype, "optimizer_temporary") for leaf in leaves]
                 held.append((layer, copies))
             while held:
                 layer, copies = held.pop(0)
-                self.eng.enter("optimizer", layer)
+                self._enter("optimizer", layer)
                 copies.clear()
                 del copies
         update: list[Tensor] = []
         for layer, leaves in self.groups:
-            self.eng.enter("optimizer", layer)
+            self._enter("optimizer", layer)
             for leaf in leaves:
                 if self.step.train.optimizer == "adafactor":
                     self._adafactor(leaf, update)
@@ -147,14 +156,14 @@ class OptimizerState:
     def _clip(self) -> None:
         """clip_grad_norm_: every gradient is read for its norm, then scaled in place (foreach)."""
         for layer, leaves in self.groups:
-            self.eng.enter("optimizer", layer)
+            self._enter("optimizer", layer)
             for leaf in leaves:
                 self.eng.kernel("optimizer", leaf.dtype, 3 * leaf.nbytes, count=2 / self.tensors_per_launch)
 
     def parameter_count(self) -> Size:
         """Trainable parameters of the whole model."""
         repeats = self.eng.repeats
-        return sum(leaf.numel * repeats.get(layer, 1) for layer, leaves in self.groups for leaf in leaves)
+        return sum(leaf.numel * repeats.get(layer, 1) for (layer, _), leaves in self.groups for leaf in leaves)
 
 
 def _where(condition: Size, yes: Size, no: Size) -> Size:

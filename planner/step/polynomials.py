@@ -153,7 +153,7 @@ class Grid:
 class Polynomial:
     """A polynomial over the grid's atoms; behaves as an int towards the program."""
 
-    __slots__ = ("_value", "grid", "high", "low", "number", "terms")
+    __slots__ = ("_times", "_value", "grid", "high", "low", "number", "terms")
 
     def __init__(self, grid: Grid, terms: dict[Monomial, Number], number: int) -> None:
         self.grid = grid
@@ -161,6 +161,7 @@ class Polynomial:
         self.number = number
         self.low, self.high = grid.bounds(terms)
         self._value: Any = None
+        self._times: dict[int, Any] = {}
         if max(abs(self.low), abs(self.high)) > LARGEST and not self.is_float:
             raise InvalidInput("a size of this sweep passes 2**62 bytes; shorten the rows or the batches")
 
@@ -206,6 +207,11 @@ class Polynomial:
         return self.grid.make(terms)
 
     def __mul__(self, other: Operand) -> Any:
+        if type(other) is int:  # most operations of a program: no key to build
+            found = self._times.get(other)
+            if found is None:
+                found = self._times[other] = self._mul(other)
+            return found
         return self._memo("*", other, self._mul)
 
     def _mul(self, other: Operand) -> Any:
@@ -315,8 +321,7 @@ class Polynomial:
             return NotImplemented
         return self._holds("==", other, lambda d: d == 0)
 
-    def __hash__(self) -> int:
-        return id(self)
+    __hash__ = object.__hash__
 
     def __bool__(self) -> bool:
         return self != 0

@@ -8,6 +8,7 @@ stands for the rest, so the size of the program does not grow with depth.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 from planner import cuda_rules
@@ -36,30 +37,66 @@ MASK_BUFFERS = ("gpt_bigcode",)
 """Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
 
 
+LONGEST_PATTERN = 12
+"""Layers of the longest repeating pattern that is looked for (sliding, ..., full: 2 to 8 in published models)."""
+
+
 class Program:
     """What a step did: the record of allocations and kernels, and the emulated layers with their multiplicity."""
 
-    def __init__(self, record: Record, trainable_parameters: Any) -> None:
+    def __init__(self, record: Record, trainable_parameters: Any, layer_names: dict[int, int]) -> None:
         self.record = record
         self.trainable_parameters = trainable_parameters
+        self.layer_names = layer_names
+        """Unit of the record -> the layer of the model that it, or the last unit it stands for, begins with."""
 
 
-def plan_layers(model: ModelSpec, full_depth: bool = False) -> tuple[list[Layer], dict[int, int]]:
-    """Return the layers to emulate, in order, and how many layers each stands for (where more than one)."""
-    emulated: list[Layer] = []
-    repeats: dict[int, int] = {}
+class Stack:
+    """The layers to emulate. A unit is a layer, or a pattern of unlike layers in a row; equal units repeat."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.units: list[int] = []
+        """Unit of each emulated layer."""
+        self.repeats: dict[int, int] = {}
+        """Units that stand for several, with how many."""
+        self.first: dict[int, int] = {}
+        """Unit -> the model's layer that the last unit it stands for begins with."""
+
+    def add(self, pattern: Sequence[Layer], times: int, first: int) -> None:
+        """Append one unit that stands for `times`; `first` is the model's layer it begins with."""
+        unit = len(self.first)
+        self.layers += pattern
+        self.units += [unit] * len(pattern)
+        self.first[unit] = first + (times - 1) * len(pattern)
+        if times > 1:
+            self.repeats[unit] = times
+
+
+def plan_layers(model: ModelSpec, full_depth: bool = False) -> Stack:
+    """Return the layers to emulate: of a run of equal units the first, second, third (for the middle) and last."""
+    stack = Stack()
     start = 0
     while start < model.num_layers:
-        end = start
-        while end < model.num_layers and model.layers[end] is model.layers[start]:
-            end += 1
-        length = end - start
-        if length > EMULATED_RUN and not full_depth:
-            repeats[len(emulated) + 2] = length - EMULATED_RUN + 1
-            length = EMULATED_RUN
-        emulated += [model.layers[start]] * length
-        start = end
-    return emulated, repeats
+        period, count = (1, 1) if full_depth else _pattern(model.layers, start)
+        pattern = model.layers[start : start + period]
+        for times in (1, 1, count - EMULATED_RUN + 1, 1) if count > EMULATED_RUN else (1,) * count:
+            stack.add(pattern, times, start)
+            start += period * times
+    return stack
+
+
+def _pattern(layers: Sequence[Layer], start: int) -> tuple[int, int]:
+    """(length, repetitions) of the pattern beginning at `start` that spares the most layers; (1, 1) if none does."""
+    best, spared = (1, 1), 0
+    for period in range(1, LONGEST_PATTERN + 1):
+        same = start + period
+        while same < len(layers) and layers[same] is layers[same - period]:
+            same += 1
+        count = (same - start) // period
+        if (count - EMULATED_RUN) * period > spared:
+            best, spared = (period, count), (count - EMULATED_RUN) * period
+    return best
 
 
 def run(
@@ -72,11 +109,12 @@ def run(
 ) -> Program:
     """Run one training step of `train` on `model` symbolically and return everything that happened."""
     step = Step(model, train, arch, accumulates_in_place)
-    emulated, step.eng.repeats = plan_layers(model, full_depth)
+    stack = plan_layers(model, full_depth)
+    step.eng.repeats = stack.repeats
     collecting = gc.isenabled()
     gc.disable()  # lifetimes are reference counts; the collector only costs time
     try:
-        return _Run(step, emulated).all()
+        return _Run(step, stack).all()
     finally:
         if collecting:
             gc.enable()
@@ -85,10 +123,10 @@ def run(
 class _Run:
     """The state that outlives one phase."""
 
-    def __init__(self, step: Step, emulated: list[Layer]) -> None:
+    def __init__(self, step: Step, stack: Stack) -> None:
         self.step = step
         self.eng = step.eng
-        self.emulated = emulated
+        self.stack = stack
         self.weights: list[LayerWeights] = []
         self.owners: list[tuple[int, int]] = []
         """Per layer (-1 outside): how many of step.parameters belong to it, in creation order."""
@@ -118,7 +156,7 @@ class _Run:
         record = self.eng.record
         record.close()
         total = state.parameter_count()
-        return Program(record, total)
+        return Program(record, total, self.stack.first)
 
     # --- load -------------------------------------------------------------------------------------------------
 
@@ -137,10 +175,10 @@ class _Run:
         if model.model_type in MASK_BUFFERS:
             self.buffer = self.eng.empty(model.max_position_embeddings**2, "int8", "weight")
         self._count(-1)
-        for index, layer in enumerate(self.emulated):
-            self._begin("load", index)
+        for unit, layer in zip(self.stack.units, self.stack.layers, strict=True):
+            self._begin("load", unit)
             self.weights.append(self._load_layer(layer, {name for where, name in adapted if where == id(layer)}))
-            self._count(index)
+            self._count(unit)
         self._begin("load", -1)
         if model.final_norm is not None:
             self.outer_norms[model.final_norm.name] = self._norm(model.final_norm)
@@ -227,8 +265,8 @@ class _Run:
         lora = self.step.train.lora
         assert lora is not None
         parameters = [a for a in adapted.values() if a.kind == "parameter"]
-        for index, held in enumerate(self.weights):
-            self._begin("load", index)
+        for unit, held in zip(self.stack.units, self.weights, strict=True):
+            self._begin("load", unit)
             for name, weights in held.linears.items():
                 if (id(held.spec), name) in adapted:
                     linears.load_adapter(self.step, weights, lora)
@@ -236,7 +274,7 @@ class _Run:
                 if a.layer is held.spec:
                     pair = [self.step.trainable(n, lora.dtype, "adapter") for n in (a.a_elements, a.b_elements)]
                     held.expert_adapters[a.name] = (pair[0], pair[1])
-            self._count(index)
+            self._count(unit)
         self._begin("load", -1)
         if self.head is not None and (id(None), self.step.model.head.name) in adapted:
             linears.load_adapter(self.step, self.head, lora)
@@ -289,10 +327,14 @@ class _Run:
         self._positions(embeds.dtype)
         hidden = embeds
         outputs: tuple[Tensor, Tensor | None] = (hidden, None)
-        for index, held in enumerate(self.weights):
-            eng.enter("forward", index)
+        for unit, held in zip(self.stack.units, self.weights, strict=True):
+            if unit != eng.layer:
+                eng.enter("forward", unit)
+                eng.record.sublayer = -1
+            eng.record.sublayer += 1
             outputs = self._layer(held, hidden)  # the frame holds a layer's whole result until the next one returns
             hidden = outputs[0]
+        eng.record.sublayer = 0
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm

@@ -1,0 +1,162 @@
+"""`loraplan compare`: configurations side by side, the difference explained by component."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cli.options import Sectioned, Word, format_option, training_options
+
+if TYPE_CHECKING:
+    from planner.report.comparison import Compared
+
+MOST = 6
+
+
+@click.command(cls=Sectioned)
+@click.argument("configurations", nargs=-1, required=True)
+@click.option("--model", metavar="MODEL", help="The model of every configuration that names none.")
+@click.option("--gpu", metavar="GPU", help="The card of every configuration that names none.")
+@click.option("--with", "rival", type=Word("other planner", ("entrenar",)), help="Its answer beside each of ours.")
+@format_option
+@training_options
+def compare(
+    configurations: tuple[str, ...], model: str | None, gpu: str | None, rival: str | None, style: str, **given: Any
+) -> int:
+    """Compare two to six CONFIGURATIONS: settings that differ, memory and time by component.
+
+    A configuration is KEY=VALUE words in quotes: model, gpu and settings by the names of their options; the options
+    below hold for all.
+
+    \b
+    Examples:
+      loraplan compare --model Qwen/Qwen2.5-7B --gpu a100-80gb "method=qlora" "method=lora"
+      loraplan compare --model Qwen/Qwen2.5-7B "gpu=l4" "gpu=rtx-4090 batch=2"
+      loraplan compare --with entrenar --model Qwen/Qwen2.5-7B --gpu l4 "method=qlora"
+
+    \b
+    Exit codes: 0 compared, 2 could not answer.
+    """
+    from planner.errors import InvalidInput
+    from planner.report import comparison
+    from planner.report.tables import json_text, table, wrapped
+
+    least = 1 if rival else 2
+    if not least <= len(configurations) <= MOST:
+        raise InvalidInput(f"{len(configurations)} configurations; compare takes {least} to {MOST}")
+    items = compared(configurations, model, gpu, given)
+    if rival:
+        return _with_entrenar(items, style)
+    labels = [item.label for item in items]
+    if style == "json":
+        click.echo(json_text(_document(items)), nl=False)
+        return 0
+    if style == "csv":
+        click.echo(table("csv", ("section", "name", *labels, "differs"), comparison.rows(items)), nl=False)
+        return 0
+    headings = ["", *labels, ""]
+    click.echo(table(style, headings, comparison.shown_rows(items)), nl=False)
+    click.echo("")
+    for line in comparison.sentences(items):
+        click.echo(f"- {line}" if style == "markdown" else wrapped(line, 80, "  "))
+    return 0
+
+
+def _with_entrenar(items: list[Compared], style: str) -> int:
+    """Print what entrenar-lora plans for each configuration's model and card beside our figures.
+
+    Raises:
+        PlannerError: a configuration without a card or an adapter.
+    """
+    from planner.cli.rival import entrenar
+    from planner.errors import InvalidInput
+    from planner.model import ModelSpec
+    from planner.report.lora_report import rival_document, rival_text
+    from planner.report.tables import json_text
+
+    found = []
+    for item in items:
+        p = item.prediction
+        if p.gpu is None or p.training.lora is None or not isinstance(p.model, ModelSpec):
+            raise InvalidInput(f"configuration {item.label}: --with needs a card and an adapter (lora or qlora)")
+        found.append((item.label, entrenar(p.model, p.training, p.gpu)))
+    if style == "json":
+        answers = [{"configuration": label, **(rival_document(rival) or {})} for label, rival in found]
+        click.echo(json_text({"schema_version": 1, "entrenar": answers}), nl=False)
+        return 0
+    if style != "table":
+        raise InvalidInput(f"--with is printed as table or json, not as {style}")
+    for label, rival in found:
+        click.echo(f"{label}: {rival_text(rival)}")
+    return 0
+
+
+def compared(texts: tuple[str, ...], model: str | None, gpu: str | None, given: dict[str, Any]) -> list[Compared]:
+    """Predict each configuration.
+
+    Raises:
+        PlannerError: with the configuration's letter.
+    """
+    from planner.errors import PlannerError
+
+    found = []
+    for number, text in enumerate(texts):
+        label = chr(ord("A") + number)
+        try:
+            found.append(_predicted(label, text, model, gpu, dict(given)))
+        except PlannerError as error:
+            raise type(error)(f"configuration {label}: {error}") from None
+    return found
+
+
+def _predicted(label: str, text: str, model: str | None, gpu: str | None, given: dict[str, Any]) -> Compared:
+    from planner import calibration_files
+    from planner.cli.fits import card_of
+    from planner.cli.grid import parse_values
+    from planner.cli.plan import configure, load_model, training_settings
+    from planner.cli.table import key_of
+    from planner.errors import InvalidInput, one_line
+    from planner.predict import predict
+    from planner.report.comparison import Compared
+
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise InvalidInput(f"{one_line(word)!r} is no setting; write for example batch=4")
+        key = key_of(name)
+        if key == "model":
+            model = value
+        elif key == "gpu":
+            gpu = value
+        else:
+            values = parse_values(key, [value])
+            if len(values) != 1:
+                raise InvalidInput(f"{one_line(word)!r} has {len(values)} values; a configuration has one")
+            given[key] = values[0]
+    if model is None:
+        raise InvalidInput("no model; give --model or model=...")
+    card = card_of(gpu, None)
+    stack = training_settings(given)
+    spec = load_model(model).spec
+    resolved, training = configure(spec, stack or "custom", given, card=card)
+    if card is None:
+        return Compared(label, predict(spec, training), resolved)
+    chosen = calibration_files.select(card, None, training.versions)
+    found = predict(spec, training, card, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
+    return Compared(label, found, resolved)
+
+
+def _document(items: list[Compared]) -> dict[str, Any]:
+    from planner.report import comparison
+
+    labels = [item.label for item in items]
+    return {
+        "schema_version": 1,
+        "configurations": labels,
+        "rows": [
+            {"section": s, "name": n, **dict(zip(labels, values, strict=True)), "differs": mark == "*"}
+            for s, n, *values, mark in comparison.rows(items)
+        ],
+        "differences": comparison.sentences(items),
+    }

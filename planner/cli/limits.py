@@ -1,0 +1,277 @@
+"""`loraplan max` and `loraplan pick`: the largest run on a card, and the card for a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cli.data_options import data_options
+from planner.cli.options import Sectioned, Word, format_option, training_options
+
+if TYPE_CHECKING:
+    from planner.datarun import DataRun
+    from planner.hardware import Gpu
+    from planner.model import ModelSpec
+    from planner.pick import HoursOf
+    from planner.report.grid import Caption
+    from planner.training import TrainingSpec
+
+WORDS = {
+    "batch": "micro_batch_size", "micro-batch-size": "micro_batch_size", "seq-len": "seq_len", "length": "seq_len",
+    "rank": "r",
+}  # fmt: skip
+UNITS = {"micro_batch_size": "rows per micro batch", "seq_len": "tokens per row", "r": "LoRA rank"}
+STEPS = {"micro_batch_size": 1, "seq_len": 64, "r": 1}
+LIMITS = {"micro_batch_size": 512, "seq_len": 131_072, "r": 1024}
+FRONTIER = 24
+"""Values of the first number of a frontier: powers of two and their one and a half."""
+
+
+@click.command(cls=Sectioned)
+@click.argument("model")
+@click.option("--gpu", metavar="GPU", help="A card of the catalogue, or local.")
+@click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
+@click.option(
+    "--of", "keys", multiple=True, type=Word("number", tuple(UNITS), WORDS), default=("micro_batch_size",),
+    help="batch (the default), length or rank; twice for a frontier over two.",
+)  # fmt: skip
+@click.option("--probability", type=float, default=0.95, show_default=True, help="How sure it must be that it fits.")
+@click.option("--up-to", type=click.IntRange(1, 2**20), metavar="N", help="The largest value to try.")
+@format_option
+@data_options
+@training_options
+def max_(
+    model: str, gpu: str | None, vram: str | None, keys: tuple[str, ...], probability: float, up_to: int | None,
+    style: str, **given: Any,
+) -> int:  # fmt: skip
+    """Find the largest micro batch, length or rank that fits a card.
+
+    Live memory must fit with the probability, and a replay of the allocator must end well.
+
+    \b
+    Examples:
+      loraplan max meta-llama/Llama-3.1-8B --gpu rtx-4090
+      loraplan max Qwen/Qwen2.5-7B --gpu l4 --of length --probability 0.99
+      loraplan max Qwen/Qwen2.5-7B --gpu a100-80gb --of batch --of length
+
+    \b
+    Exit codes: 0 there is one, 1 not even the smallest fits, 2 could not answer.
+    """
+    from planner.errors import InvalidInput
+
+    names = tuple(dict.fromkeys(keys))
+    spec, training, card = _run(model, gpu, vram, given, names)
+    if len(names) > 2:
+        raise InvalidInput("a frontier is over two numbers; give --of at most twice")
+    if len(names) == 2:
+        return _frontier(spec, training, card, names, probability, up_to, style)
+    return _single(spec, training, card, names[0], probability, up_to, style)
+
+
+def _run(
+    model: str, gpu: str | None, vram: str | None, given: dict[str, Any], names: tuple[str, ...]
+) -> tuple[ModelSpec, TrainingSpec, Gpu]:
+    """The run whose numbers are raised; data decides its length."""
+    from planner.cli.data_options import apply, take
+    from planner.cli.fits import card_of
+    from planner.cli.plan import configure, load_model, training_settings
+    from planner.errors import Contradiction, InvalidInput
+
+    data = take(given)
+    if data["data_files"] and "seq_len" in names:
+        raise Contradiction("the length is what the data decides; look for the largest batch or rank, or drop --data")
+    card = card_of(gpu, vram)
+    if card is None:
+        raise InvalidInput("no card; name one with --gpu or give its memory with --vram")
+    stack = training_settings(given)
+    spec = load_model(model).spec
+    apply(data, spec, stack or "custom", given)
+    _, training = configure(spec, stack or "custom", given, card=card)
+    return spec, training, card
+
+
+def _candidates(key: str, model: ModelSpec, up_to: int | None) -> list[int]:
+    """Every value of a step's multiple, and the smaller powers of two."""
+    most = up_to or (model.max_position_embeddings if key == "seq_len" else 0) or LIMITS[key]
+    step = STEPS[key]
+    small = [2**n for n in range(20) if 2**n < step and 2**n <= most]
+    return small + list(range(step, most + 1, step))
+
+
+def _single(
+    model: ModelSpec, training: TrainingSpec, card: Gpu, key: str, probability: float, up_to: int | None, style: str
+) -> int:
+    from planner.largest import largest
+    from planner.report.answer import WORDS as ANSWERS
+    from planner.units import gib
+
+    found = largest(model, training, card, key, _candidates(key, model, up_to), probability)
+    p = found.prediction
+    if style == "table":
+        if p is None or found.value is None:
+            click.echo(f"none: not even the smallest fits {card.name} ({found.probability:.0%} sure)")
+            return 1
+        end = " (the largest that was tried; --up-to raises it)" if found.value == found.limit else ""
+        click.echo(f"{found.value:,} {UNITS[key]}{end}, {_sure(found.probability)} sure to fit {card.name}")
+        need = f"{gib(p.device.expected)} GiB ({gib(p.device.low)} to {gib(p.device.high)}) of {gib(p.capacity_bytes)}"
+        click.echo(f"peak {need}; fits says {ANSWERS[p.verdict]}")
+        if p.time is not None:
+            click.echo(f"{p.time.step_s.expected:,.3f} s per step, {p.time.tokens_per_s:,.0f} tokens/s")
+        return 0
+    row = (
+        model.model_id, card.gpu_id, found.value, found.probability, p.verdict if p else None,
+        p.allocated.expected if p else None, p.device.expected if p else None,
+        p.time.step_s.expected if p and p.time else None, p.time.tokens_per_s if p and p.time else None,
+    )  # fmt: skip
+    columns = ["model", "gpu", key, "probability", "verdict", "allocated_bytes", "device_bytes", "step_s",
+               "tokens_per_s"]  # fmt: skip
+    _print(columns, [row], style)
+    return 0 if found.value is not None else 1
+
+
+def _sure(probability: float) -> str:
+    return "over 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
+
+
+def _frontier(
+    model: ModelSpec, training: TrainingSpec, card: Gpu, keys: tuple[str, ...], probability: float,
+    up_to: int | None, style: str,
+) -> int:  # fmt: skip
+    from planner.largest import frontier
+
+    first = sorted({value for n in range(FRONTIER // 2) for value in (2**n, 3 * 2**n)})
+    most = up_to or LIMITS[keys[0]]
+    axes = {keys[0]: [v for v in first if v <= most], keys[1]: _candidates(keys[1], model, None)}
+    if keys[0] == "seq_len":
+        axes[keys[0]] = [v for v in (n * 64 for n in first) if v <= (model.max_position_embeddings or most)]
+    corners = frontier(model, training, card, axes, probability)
+    rows = [(model.model_id, card.gpu_id, c.first, c.second, c.allocated_bytes, c.tokens_per_s) for c in corners]
+    _print(["model", "gpu", *keys, "allocated_bytes", "tokens_per_s"], rows, style)
+    return 0 if rows else 1
+
+
+def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption: Caption | None = None) -> None:
+    import shutil
+    import sys
+
+    from planner.report import grid as report
+
+    caption = caption or report.Caption((), {})
+    if style == "csv":
+        arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}
+        report.write_streamed("csv", sys.stdout, columns, [report.Block({}, arrays, len(rows))], caption)
+        return
+    width = shutil.get_terminal_size((100, 24)).columns if style == "table" else 0
+    click.echo(report.whole(style, columns, rows, caption, width).rstrip("\n"))
+
+
+@click.command(cls=Sectioned)
+@click.argument("model")
+@click.option("--gpu", "gpus", multiple=True, metavar="LIST", help="Candidates; by default every card with a price.")
+@click.option(
+    "--goal", type=Word("goal", ("usd", "time")), default="usd", show_default=True, help="Cheapest or fastest."
+)
+@click.option("--tokens", metavar="N", help="Train on this many tokens (default 10M).")
+@click.option("--epochs", type=float, metavar="N", help="Passes over --data (default 1).")
+@click.option("--hours", type=float, metavar="H", help="Time limit.")
+@click.option("--budget", type=float, metavar="USD", help="Most it may cost.")
+@click.option("--provider", "providers", multiple=True, metavar="NAME", help="Only machines of these providers.")
+@click.option("--single", is_flag=True, help="Only machines with one card.")
+@format_option
+@data_options
+@training_options
+def pick(
+    model: str, gpus: tuple[str, ...], goal: str, tokens: str | None, epochs: float | None, hours: float | None,
+    budget: float | None, providers: tuple[str, ...], single: bool, style: str, **given: Any,
+) -> int:  # fmt: skip
+    """Pick the cheapest or fastest machine that runs the job, and say why not the others.
+
+    \b
+    Examples:
+      loraplan pick meta-llama/Llama-3.1-8B --tokens 50M
+      loraplan pick Qwen/Qwen2.5-7B --goal time --budget 20
+      loraplan pick Qwen/Qwen2.5-7B --gpu l4,a10g,rtx-4090 --hours 12
+      loraplan pick Qwen/Qwen2.5-7B --data ./train.jsonl --epochs 3 --padding grouped
+
+    \b
+    Exit codes: 0 there is one, 1 no candidate will do, 2 could not answer.
+    """
+    from planner.pick import Limits
+    from planner.pick import pick as choose
+
+    spec, candidates, amount, run = _candidates_of(model, gpus, providers, single, (tokens, epochs), given)
+    hours_of = _hours_on_data(spec, run, epochs) if run else None
+    found = choose(spec, candidates, amount, "usd" if goal == "usd" else "time", Limits(hours, budget), hours_of)
+    rows = [_row(item, "picked") for item in ([found.answer] if found.answer else [])]
+    rows += [_row(item, item.reason) for item in found.rejected]
+    columns = ["gpu", "machine", "usd_per_hour", "device_bytes", "hours", "usd", "reason"]
+    if style == "table" and found.answer is not None:
+        a = found.answer
+        where = f" ({a.candidate.price.instance_type})" if a.candidate.price and a.candidate.price.instance_type else ""
+        cost_words = f"{a.usd:,.2f} USD" if a.usd is not None else "no price known"
+        much = f"{epochs or 1:g} epochs of {len(run.found.lengths):,} rows" if run else f"{tokens or TOKENS} tokens"
+        click.echo(f"{a.candidate.gpu.name}{where}: {a.hours:,.2f} h, {cost_words} for {much}\n")
+    _print(columns, rows, style)
+    return 0 if found.answer else 1
+
+
+def _row(item: Any, reason: str) -> tuple[Any, ...]:
+    price = item.candidate.price
+    machine = price.instance_type if price else None
+    rate = price.usd_per_hour if price else None
+    return item.candidate.gpu.gpu_id, machine, rate, item.device_bytes, item.hours, item.usd, reason
+
+
+def _candidates_of(
+    model: str, gpus: tuple[str, ...], providers: tuple[str, ...], single: bool, much: tuple[str | None, float | None],
+    given: dict[str, Any],
+) -> Any:  # fmt: skip
+    """The model, a candidate per card with its cheapest allowed machine, the amount of training, the data.
+
+    Raises:
+        PlannerError: unknown names, or no candidate at all.
+    """
+    from planner import catalog, cost
+    from planner.cli.data_options import apply, take
+    from planner.cli.plan import configure, load_model, training_settings
+    from planner.cli.table import cards_of
+    from planner.errors import Contradiction, InvalidInput, unknown
+    from planner.pick import Candidate
+    from planner.units import parse_count
+
+    data, (tokens, epochs) = take(given), much
+    if data["data_files"] and tokens is not None:
+        raise Contradiction("--tokens and --data say the same thing twice; give one of them")
+    if epochs is not None and not data["data_files"]:
+        raise Contradiction("--epochs counts passes over --data; give both")
+    machines = catalog.instances()
+    known = {item.provider for item in machines}
+    for name in providers:
+        if name not in known:
+            raise unknown("provider", name, sorted(known))
+    machines = [m for m in machines if (not providers or m.provider in providers) and (not single or m.gpu_count == 1)]
+    names = [name for text in gpus for name in text.split(",")]
+    cards = cards_of(names) if names else cards_of(list(dict.fromkeys(m.gpu_id for m in machines)))
+    stack = training_settings(given)
+    spec = load_model(model).spec
+    run = apply(data, spec, stack or "custom", given)
+    found = []
+    for card in cards:
+        _, training = configure(spec, stack or "custom", given, card=card)
+        found.append(Candidate(card, cost.cheapest(card, machines), training))
+    if not found:
+        raise InvalidInput("no candidate: no machine of these providers has a card of the catalogue")
+    return spec, found, cost.Amount(tokens=parse_count(tokens or TOKENS)), run
+
+
+TOKENS = "10M"
+"""What `pick` trains on where nothing is said."""
+
+
+def _hours_on_data(model: ModelSpec, run: DataRun, epochs: float | None) -> HoursOf:
+    """Hours on a candidate, from the distribution of lengths."""
+    from planner.datarun import hours_on
+    from planner.predict import predict
+
+    return lambda candidate: hours_on(run, predict(model, candidate.training, candidate.gpu), epochs or 1.0)

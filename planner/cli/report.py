@@ -1,0 +1,88 @@
+"""`loraplan report`: one HTML file with tables and figures of some configurations; the figures as files too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cli.options import Sectioned, training_options
+
+if TYPE_CHECKING:
+    from planner.report.comparison import Compared
+    from planner.report.figures import Picture, Speed
+
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@click.command(cls=Sectioned)
+@click.argument("configurations", nargs=-1)
+@click.option("--model", metavar="MODEL", help="The model of every configuration that names none.")
+@click.option("--gpu", metavar="GPU", help="The card of every configuration that names none.")
+@click.option("-o", "--output", metavar="FILE", default="report.html", show_default=True, help="The HTML file.")
+@click.option("--figures", metavar="FOLDER", help="Write every figure as PNG and SVG too.")
+@click.option("--title", default="LoRA fine-tuning plan", help="The heading.")
+@training_options
+def report(
+    configurations: tuple[str, ...], model: str | None, gpu: str | None, output: str, figures: str | None, title: str,
+    **given: Any,
+) -> int:  # fmt: skip
+    """Write one HTML file that needs no network: tables, memory and time figures, assumptions, sources.
+
+    CONFIGURATIONS are KEY=VALUE words as in compare; without one the options describe the run.
+
+    \b
+    Examples:
+      loraplan report --model Qwen/Qwen2.5-7B --gpu a100-80gb -o ./plan.html
+      loraplan report --model Qwen/Qwen2.5-7B --gpu l4 "method=qlora" "method=lora" -o ./plan.html
+
+    \b
+    Exit codes: 0 written, 2 could not answer.
+    """
+    from planner.cli.compare import MOST, compared
+    from planner.errors import InvalidInput
+    from planner.report.figures import pictures
+    from planner.report.html_report import page
+
+    if len(configurations) > MOST:
+        raise InvalidInput(f"{len(configurations)} configurations; a report takes at most {MOST}")
+    items = compared(configurations or ("",), model, gpu, given)
+    made = pictures(items, speeds_of(items))
+    Path(output).write_text(page(items, made, title), encoding="utf-8")
+    click.echo(f"wrote {output}", err=True)
+    if figures is not None:
+        _write_figures(Path(figures), made)
+    return 0
+
+
+def _write_figures(folder: Path, made: list[Picture]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in made:
+        for style in ("png", "svg"):
+            (folder / f"{picture.name}.{style}").write_bytes(picture.data(style))
+    click.echo(f"wrote {2 * len(made)} figures to {folder}", err=True)
+
+
+def speeds_of(items: list[Compared]) -> list[Speed]:
+    """Throughput over the micro batch of every configuration whose card's rates are known."""
+    from planner import sweep
+    from planner.model import ModelSpec
+    from planner.report.figures import Speed, label_of
+
+    found = []
+    for item in items:
+        p = item.prediction
+        if p.gpu is None or p.time is None or not isinstance(p.model, ModelSpec):
+            continue
+        axes = sweep.Axes(
+            **{key: (sweep.number_of(p.training, key),) for key in sweep.NUMBERS} | {"micro_batch_size": BATCHES}
+        )
+        cells = sweep.Sweeper(p.model, axes, {p.gpu.gpu_id: p.time.coefficients}).cells(p.training, [p.gpu])
+        judged = sweep.judge(p.model, cells, sweep.replayed_surplus(p.model, cells))
+        tokens = [b * p.training.seq_len * p.training.gradient_accumulation_steps for b in BATCHES]
+        seconds = cells.step_s.ravel().tolist()
+        verdicts = judged.verdict.ravel().tolist()
+        rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
+        found.append(Speed(label_of(item).replace("\n", ", "), BATCHES, rates, [v == 0 for v in verdicts]))
+    return found

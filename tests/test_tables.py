@@ -1,0 +1,256 @@
+"""Tables, searches, comparisons and reports: right, bounded, and inert whatever a name contains."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import searches
+from planner import catalog, cost, families, predict, sources, stacks, sweep
+from planner.cli.main import cli
+from planner.errors import PlannerError
+from planner.largest import frontier, largest
+from planner.pick import Candidate, Limits, pick
+from planner.report import comparison, figures, grid, html_report
+from planner.report.grid import Block, Caption
+
+MODEL = "Qwen/Qwen2.5-1.5B"
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    out = capsys.readouterr()
+    return int(stop.value.code or 0), out.out, out.err
+
+
+def test_a_small_table_says_what_fits_says(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "table", MODEL, "--gpu", "rtx-4090,t4", "--batch", "1,4", "--format", "csv")
+    assert code == 0
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 4
+    for row in rows:
+        words = ("fits", MODEL, "--gpu", row["gpu"], "--batch", row["micro_batch_size"], "--format", "json")
+        _, text, _ = run(capsys, *words, "--no-changes")
+        answer = json.loads(text)
+        assert (row["verdict"], int(row["device_bytes"])) == (answer["verdict"], answer["device"]["expected"])
+
+
+def test_a_large_table_is_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("table", MODEL, "--gpu", "l4", "--batch", "1..6", "--seq-len", "512..2048:512", "-r", "8,16")
+    code, out, _ = run(capsys, *words, "--tokens", "1M", "--format", "jsonl")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(rows) == 48
+    model = families.build_spec(sources.load_config(MODEL).config, model_id=MODEL)
+    for row in random.Random(1).sample(rows, 4):
+        given = {key: row[key] for key in sweep.NUMBERS}
+        training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given=given))
+        found = predict.predict(model, training, catalog.gpu("l4"))
+        assert found.time is not None
+        assert row["allocated_bytes"] == found.allocated.expected
+        assert row["step_s"] == pytest.approx(found.time.step_s.expected, rel=1e-9)
+        made = cost.plan(
+            found.time, catalog.gpu("l4"), cost.Amount(tokens=1e6), micro_batch_size=given["micro_batch_size"],
+            seq_len=given["seq_len"], price=cost.cheapest(catalog.gpu("l4"), catalog.instances()),
+        )  # fmt: skip
+        assert row["hours"] == pytest.approx(made.hours.expected)
+        assert made.usd is not None and row["usd"] == pytest.approx(made.usd.expected)
+
+
+def test_rows_are_kept_sorted_and_turned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("table", MODEL, "--gpu", "rtx-4090,l4,a100-sxm4-80gb", "--batch", "1..10", "--tokens", "1M")
+    _, out, _ = run(capsys, *words, "--where", "peak<12", "--sort", "-tokens_s", "--top", "3", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    rates = [float(row["tokens_per_s"]) for row in rows]
+    assert len(rows) == 3 and rates == sorted(rates, reverse=True)
+    assert all(int(row["device_bytes"]) < 12 * 2**30 for row in rows)
+    _, out, _ = run(capsys, *words, "--pareto", "time,usd", "--format", "jsonl")
+    front = [json.loads(line) for line in out.splitlines()]
+    assert front and not any(
+        a["hours"] <= b["hours"] and a["usd"] <= b["usd"] and (a["hours"], a["usd"]) != (b["hours"], b["usd"])
+        for a in front for b in front
+    )  # fmt: skip
+    code, out, _ = run(capsys, "table", MODEL, "microsoft/phi-2", "--gpu", "l4,t4", "--pivot", "model", "gpu")
+    assert code == 0 and out.splitlines()[0].split() == ["model", "l4", "t4"]
+    code, _, err = run(capsys, *words, "--pivot", "model", "gpu")
+    assert code == 2 and "several rows" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpu", "nope"), "unknown GPU"),
+        (("--gpu", "l4", "--batch", "1..x"), "whole numbers"),
+        (("--gpu", "l4", "--where", "peak~3"), "no condition"),
+        (("--gpu", "l4", "--where", "usd<3"), "need --tokens"),
+        (("--gpu", "l4", "--seq-len", "1..900000", "--batch", "1..900000"), "at most"),
+        (("--gpu", "l4", "--format", "parquet"), "give a file"),
+        (("--gpu", "l4", "-o", "x.docx"), "unknown suffix"),
+        (("--gpu", "l4", "-q", "none", "--method", "qlora"), "quantiz"),
+    ],
+)
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
+    code, out, err = run(capsys, "table", MODEL, *words)
+    assert code == 2 and not out
+    assert err.count("\n") == 1 and message in err
+
+
+def test_grids_and_rows_from_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"model: {MODEL}\ngpu: [l4, rtx-4090]\nmicro-batch-size: 1..2\ncheckpointing: [off, full]\n")
+    _, out, _ = run(capsys, "table", "--grid", str(path), "--format", "csv")
+    assert out.count("\n") == 9
+    path.write_text("a: &x [1]\nb: *x\n")
+    code, _, err = run(capsys, "table", "--grid", str(path))
+    assert code == 2 and "aliases" in err
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"model,gpu,batch,quantization\n{MODEL},l4,2,none\n{MODEL},t4,1,nf4\n")
+    _, out, _ = run(capsys, "table", "--from", str(rows), "--format", "csv")
+    found = [(row["gpu"], row["quantization"]) for row in csv.DictReader(io.StringIO(out))]
+    assert found == [("l4", "none"), ("t4", "nf4")]
+    rows.write_text("model,gpu,batch\nx,l4,no\n")
+    code, _, err = run(capsys, "table", "--from", str(rows))
+    assert code == 2 and "line 2" in err
+
+
+HOSTILE = ("=cmd|' /C calc'!A0", "<script>alert(1)</script>", 'a"b\nc', "\\input{/etc/passwd}", "@SUM(1)", "`x`|y")
+
+
+class _Tags(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        assert not any(
+            name.startswith("on") or (name in ("src", "href") and value != "data:,") for name, value in attrs
+        )
+
+
+def test_hostile_names_are_inert_in_every_format(tmp_path: Path) -> None:
+    columns = ["model", "verdict", "device_bytes"]
+    block = Block({}, {"model": list(HOSTILE), "verdict": ["fits"] * 6, "device_bytes": [2**30] * 6}, 6)
+    rows = list(block.rows(columns))
+    caption = Caption((HOSTILE[1],), {"note": HOSTILE[1]})
+    out = io.StringIO()
+    grid.write_streamed("csv", out, columns, [block], caption)
+    read = list(csv.reader(io.StringIO(out.getvalue())))
+    assert len(read) == 7 and all(row[0][0] not in "=+-@\t\r" for row in read[1:])
+    out = io.StringIO()
+    grid.write_streamed("jsonl", out, columns, [block], caption)
+    assert [json.loads(line)["model"] for line in out.getvalue().splitlines()] == list(HOSTILE)
+    parser = _Tags()
+    parser.feed(grid.whole("html", columns, rows, caption))
+    assert "script" not in parser.tags and "td" in parser.tags
+    latex = grid.whole("latex", columns, rows, caption)
+    assert "\\input" not in latex and latex.count(r"\\") == 7
+    text = grid.whole("markdown", columns, rows, caption)
+    assert "<script" not in text and len([line for line in text.splitlines() if line.startswith("|")]) == 8
+    assert len(grid.whole("table", columns, rows, caption, 80).splitlines()) == 10
+    assert len(json.loads(grid.whole("json", columns, rows, caption))["rows"]) == 6
+
+
+def test_parquet_holds_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    code, _, _ = run(capsys, "table", MODEL, "--gpu", "l4,t4", "--batch", "1..20", "-o", str(path))
+    assert code == 0
+    table = parquet.read_table(path)
+    assert table.num_rows == 40 and str(table.schema.field("device_bytes").type) == "int64"
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_max_and_pick_are_brute_forces_answers(case: int) -> None:
+    """Six drawn cases; benchmarks/searches.py draws 200."""
+    drawn = random.Random(case)
+    model, training = searches.drawn(drawn)
+    cards = [gpu for gpu in catalog.gpus() if gpu.vendor == "NVIDIA" and gpu.bf16_native and gpu.compute_capability]
+    if case % 2:
+        gpu, values = drawn.choice(cards), list(range(1, 13))
+        found = largest(model, training, gpu, "micro_batch_size", values, 0.95)
+        assert found.value == searches.brute_largest(model, training, gpu, "micro_batch_size", values, 0.95)
+        assert found.evaluations <= 60
+        return
+    some = [Candidate(gpu, cost.cheapest(gpu, catalog.instances()), training) for gpu in drawn.sample(cards, 5)]
+    amount, limits = cost.Amount(tokens=2e7), Limits(hours=40.0)
+    picked = pick(model, some, amount, "time", limits)
+    mine = picked.answer.candidate.gpu.gpu_id if picked.answer else None
+    assert mine == searches.brute_pick(model, some, amount, "time", limits)
+    assert picked.evaluations <= 60
+    assert len(picked.rejected) + (picked.answer is not None) == 5 and all(item.reason for item in picked.rejected)
+
+
+def test_a_frontier_has_only_corners() -> None:
+    model, training = searches.drawn(random.Random(3))
+    corners = frontier(
+        model, training, catalog.gpu("l4"), {"micro_batch_size": (1, 2, 4, 8), "seq_len": (512, 1024, 2048, 4096)}
+    )
+    assert corners
+    assert [c.first for c in corners] == sorted(c.first for c in corners)
+    assert [c.second for c in corners] == sorted((c.second for c in corners), reverse=True)
+
+
+def compared(*changes: dict[str, Any]) -> list[comparison.Compared]:
+    model = families.build_spec(sources.load_config(MODEL).config, model_id="<b>$x$</b>\n=evil")
+    items = []
+    for number, given in enumerate(changes):
+        method = given.pop("method", "qlora")
+        resolved = stacks.resolve("custom", method=method, given=given)
+        found = predict.predict(model, stacks.to_training_spec(resolved), catalog.gpu("l4"))
+        items.append(comparison.Compared("AB"[number], found, resolved))
+    return items
+
+
+def test_a_comparison_adds_up() -> None:
+    items = compared({}, {"method": "lora", "micro_batch_size": 2})
+    for number, item in enumerate(items):
+        memory = sum(part.values[number] for part in comparison.memory_parts(items))
+        assert memory == item.prediction.device.expected
+        assert item.prediction.time is not None
+        seconds = sum(part.values[number] for part in comparison.time_parts(items))
+        assert seconds == pytest.approx(item.prediction.time.step_s.expected, rel=1e-6)
+    first = comparison.sentences(items)[0]
+    assert "base weights +" in first and "B needs" in first
+
+
+def test_a_report_is_one_inert_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    items = compared({}, {"micro_batch_size": 2})
+    speeds = [figures.Speed("<i>A</i>", (1, 2, 4), (10.0, 15.0, 16.0), (True, True, False))]
+    pictures = figures.pictures(items, speeds)
+    page = html_report.page(items, pictures, "<script>x</script>")
+    parser = _Tags()
+    parser.feed(page)
+    assert parser.tags.count("svg") == len(pictures) == 5
+    assert not {"script", "iframe", "object", "img", "b", "i"} & set(parser.tags)
+    assert "default-src 'none'" in page and "url(http" not in page and "@import" not in page
+    assert "<text" in page  # text of the figures stays text
+    assert pictures[0].data("png").startswith(b"\x89PNG")
+
+
+def test_results_show_in_a_notebook() -> None:
+    pandas = pytest.importorskip("pandas")
+    model = families.build_spec(sources.load_config(MODEL).config, model_id=MODEL)
+    training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={}))
+    axes = {"micro_batch_size": [1, 2], "seq_len": [512, 1024], "gradient_checkpointing": ["none", "full"]}
+    found = sweep.sweep(model, training, catalog.gpu("l4"), axes)
+    frame = found.to_frame()
+    assert isinstance(frame, pandas.DataFrame) and len(frame) == 8
+    row = frame[(frame.micro_batch_size == 2) & (frame.seq_len == 512) & (frame.gradient_checkpointing == "full")]
+    given = {"micro_batch_size": 2, "seq_len": 512}
+    wanted = predict.predict(
+        model, stacks.to_training_spec(stacks.resolve("custom", method="qlora", given=given)), catalog.gpu("l4")
+    )
+    assert row.allocated_bytes.item() == wanted.allocated.expected
+    assert found._repr_html_().count("<tr>") == 9
+    assert "allocated" in wanted._repr_html_()
+    with pytest.raises(PlannerError, match="unknown setting"):
+        sweep.sweep(model, training, catalog.gpu("l4"), {"colour": ["red"]})
