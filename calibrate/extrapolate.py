@@ -24,7 +24,7 @@ from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extrapolated:
-    """Static bytes and peaks of the full stack; `traced` holds the depths that were run."""
+    """Peaks of the full stack and what is alive before the step; `traced` holds the depths that were run."""
 
     layers: int
     static_bytes: int
