@@ -272,8 +272,10 @@ class _Run:
                     linears.load_adapter(self.step, weights, lora)
             for a in parameters:
                 if a.layer is held.spec:
-                    pair = [self.step.trainable(n, lora.dtype, "adapter") for n in (a.a_elements, a.b_elements)]
-                    held.expert_adapters[a.name] = (pair[0], pair[1])
+                    stacked = a.rank * a.experts
+                    down = self.step.trainable(a.a_elements, lora.dtype, "adapter", stacked + a.in_features)
+                    up = self.step.trainable(a.b_elements, lora.dtype, "adapter", a.out_features + stacked)
+                    held.expert_adapters[a.name] = (down, up)
             self._count(unit)
         self._begin("load", -1)
         if self.head is not None and (id(None), self.step.model.head.name) in adapted:
