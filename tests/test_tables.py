@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,60 @@ def test_max_and_pick_are_brute_forces_answers(case: int) -> None:
     assert mine == searches.brute_pick(model, some, amount, "time", limits)
     assert picked.evaluations <= 60
     assert len(picked.rejected) + (picked.answer is not None) == 5 and all(item.reason for item in picked.rejected)
+
+
+def test_the_largest_run_says_what_limits_it(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = set()
+    for gpu, up_to in (("rtx-4090", "32768"), ("h100", "2")):
+        words = ("max", MODEL, "--gpu", gpu, "--of", "length" if up_to != "2" else "batch", "--up-to", up_to)
+        code, text, _ = run(capsys, *words)
+        (row,) = json.loads(run(capsys, *words, "--format", "json")[1])["rows"]
+        assert code == 0 and "limit: " in text and text.count("sure to fit") == 1
+        assert ("no probability" in text) == (row["limited_by"] == "allocator replay")
+        seen.add(row["limited_by"])
+    assert "what was tried" in seen
+    tight = run(capsys, "max", MODEL, "--vram", "2GiB")
+    assert tight[0] == 1 and tight[1].startswith("none: not even the smallest fits") and "0.0 % sure" in tight[1]
+
+
+def test_a_replay_that_limits_is_named() -> None:
+    model = families.build_spec(sources.load_config("Qwen/Qwen2.5-7B").config, model_id="Qwen/Qwen2.5-7B")
+    training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={}))
+    values = list(range(8896, 9345, 64))
+    found = largest(model, training, catalog.gpu("rtx-4090"), "seq_len", values)
+    assert (found.value, found.limited_by) == (9024, "allocator replay")
+    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 9088}))
+    after = predict.predict(model, above, catalog.gpu("rtx-4090"))
+    assert after.verdict == "too close to call"
+    assert after.allocated.high < catalog.gpu("rtx-4090").free_bytes - predict.CONTEXT_BYTES[2]
+
+
+def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from planner import calibration_files
+    from planner.calibration import Coefficients, Selection, priors
+
+    words = ("max", MODEL, "--gpu", "l4", "--up-to", "2", "--format", "json")
+    picks = ("pick", MODEL, "--gpu", "l4", "--format", "json")
+    before = [json.loads(run(capsys, *w)[1])["rows"][0] for w in (words, picks)]
+    one = priors(catalog.gpu("l4"))
+    slow = Coefficients({**one, "matmul": replace(one["matmul"], value=one["matmul"].value / 2)})
+    chosen = Selection(slow, None, ())
+    monkeypatch.setattr(calibration_files, "select", lambda *_: chosen)
+    after = [json.loads(run(capsys, *w)[1])["rows"][0] for w in (words, picks)]
+    assert after[0]["step_s"] > 1.2 * before[0]["step_s"] and after[1]["hours"] > 1.2 * before[1]["hours"]
+    assert after[0]["device_bytes"] == before[0]["device_bytes"]
+
+
+def test_machines_with_several_cards_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("pick", MODEL, "--gpu", "b200-sxm-180gb", "--provider", "aws", "--format", "json")
+    (row,) = json.loads(run(capsys, *words)[1])["rows"]
+    assert row["cards"] == 8 and row["reason"] == "picked: pays for 8 cards, uses one"
+
+
+def test_a_frontier_says_that_its_cache_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("max", MODEL, "--gpu", "l4", "--of", "batch", "--of", "rank", "--up-to", "4")
+    assert "cache, estimated from a replay" in " ".join(run(capsys, *words)[1].split())
+    assert "estimated" in json.loads(run(capsys, *words, "--format", "json")[1])["basis"]
 
 
 def test_a_frontier_has_only_corners() -> None:
