@@ -136,6 +136,65 @@ class _Tags(html.parser.HTMLParser):
         )
 
 
+def test_a_table_on_data_says_what_fits_says(capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", str(Path(__file__).parent / "instructions.jsonl"), "--epochs", "3")
+    words = ("table", MODEL, "--gpu", "l4", "--batch", "1,2", "--seq-len", "64,512", *data, "--format", "json")
+    code, text, err = run(capsys, *words)
+    assert code == 0, err
+    rows = json.loads(text)["rows"]
+    assert len(rows) == 4
+    for row, (batch, limit) in zip(rows, ((1, 64), (1, 512), (2, 64), (2, 512)), strict=True):
+        asked = ("fits", MODEL, "--gpu", "l4", "--batch", str(batch), "--seq-len", str(limit), *data)
+        answer = json.loads(run(capsys, *asked, "--format", "json")[1])
+        assert row["device_bytes"] == answer["device"]["expected"] and row["seq_len"] <= limit
+        assert row["hours"] == pytest.approx(answer["run"]["hours"]["expected"], rel=1e-12)
+    for wrong in (("--tokens", "1M"), ("--mean-tokens", "9"), ("--batch", "1..600")):
+        assert run(capsys, *words, *wrong)[0] == 2
+    assert run(capsys, "table", MODEL, "--gpu", "l4", "--padding", "packed")[0] == 2
+
+
+def test_own_cards_and_a_margin(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("table", MODEL, "--gpu", "l4", "--vram", "4GiB,2GiB", "--format", "json")
+    plain, kept = (json.loads(run(capsys, *words, "--margin", m)[1])["rows"] for m in ("0", "50"))
+    assert [row["gpu"] for row in plain] == ["l4", "4.00 GiB", "2.00 GiB"]
+    assert plain[0]["headroom_bytes"] - kept[0]["headroom_bytes"] == int(catalog.gpu("l4").memory_bytes * 0.5)
+    assert [row["verdict"] for row in kept] == ["fits", "does not fit", "does not fit"]
+    assert plain[1]["tokens_per_s"] is None
+    assert "50 % of every card" in run(capsys, *words[:-2], "--margin", "50%")[1]
+    assert run(capsys, *words, "--margin", "100")[0] == 2
+
+
+@pytest.mark.parametrize("lengths", ["512", "512..8192:256"])  # predicted one by one, and swept
+def test_padding_is_paid_for(capsys: pytest.CaptureFixture[str], lengths: str) -> None:
+    words = ("table", MODEL, "--gpu", "l4", "--seq-len", lengths, "--format", "json")
+    whole, half = (
+        json.loads(run(capsys, *words, *more)[1])["rows"][0]["hours"]
+        for more in (("--tokens", "10M"), ("--tokens", "10M", "--mean-tokens", "256"))
+    )
+    assert half == pytest.approx(2 * whole, rel=1e-3)
+
+
+def test_a_matrix_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("table", MODEL, "--gpu", "l4", "--vram", "2GiB", "--batch", "1,64", "--pivot", "batch", "gpu")
+    code, text, _ = run(capsys, *words)
+    rows = [line.split() for line in text.splitlines()[2:4]]
+    assert code == 0 and [row[2][0] for row in rows] == ["!", "!"] and rows[0][1][0].isdigit()
+    assert "peak GiB (! does not fit)" in text
+    assert "!" in run(capsys, *words, "--format", "html")[1] and "!" in run(capsys, *words, "--format", "latex")[1]
+    assert all(
+        isinstance(value, int) for value in json.loads(run(capsys, *words, "--format", "json")[1])["rows"][0].values()
+    )
+    assert "!" not in run(capsys, *words, "--format", "csv")[1]
+
+
+def test_sorting_is_bounded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(grid, "MOST_SORTED", 40)
+    words = ("table", MODEL, "--gpu", "l4", "--seq-len", "64..4096:64", "--sort", "-peak", "--format", "csv")
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "") and "more than 40 rows to sort; add --top" in err
+    assert run(capsys, *words, "--top", "3")[1].count("\n") == 4
+
+
 def test_hostile_names_are_inert_in_every_format(tmp_path: Path) -> None:
     columns = ["model", "verdict", "device_bytes"]
     block = Block({}, {"model": list(HOSTILE), "verdict": ["fits"] * 6, "device_bytes": [2**30] * 6}, 6)
