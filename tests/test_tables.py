@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,10 @@ def test_a_matrix_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str]) ->
     rows = [line.split() for line in text.splitlines()[2:4]]
     assert code == 0 and [row[2][0] for row in rows] == ["!", "!"] and rows[0][1][0].isdigit()
     assert "peak GiB (! does not fit)" in text
-    assert "!" in run(capsys, *words, "--format", "html")[1] and "!" in run(capsys, *words, "--format", "latex")[1]
-    assert all(
-        isinstance(value, int) for value in json.loads(run(capsys, *words, "--format", "json")[1])["rows"][0].values()
-    )
+    for style in ("html", "latex", "markdown"):
+        assert re.search(r"!\d+\.\d\d\b", run(capsys, *words, "--format", style)[1])
+    (first, _) = json.loads(run(capsys, *words, "--format", "json")[1])["rows"]
+    assert all(isinstance(value, int) for value in first.values())
     assert "!" not in run(capsys, *words, "--format", "csv")[1]
 
 

@@ -385,13 +385,12 @@ class View(NamedTuple):
 
         if self.style not in report.STREAMED and self.style != "json":
             kind = report.SHOWN.get(show, report.Shown(show))
-            of = [verdict for row in verdicts for verdict in row[1:]]
-            legend = "; ".join(
-                f"{mark} {word}" for word, mark in report.MARKS.items() if word in of and show != "verdict"
-            )
+            present = {verdict for row in verdicts for verdict in row[1:]}
+            used = [] if show == "verdict" else [word for word in report.MARKS if word in present]
+            legend = ", ".join(f"{report.MARKS[word]} {word}" for word in used)
             rows = [
-                (row[0], *(report.marked(value, kind, verdict) for value, verdict in zip(row[1:], of[1:], strict=True)))
-                for row, of in zip(rows, verdicts, strict=True)
+                (row[0], *(report.marked(value, kind, word) for value, word in zip(row[1:], words[1:], strict=True)))
+                for row, words in zip(rows, verdicts, strict=True)
             ]
             caption = caption._replace(lines=(kind.heading + (f" ({legend})" if legend else ""), *caption.lines))
         self._write(columns, rows, caption)
