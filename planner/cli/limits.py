@@ -228,6 +228,8 @@ def pick(
     rows = [_row(item, f"picked{_paid_for(found.answer)}") for item in ([found.answer] if found.answer else [])]
     rows += [_row(item, item.reason) for item in found.rejected]
     columns = ["gpu", "machine", "cards", "usd_per_hour", "device_bytes", "hours", "usd", "reason"]
+    if style == "table" and not any(row[2] and row[2] > 1 for row in rows):  # a line of 80 columns has little room
+        columns, rows = [c for c in columns if c != "cards"], [(*row[:2], *row[3:]) for row in rows]
     if style == "table" and found.answer is not None:
         a = found.answer
         where = f" ({a.candidate.price.instance_type})" if a.candidate.price and a.candidate.price.instance_type else ""
