@@ -21,6 +21,7 @@ from planner import calibration_files
 from planner.cli.calibrate import parse_duration
 from planner.cli.main import main
 from planner.errors import InvalidInput
+from planner.training import training_from_dict
 from tests.calibration_samples import CPU_FACTS, cpu_bursts, synthetic
 from tests.test_calibrate_fit import CPU_TRUTH
 
@@ -354,8 +355,9 @@ def test_exactly_the_job_of_a_config_is_measured(
     assert text.startswith("2 bursts in") and "calibrate validate" in text
     (run,) = measurements.read_runs([out])
     assert [m.request["layers"] for m in run.measurements] == [None, None]
-    training = run.measurements[0].request["training"]
-    assert (training["seq_len"], training["micro_batch_size"], training["r"]) == (32, 2, 4)
+    training = training_from_dict(run.measurements[0].request["training"])
+    assert training.lora is not None
+    assert (training.seq_len, training.micro_batch_size, training.lora.r) == (32, 2, 4)
     assert run.measurements[0].request["config"]["hidden_size"] == 64
     code, _, err = loraplan(capsys, *words, str(job_file(tmp_path, lora_r=8)))
     assert code == 2 and "another job" in err

@@ -57,6 +57,18 @@ def run_plan(
     return made, notes
 
 
+def amount_on_data(wanted: dict[str, Any]) -> cost.Amount:
+    """Return the passes over the data; the data says the rest.
+
+    Raises:
+        PlannerError: for an amount of training that the data already says.
+    """
+    for name in ("rows", "tokens", "mean_tokens"):
+        if wanted[name] is not None:
+            raise Contradiction(f"--{name.replace('_', '-')} and --data say the same thing twice; give one of them")
+    return cost.Amount(epochs=1.0 if wanted["epochs"] is None else wanted["epochs"])
+
+
 ESTIMATED = "lengths are estimated: the longest row, which decides memory, may be 30 % longer; give --tokenizer"
 
 
@@ -68,17 +80,14 @@ def data_plan(
     Raises:
         PlannerError: for an amount of training that the data already says.
     """
-    for name in ("rows", "tokens", "mean_tokens"):
-        if wanted[name] is not None:
-            raise Contradiction(f"--{name.replace('_', '-')} and --data say the same thing twice; give one of them")
+    amount = amount_on_data(wanted)
     estimated = (ESTIMATED,) if run.found.token_error else ()
     if prediction.gpu is None or prediction.time is None:
         return run, None, (*estimated, "no hours and no cost: the card's rates are not known")
     from planner.datarun import planned
 
     price = price_of(prediction.gpu, wanted)
-    epochs = 1.0 if wanted["epochs"] is None else wanted["epochs"]
-    done, made = planned(run, prediction, epochs=epochs, price=price)
+    done, made = planned(run, prediction, epochs=amount.epochs, price=price)
     notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
     return done, made, (*estimated, *notes)
 
