@@ -284,6 +284,7 @@ def _find(name: str) -> Calibration:
 
 def _draw(found: Calibration, target: Path) -> None:
     from planner.errors import InvalidInput, MissingDependency
+    from planner.outputs import whole_file
     from planner.report.calibration_plot import draw
 
     style = target.suffix.lower().removeprefix(".")
@@ -293,7 +294,8 @@ def _draw(found: Calibration, target: Path) -> None:
         picture = draw(found, style)
     except ImportError:
         raise MissingDependency("--plot needs matplotlib (pip install 'loraplan[plots]')") from None
-    target.write_bytes(picture)
+    with whole_file(target, "wb") as file:
+        file.write(picture)
     click.echo(f"wrote {target}", err=True)
 
 

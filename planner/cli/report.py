@@ -42,6 +42,7 @@ def report(
     """
     from planner.cli.compare import MOST, compared
     from planner.errors import InvalidInput
+    from planner.outputs import whole_file
     from planner.report.figures import pictures
     from planner.report.html_report import page
 
@@ -49,7 +50,8 @@ def report(
         raise InvalidInput(f"{len(configurations)} configurations; a report takes at most {MOST}")
     items = compared(configurations or ("",), model, gpu, given)
     made = pictures(items, speeds_of(items))
-    Path(output).write_text(page(items, made, title), encoding="utf-8")
+    with whole_file(output) as file:
+        file.write(page(items, made, title))
     click.echo(f"wrote {output}", err=True)
     if figures is not None:
         _write_figures(Path(figures), made)
@@ -57,10 +59,13 @@ def report(
 
 
 def _write_figures(folder: Path, made: list[Picture]) -> None:
+    from planner.outputs import whole_file
+
     folder.mkdir(parents=True, exist_ok=True)
     for picture in made:
         for style in ("png", "svg"):
-            (folder / f"{picture.name}.{style}").write_bytes(picture.data(style))
+            with whole_file(folder / f"{picture.name}.{style}", "wb") as file:
+                file.write(picture.data(style))
     click.echo(f"wrote {2 * len(made)} figures to {folder}", err=True)
 
 
