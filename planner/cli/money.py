@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner import catalog, cost
 from planner.errors import Contradiction, InvalidInput, one_line
 from planner.hardware import Gpu
+from planner.headers import read_bounded
 from planner.predict import Prediction
 from planner.units import MiB, parse_count
 
@@ -103,11 +103,8 @@ def read_dbu_table(path: str) -> dict[str, float]:
     Raises:
         InvalidInput: if it is not such an object.
     """
-    with Path(path).open("rb") as file:
-        data = file.read(MAX_TABLE_BYTES + 1)
+    data = read_bounded(path, MAX_TABLE_BYTES, "table of DBU per hour")
     problem = f"{one_line(path)!r} is not a JSON object of node types and DBU per hour"
-    if len(data) > MAX_TABLE_BYTES:
-        raise InvalidInput(f"{problem}: larger than 1 MiB")
     try:
         table = json.loads(data)
     except (ValueError, RecursionError):
