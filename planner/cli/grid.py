@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner import cost, families, predict, sources, sweep
 from planner.calibration import Coefficients, Selection
@@ -20,6 +20,9 @@ from planner.model import ModelSpec
 from planner.report.grid import Block
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
+
+if TYPE_CHECKING:
+    from planner.importers import Job
 
 EXACT_ROWS = 24
 MOST_ROWS = 100_000_000
@@ -45,6 +48,8 @@ class Wanted(NamedTuple):
     cards: tuple[Gpu, ...]
     values: Mapping[str, tuple[Any, ...]]
     """Key of planner.stacks -> its values."""
+    job: Job | None = None
+    """What a training config says about everything else."""
 
     @property
     def rows(self) -> int:
@@ -247,6 +252,8 @@ class Tabulator:
                 try:
                     given = dict.fromkeys(OPTIONS) | choices
                     stack = training_settings(given)
+                    if self.wanted.job is not None:
+                        given["job"], stack = self.wanted.job, stack or self.wanted.job.stack
                     resolved, training = configure(model, stack or "custom", given, lenient=True, card=cards[0])
                 except PlannerError as error:
                     numbers = [len(self.wanted.values.get(key, (1,))) for key in sweep.NUMBERS]

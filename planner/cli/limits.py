@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.data_options import data_options
+from planner.cli.from_config import model_or_config
 from planner.cli.options import MOST_STEPS, Number, Sectioned, Word, format_option, training_options
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ FRONTIER = 24
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--gpu", metavar="GPU", help="A card of the catalogue, or local.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option(
@@ -54,6 +55,7 @@ def max_(
       loraplan max meta-llama/Llama-3.1-8B --gpu rtx-4090
       loraplan max Qwen/Qwen2.5-7B --gpu l4 --of length --probability 0.99
       loraplan max Qwen/Qwen2.5-7B --gpu a100-80gb --of batch --of length
+      loraplan max --from qlora.yml --gpu a10g
 
     \b
     Exit codes: 0 there is one, 1 not even the smallest fits, 2 could not answer.
@@ -167,7 +169,7 @@ def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption:
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--gpu", "gpus", multiple=True, metavar="LIST", help="Candidates; by default every card with a price.")
 @click.option(
     "--goal", type=Word("goal", ("usd", "time")), default="usd", show_default=True, help="Cheapest or fastest."
@@ -195,6 +197,7 @@ def pick(
       loraplan pick Qwen/Qwen2.5-7B --goal time --budget 20
       loraplan pick Qwen/Qwen2.5-7B --gpu l4,a10g,rtx-4090 --hours 12
       loraplan pick Qwen/Qwen2.5-7B --data ./train.jsonl --epochs 3 --padding grouped
+      loraplan pick --from qlora.yml --tokens 50M
 
     \b
     Exit codes: 0 there is one, 1 no candidate will do, 2 could not answer.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.from_config import ShowKeys, config_options, show_keys
 from planner.cli.options import Sectioned, training_options
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 @click.command(cls=Sectioned)
 @click.argument("configurations", nargs=-1)
+@config_options
 @click.option("--model", metavar="MODEL", help="The model of every configuration that names none.")
 @click.option("--gpu", metavar="GPU", help="The card of every configuration that names none.")
 @click.option("-o", "--output", metavar="FILE", default="report.html", show_default=True, help="The HTML file.")
@@ -30,12 +32,13 @@ def report(
 ) -> int:  # fmt: skip
     """Write one HTML file that needs no network: tables, memory and time figures, assumptions, sources.
 
-    CONFIGURATIONS are KEY=VALUE words as in compare; without one the options describe the run.
+    CONFIGURATIONS are KEY=VALUE words or training configs as in compare; without one the options describe the run.
 
     \b
     Examples:
       loraplan report --model Qwen/Qwen2.5-7B --gpu a100-80gb -o ./plan.html
       loraplan report --model Qwen/Qwen2.5-7B --gpu l4 "method=qlora" "method=lora" -o ./plan.html
+      loraplan report --from qlora.yml --gpu a10g -o ./plan.html
 
     \b
     Exit codes: 0 written, 2 could not answer.
@@ -49,6 +52,8 @@ def report(
     if len(configurations) > MOST:
         raise InvalidInput(f"{len(configurations)} configurations; a report takes at most {MOST}")
     items = compared(configurations or ("",), model, gpu, given)
+    if isinstance(items, ShowKeys):
+        return show_keys(items.job, "table")
     made = pictures(items, speeds_of(items))
     with whole_file(output) as file:
         file.write(page(items, made, title))

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from planner.cli.from_config import ShowKeys, config_options, is_config, show_keys, take_job, take_reading
 from planner.cli.options import TRAINING, Sectioned, Word
 from planner.outputs import whole_file
 
 if TYPE_CHECKING:
     from planner.cli.grid import Tabulator, Wanted
     from planner.hardware import Gpu
+    from planner.importers import Job
     from planner.report.grid import Block, Caption
 
 MAX_FILE_BYTES = 1 << 20
@@ -38,7 +40,7 @@ def lists_of_settings(command: _Command) -> _Command:
 @click.argument("models", nargs=-1)
 @click.option("--gpu", "gpus", multiple=True, metavar="LIST", help="Cards of the catalogue; all for every NVIDIA card.")
 @click.option("--grid", metavar="FILE", help="Lists in a YAML file: model, gpu, and settings by their names.")
-@click.option("--from", "source", metavar="FILE", help="Explicit rows: a CSV file with columns of the same names.")
+@config_options
 @click.option("--where", multiple=True, metavar="CONDITION", help="Keep rows such as peak<24 or verdict=fits.")
 @click.option("--sort", metavar="COLUMNS", help="Sort by columns, time,-usd: a minus turns the order.")
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Only the first rows (of the sorted table).")
@@ -53,12 +55,13 @@ def lists_of_settings(command: _Command) -> _Command:
 @click.option("-o", "--output", metavar="FILE", help="Write to a file.")
 @lists_of_settings
 def table(
-    models: tuple[str, ...], gpus: tuple[str, ...], grid: str | None, source: str | None, output: str | None,
-    style: str | None, **rest: Any,
+    models: tuple[str, ...], gpus: tuple[str, ...], grid: str | None, output: str | None, style: str | None,
+    **rest: Any,
 ) -> int:  # fmt: skip
     """Tabulate verdict, memory, time and cost for every combination of lists.
 
-    A list is commas or the same option again; numbers may be ranges (1..8, 512..8192:512).
+    A list is commas or the same option again; numbers may be ranges (1..8, 512..8192:512). --from takes a training
+    config, whose settings hold where no list is given, or explicit rows: a CSV file with columns of the same names.
 
     \b
     Examples:
@@ -66,6 +69,7 @@ def table(
       loraplan table Qwen/Qwen2.5-7B --gpu all --tokens 10M --pareto time,usd
       loraplan table Qwen/Qwen2.5-7B microsoft/phi-2 --gpu l4,t4 --pivot model gpu
       loraplan table --grid ./plan.yaml -o ./plan.parquet
+      loraplan table --from qlora.yml --gpu a10g,l4 --seq-len 1024,2048,4096
 
     \b
     Exit codes: 0 there are rows, 1 no row is left, 2 could not answer.
@@ -75,11 +79,32 @@ def table(
         style=chosen_style(style, output), output=output,
     )  # fmt: skip
     costs = {name: rest.pop(name) for name in ("tokens", "rows", "epochs", "price")}
+    source, job = sources_of(take_reading(rest), rest)
+    if isinstance(job, ShowKeys):
+        return show_keys(job.job, view.style if view.style in ("json", "csv", "markdown") else "table")
     lists = {"model": list(models), "gpu": list(gpus), **{k: list(v) for k, v in rest.items() if v}}
     if grid is not None:
         lists = {**read_grid(grid), **{k: v for k, v in lists.items() if v}}
-    made = explicit(source, lists, costs) if source is not None else [tabulator(lists, costs)]
+    if job is not None and job.model and not lists["model"]:
+        lists["model"] = [job.model]
+    made = explicit(source, lists, costs, job) if source is not None else [tabulator(lists, costs, job)]
     return view.print(made)
+
+
+def sources_of(reading: dict[str, Any], lists: Mapping[str, Sequence[Any]]) -> tuple[str | None, Job | ShowKeys | None]:
+    """What the files of --from are: explicit rows (one CSV file at most), and the job of the training configs.
+
+    Raises:
+        PlannerError: configs that cannot be read, or two files of rows.
+    """
+    from planner.errors import Contradiction
+
+    configs = tuple(name for name in reading["configs"] if is_config(name, several=True))
+    rows = [name for name in reading["configs"] if name not in configs]
+    if len(rows) > 1:
+        raise Contradiction("--from names two files of rows; put the rows into one")
+    single = {key: values[0] for key, values in lists.items() if len(values) == 1}
+    return (rows[0] if rows else None), take_job({**reading, "configs": configs}, single)
 
 
 def chosen_style(style: str | None, output: str | None) -> str:
@@ -100,8 +125,8 @@ def chosen_style(style: str | None, output: str | None) -> str:
 # --- what is wanted -----------------------------------------------------------------------------------------------
 
 
-def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> Tabulator:
-    """Turn lists of words into what is to be tabulated.
+def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None = None) -> Tabulator:
+    """Turn lists of words into what is to be tabulated; settings without a list are the job's, where there is one.
 
     Raises:
         PlannerError: unknown names or values.
@@ -119,7 +144,7 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> T
     wanted = {**costs, "mean_tokens": None, "dbu_table": None, "dbu_rate": None}
     chosen = {card.gpu_id: calibration_files.select(card) for card in cards}
     run = Run(amount_of(wanted), card_prices(cards, lambda card: price_of(card, wanted)), chosen)
-    return Tabulator(Wanted(models, cards, values), run)
+    return Tabulator(Wanted(models, cards, values, job), run)
 
 
 def _names(texts: Sequence[Any]) -> tuple[str, ...]:
@@ -195,8 +220,10 @@ def _bounded(path: str) -> str:
     return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
 
 
-def explicit(path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> list[Tabulator]:
-    """One small table per row of a CSV file; what a row leaves open the options say.
+def explicit(
+    path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None
+) -> list[Tabulator]:
+    """One small table per row of a CSV file; what a row leaves open the options say, then the job.
 
     Raises:
         PlannerError: an unknown column or value, with its line.
@@ -219,7 +246,7 @@ def explicit(path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, 
     for number, row in enumerate(listed, start=2):
         given = {keys[name]: [text] for name, text in row.items() if name in keys and text}
         try:
-            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs)
+            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs, job)
         except PlannerError as error:
             raise type(error)(f"{one_line(path, 60)} line {number}: {error}") from None
         one.models = models
