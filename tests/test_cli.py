@@ -340,6 +340,9 @@ BAD_CALLS = [
     (("pick", SMALL, "--hours", "nan"), "nan"),
     (("pick", SMALL, "--budget", "-1"), "-1"),
     (("pick", SMALL, "--tokens", ""), "''"),
+    (("fits", SMALL, "--gpu", "t4", "--price", "1"), "--price"),
+    (("fits", SMALL, "--gpu", "t4", "--mean-tokens", "9"), "--mean-tokens"),
+    (("table", SMALL, "--gpu", "t4", "--where", "peak<nan"), "nan"),
     (("simulate", SMALL, "--gpu", "t4", "--rows", "9", "--warmup-steps", "9" * 400), "--warmup-steps"),
 ]
 
@@ -400,6 +403,26 @@ def test_unreadable_model_files_are_one_line_errors(run, tmp_path, name):
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
     assert "internal error" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "extra"),
+    [
+        (("report", "--model", SMALL, "--gpu", "t4"), "tables,plots"),
+        (("max", SMALL, "--gpu", "t4"), "tables"),
+        (("trace", SMALL), "trace"),
+        (("calibrate", "run", "--device", "cpu"), "calibrate"),
+    ],
+)
+def test_a_core_install_names_the_extra(tmp_path, args, extra):
+    """As after `pip install .`: click is importable, and nothing else that is not Python's own."""
+    (tmp_path / "click").symlink_to(Path(click.__file__).parent)
+    code = "import sys; from planner.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-S", "-c", code, *args]
+    path = os.pathsep.join((str(ROOT), str(tmp_path)))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"pip install 'loraplan[{extra}]'" in done.stderr
 
 
 READ_FROM = {

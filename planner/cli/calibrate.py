@@ -126,10 +126,12 @@ def run(
     from calibrate import harness
     from calibrate.device import open_device
     from calibrate.measurements import RunFolder
+    from planner.errors import require
 
     job = take_job(take_reading(given), given)
     if isinstance(job, ShowKeys):
         return show_keys(job.job, "table")
+    require("a burst", "calibrate", "torch", "transformers", "peft")
     opened = open_device(device, threads)
     settings = harness.Settings(
         device=opened.name, budget_s=parse_duration(budget), threads=threads, check=check or job is not None,

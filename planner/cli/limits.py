@@ -112,7 +112,7 @@ def _single(
     p = found.prediction
     if style == "table":
         if p is None or found.value is None:
-            click.echo(f"none: not even the smallest fits {card.name} ({found.probability:.0%} sure)")
+            click.echo(f"none: not even the smallest fits {card.name} ({_sure(found.probability)} sure)")
             return 1
         end = " (the largest that was tried; --up-to raises it)" if found.value == found.limit else ""
         click.echo(f"{found.value:,} {UNITS[key]}{end}, {_sure(found.probability)} sure to fit {card.name}")

@@ -31,6 +31,10 @@ def amount_of(wanted: dict[str, Any]) -> cost.Amount:
         value = wanted[name]
         if value is not None and not 0 < value < 1e18:
             raise InvalidInput(f"--{name.replace('_', '-')} is {value}; must be above 0")
+    if wanted["tokens"] is None and wanted["rows"] is None:
+        for name in ("mean_tokens", "dbu_table", "price"):
+            if wanted.get(name) is not None:
+                raise Contradiction(f"--{name.replace('_', '-')} is about a whole run; give --tokens or --rows too")
     return cost.Amount(
         tokens=parse_count(wanted["tokens"]) if wanted["tokens"] is not None else 0.0,
         rows=wanted["rows"] or 0,

@@ -44,7 +44,7 @@ def report(
     Exit codes: 0 written, 2 could not answer.
     """
     from planner.cli.compare import MOST, compared
-    from planner.errors import InvalidInput
+    from planner.errors import InvalidInput, require
     from planner.outputs import whole_file
     from planner.report.figures import pictures
     from planner.report.html_report import page
@@ -54,6 +54,7 @@ def report(
     items = compared(configurations or ("",), model, gpu, given)
     if isinstance(items, ShowKeys):
         return show_keys(items.job, "table")
+    require("a report", "tables,plots", "numpy", "matplotlib")
     made = pictures(items, speeds_of(items))
     with whole_file(output) as file:
         file.write(page(items, made, title))
