@@ -207,7 +207,7 @@ def require_numpy() -> Any:
     try:
         import numpy as np
     except ImportError as error:
-        raise MissingDependency("sweeps and tables need numpy; pip install 'loraplan[tables]'") from error
+        raise MissingDependency("sweeps need numpy; pip install 'loraplan[tables]'") from error
     return np
 
 

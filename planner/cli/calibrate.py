@@ -126,10 +126,12 @@ def run(
     from calibrate import harness
     from calibrate.device import open_device
     from calibrate.measurements import RunFolder
+    from planner.errors import require
 
     job = take_job(take_reading(given), given)
     if isinstance(job, ShowKeys):
         return show_keys(job.job, "table")
+    require("a burst", "calibrate", "torch", "transformers", "peft")
     opened = open_device(device, threads)
     settings = harness.Settings(
         device=opened.name, budget_s=parse_duration(budget), threads=threads, check=check or job is not None,
@@ -335,6 +337,7 @@ def _find(name: str) -> Calibration:
 
 def _draw(found: Calibration, target: Path) -> None:
     from planner.errors import InvalidInput, MissingDependency
+    from planner.outputs import whole_file
     from planner.report.calibration_plot import draw
 
     style = target.suffix.lower().removeprefix(".")
@@ -344,7 +347,8 @@ def _draw(found: Calibration, target: Path) -> None:
         picture = draw(found, style)
     except ImportError:
         raise MissingDependency("--plot needs matplotlib (pip install 'loraplan[plots]')") from None
-    target.write_bytes(picture)
+    with whole_file(target, "wb") as file:
+        file.write(picture)
     click.echo(f"wrote {target}", err=True)
 
 

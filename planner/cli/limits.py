@@ -8,7 +8,15 @@ import click
 
 from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
-from planner.cli.options import Sectioned, Word, calibration_option, format_option, training_options
+from planner.cli.options import (
+    MOST_STEPS,
+    Number,
+    Sectioned,
+    Word,
+    calibration_option,
+    format_option,
+    training_options,
+)
 
 if TYPE_CHECKING:
     from planner.calibration import Selection
@@ -194,9 +202,11 @@ def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption:
     "--goal", type=Word("goal", ("usd", "time")), default="usd", show_default=True, help="Cheapest or fastest."
 )
 @click.option("--tokens", metavar="N", help="Train on this many tokens (default 10M).")
-@click.option("--epochs", type=float, metavar="N", help="Passes over --data (default 1).")
-@click.option("--hours", type=float, metavar="H", help="Time limit.")
-@click.option("--budget", type=float, metavar="USD", help="Most it may cost.")
+@click.option(
+    "--epochs", type=Number(0, MOST_STEPS, min_open=True), metavar="N", help="Passes over --data (default 1)."
+)
+@click.option("--hours", type=Number(0, min_open=True), metavar="H", help="Time limit.")
+@click.option("--budget", type=Number(0, min_open=True), metavar="USD", help="Most it may cost.")
 @click.option("--provider", "providers", multiple=True, metavar="NAME", help="Only machines of these providers.")
 @click.option("--single", is_flag=True, help="Only machines with one card.")
 @format_option
@@ -293,7 +303,7 @@ def _candidates_of(
         found.append(Candidate(card, cost.cheapest(card, machines), training, chosen))
     if not found:
         raise InvalidInput("no candidate: no machine of these providers has a card of the catalogue")
-    return spec, found, cost.Amount(tokens=parse_count(tokens or TOKENS)), run
+    return spec, found, cost.Amount(tokens=parse_count(TOKENS if tokens is None else tokens)), run
 
 
 TOKENS = "10M"

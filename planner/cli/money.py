@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner import catalog, cost
 from planner.errors import Contradiction, InvalidInput, one_line
 from planner.hardware import Gpu
+from planner.headers import read_bounded
 from planner.predict import Prediction
 from planner.units import MiB, parse_count
 
@@ -31,6 +31,10 @@ def amount_of(wanted: dict[str, Any]) -> cost.Amount:
         value = wanted[name]
         if value is not None and not 0 < value < 1e18:
             raise InvalidInput(f"--{name.replace('_', '-')} is {value}; must be above 0")
+    if wanted["tokens"] is None and wanted["rows"] is None:
+        for name in ("mean_tokens", "dbu_table", "price"):
+            if wanted.get(name) is not None:
+                raise Contradiction(f"--{name.replace('_', '-')} is about a whole run; give --tokens or --rows too")
     return cost.Amount(
         tokens=parse_count(wanted["tokens"]) if wanted["tokens"] is not None else 0.0,
         rows=wanted["rows"] or 0,
@@ -112,11 +116,8 @@ def read_dbu_table(path: str) -> dict[str, float]:
     Raises:
         InvalidInput: if it is not such an object.
     """
-    with Path(path).open("rb") as file:
-        data = file.read(MAX_TABLE_BYTES + 1)
+    data = read_bounded(path, MAX_TABLE_BYTES, "table of DBU per hour")
     problem = f"{one_line(path)!r} is not a JSON object of node types and DBU per hour"
-    if len(data) > MAX_TABLE_BYTES:
-        raise InvalidInput(f"{problem}: larger than 1 MiB")
     try:
         table = json.loads(data)
     except (ValueError, RecursionError):

@@ -44,7 +44,8 @@ def report(
     Exit codes: 0 written, 2 could not answer.
     """
     from planner.cli.compare import MOST, compared
-    from planner.errors import InvalidInput
+    from planner.errors import InvalidInput, require
+    from planner.outputs import whole_file
     from planner.report.figures import pictures
     from planner.report.html_report import page
 
@@ -53,8 +54,10 @@ def report(
     items = compared(configurations or ("",), model, gpu, given)
     if isinstance(items, ShowKeys):
         return show_keys(items.job, "table")
+    require("a report", "tables,plots", "numpy", "matplotlib")
     made = pictures(items, speeds_of(items))
-    Path(output).write_text(page(items, made, title), encoding="utf-8")
+    with whole_file(output) as file:
+        file.write(page(items, made, title))
     click.echo(f"wrote {output}", err=True)
     if figures is not None:
         _write_figures(Path(figures), made)
@@ -62,10 +65,13 @@ def report(
 
 
 def _write_figures(folder: Path, made: list[Picture]) -> None:
+    from planner.outputs import whole_file
+
     folder.mkdir(parents=True, exist_ok=True)
     for picture in made:
         for style in ("png", "svg"):
-            (folder / f"{picture.name}.{style}").write_bytes(picture.data(style))
+            with whole_file(folder / f"{picture.name}.{style}", "wb") as file:
+                file.write(picture.data(style))
     click.echo(f"wrote {2 * len(made)} figures to {folder}", err=True)
 
 

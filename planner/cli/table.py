@@ -13,6 +13,7 @@ import click
 from planner.cli.data_options import data_options, take
 from planner.cli.from_config import ShowKeys, config_options, is_config, show_keys, take_job, take_reading
 from planner.cli.options import COST, TRAINING, Sectioned, Word
+from planner.outputs import whole_file
 
 if TYPE_CHECKING:
     from planner.cli.grid import Tabulator, Wanted
@@ -252,13 +253,9 @@ def key_of(name: object) -> str:
 
 
 def _bounded(path: str) -> str:
-    from planner.errors import InvalidInput, one_line
+    from planner.headers import read_bounded
 
-    with Path(path).open("rb") as file:
-        data = file.read(MAX_FILE_BYTES * 16 + 1)
-    if len(data) > MAX_FILE_BYTES * 16:
-        raise InvalidInput(f"{one_line(path)!r} is larger than 16 MiB; split it")
-    return data.decode("utf-8-sig", "replace")
+    return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
 
 
 def explicit(
@@ -274,13 +271,17 @@ def explicit(
 
     from planner.errors import InvalidInput, PlannerError, one_line
 
-    reader = csv.DictReader(io.StringIO(_bounded(path)))
-    keys = {name: key_of(name) for name in reader.fieldnames or ()}
+    try:
+        reader = csv.DictReader(io.StringIO(_bounded(path), newline=""), strict=True)
+        keys = {name: key_of(name) for name in reader.fieldnames or ()}
+        listed = list(itertools.islice(reader, MOST_LISTED))
+    except csv.Error as error:
+        raise InvalidInput(f"{one_line(path)!r} is no CSV file: {one_line(str(error))}") from None
     made = []
     models: dict[str, Any] = {}
-    for number, row in enumerate(reader, start=2):
-        if number > MOST_LISTED:
-            raise InvalidInput(f"{one_line(path)!r} has more than {MOST_LISTED:,} rows; split it")
+    if len(listed) >= MOST_LISTED:
+        raise InvalidInput(f"{one_line(path)!r} has {MOST_LISTED:,} rows or more; split it")
+    for number, row in enumerate(listed, start=2):
         given = {keys[name]: [text] for name, text in row.items() if name in keys and text}
         try:
             one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs, job)
@@ -371,9 +372,9 @@ class View(NamedTuple):
         if self.output is None:
             return report.write_streamed(self.style, sys.stdout, columns, blocks, caption)
         if self.style == "parquet":
-            with Path(self.output).open("wb") as binary:
+            with whole_file(self.output, "wb") as binary:
                 return report.write_streamed(self.style, binary, columns, blocks, caption)
-        with Path(self.output).open("w", encoding="utf-8", newline="") as file:
+        with whole_file(self.output, newline="") as file:
             return report.write_streamed(self.style, file, columns, blocks, caption)
 
     def _write_matrix(
@@ -411,7 +412,8 @@ class View(NamedTuple):
         if self.output is None:
             click.echo(text, nl=False)
         else:
-            Path(self.output).write_text(text, encoding="utf-8")
+            with whole_file(self.output) as file:
+                file.write(text)
 
 
 def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:

@@ -209,7 +209,7 @@ def findings(rows: Sequence[tuple[str, str, bool, str]], style: str) -> str:
     lines = []
     for what, value, ok, remedy in rows:
         mark = "ok" if ok and not remedy else "!" if ok else "NO"
-        lines.append(wrapped(f"{mark:<3} {what:<17} {one_line(value, 200)}", 100, " " * 22))
+        lines.append(wrapped(f"{mark:<3} {what:<17} {one_line(value, 200)}", 80, " " * 22))
         if remedy:
             lines.append(f"{'':<22}{remedy}")
     return "\n".join(lines) + "\n"

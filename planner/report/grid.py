@@ -150,7 +150,9 @@ def condition(text: str, columns: Sequence[str]) -> Condition:
     column = column_of(word, columns)
     scale = SHOWN[column].scale if column in SHOWN else 1.0
     try:
-        return Condition(column, operator, float(value.replace(",", "")) * scale)
+        number = float(value.replace(",", ""))
+        if not math.isnan(number):  # compares with nothing
+            return Condition(column, operator, number * scale)
     except ValueError:
         pass
     if operator in ("<", "<=", ">", ">=") or (column in RESULTS and column != "verdict"):
