@@ -144,7 +144,7 @@ class _Burst:
         from planner.training import TrainingSpec, training_from_dict
 
         training: TrainingSpec = training_from_dict(self.request["training"])
-        _refuse(training)
+        refuse(training)
         self.device.reset_peak()
         self._mark("idle")
         config = self.request["config"]
@@ -211,13 +211,20 @@ class _Burst:
             self.found["others_cpu_share"] = max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
 
 
-def _refuse(training: Any) -> None:
+def refuse(training: Any) -> None:
+    """Refuse what real steps cannot run.
+
+    Raises:
+        InvalidInput: naming it.
+    """
     if training.attention == "flash2":
         raise InvalidInput("bursts run eager and sdpa attention; flash2 needs a package that is not measured here")
     if training.gradient_checkpointing == "offload":
         raise InvalidInput("bursts run checkpointing none and full, not offload")
     if training.kernels != "none" or training.compile:
         raise InvalidInput("bursts run the plain modules: no fused kernels, no torch.compile")
+    if training.loss not in ("full-logits", "full-logits-fp32"):
+        raise InvalidInput(f"bursts hold whole logits: there is no {training.loss} loss to measure")
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], key: str) -> float | None:

@@ -594,12 +594,14 @@ def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
     gpu = runs[-1].gpu
     points, skipped = usable(runs, gpu)
     rows = [_row(p, calibration.coefficients) for p in points]
+    fitted = {row["key"] for row in calibration.report.get("rows", ())}
     ratio = math.exp(NINETY_PERCENT * (calibration.coefficients.formula_error or 0.0))
     inside = [1 / ratio <= row["predicted_s"] / row["measured_s"] <= ratio for row in rows]
     differences = repeats(p.measurement for p in points)
     within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
     return {
-        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows,
+        "summary": summary(rows), "unseen": sum(row["key"] not in fitted for row in rows),
+        "memory": memory_summary(memory_rows(points)), "rows": rows,
         "skipped": sorted(set(skipped)),
         "interval_pct": 100 * (ratio - 1), "inside": sum(inside), "repeats": len(within),
         "repeats_within": sum(within), "repeat_interval_pct": 100 * calibration.repeatability,

@@ -265,6 +265,14 @@ def bursts(gpu: Gpu, check: bool = False) -> Iterator[Burst]:
     return with_repeats(cpu_grid() if on_cpu else gpu_grid(gpu))
 
 
+def exactly(model: str, config: Mapping[str, Any], training: TrainingSpec) -> Iterator[Burst]:
+    """One job and its repeats, without end."""
+    burst = Burst(model=model, config=config, layers=None, training=training)
+    yield burst
+    while True:
+        yield replace(burst, repeat=True)
+
+
 def with_repeats(source: Iterator[Burst]) -> Iterator[Burst]:
     """Run an earlier burst again now and then, from the first on."""
     earlier: list[Burst] = []

@@ -57,6 +57,8 @@ class Settings:
     """Go on although others use the GPU (bursts are marked)."""
     most: int = 0
     """At most so many bursts; 0: as many as the budget allows."""
+    job: str = ""
+    """Hash of the one job that is measured (`measurements.request_key`); empty: a grid."""
 
 
 GONE_S = 2.0
@@ -117,6 +119,7 @@ def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
                 "device": identity | _nominal(gpu),
                 "check": settings.check,
                 "budget_s": settings.budget_s,
+                "job": settings.job,
             }
         )
         return gpu
@@ -127,6 +130,8 @@ def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
             f"{folder.path} holds a run of {header['device']['name']} "
             f"({'checking' if header.get('check') else 'fitting'} grid); name another --out"
         )
+    if header.get("job", "") != settings.job:
+        raise InvalidInput(f"{folder.path} holds a run of another job or of a grid; name another --out")
     return gpu
 
 

@@ -25,6 +25,7 @@ from planner.calibration import (
 from planner.calibration import select as select_from
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.hardware import Gpu
+from planner.headers import parse_json, read_bounded
 from planner.training import Versions
 
 VERSION = 1
@@ -124,17 +125,12 @@ def read(path: Path) -> Calibration:
 
 
 def load_json(path: Path) -> Any:
-    """Parse a JSON file of bounded size.
+    """Parse a JSON object in a file of bounded size.
 
     Raises:
         InvalidInput: too large, or not JSON.
     """
-    if path.stat().st_size > MAX_BYTES * 16:
-        raise InvalidInput(f"{path} has {path.stat().st_size:,} bytes; no file of loraplan is that large")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not JSON ({one_line(str(error))}); it is not a file of loraplan") from None
+    return parse_json(read_bounded(str(path), MAX_BYTES * 16, "file of loraplan"), str(path), "file of loraplan")
 
 
 def migrated(

@@ -36,6 +36,19 @@ class MissingDependency(PlannerError):
     """An optional library that this answer needs; the message names the extra to install."""
 
 
+def require(what: str, extra: str, *modules: str) -> None:
+    """Check that optional libraries are installed before work begins.
+
+    Raises:
+        MissingDependency: naming what needs them, all that are missing, and the extra that brings them.
+    """
+    import importlib.util
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(f"{what} needs {', '.join(missing)}; pip install 'loraplan[{extra}]'")
+
+
 def one_line(value: object, limit: int = 80) -> str:
     """Return `value` as printable text on one line, shortened to `limit` characters.
 

@@ -103,9 +103,7 @@ def read_bounded(path: str, limit: int, what: str) -> bytes:
     """Return a regular file's bytes, refusing one larger than `limit`."""
     with _opened(path, what) as (file, size):
         if size > limit:
-            raise InvalidInput(
-                f"{_quote(path)} has {size} bytes; a {what} has at most {limit}; pass the model's own config.json"
-            )
+            raise InvalidInput(f"{_quote(path)} has {size} bytes; a {what} has at most {limit}; pass another file")
         return file.read(limit + 1)[:limit]
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from planner import sweep
+from planner.calibration import Selection
 from planner.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import CONTEXT_BYTES, Prediction, Verdict, predict, uncertainty
+from planner.predict import CONTEXT_BYTES, Prediction, Verdict, predict_on, uncertainty
 from planner.training import TrainingSpec
 
 KEYS = ("micro_batch_size", "seq_len", "r")
 NINETY_PERCENT = NormalDist().inv_cdf(0.95)
 """Standard deviations on either side that hold 90 %: how the intervals are read."""
 PROBABILITY = 0.95
+
+
+Limit = Literal["live memory", "allocator replay", "what was tried"]
 
 
 class Largest(NamedTuple):
@@ -33,7 +37,9 @@ class Largest(NamedTuple):
     limit: int
     """The largest candidate that was tried: an answer equal to it may not be the end."""
     probability: float
-    """That the run at `value` fits, by the width of the intervals."""
+    """That the live memory at `value` (at the smallest candidate, if there is none) and the context fit."""
+    limited_by: Limit
+    """Why it is not larger; a replay of the allocator has no probability."""
     prediction: Prediction | None
     evaluations: int
     """How often the model was asked, for however many cells at once."""
@@ -54,9 +60,11 @@ def fit_probability(allocated_bytes: Any, share: float, gpu: Gpu) -> Any:
 
 def largest(
     model: ModelSpec, training: TrainingSpec, gpu: Gpu, key: str, candidates: Sequence[int],
-    probability: float = PROBABILITY,
+    probability: float = PROBABILITY, chosen: Selection | None = None,
 ) -> Largest:  # fmt: skip
-    """Return the largest candidate at which the run fits with this probability.
+    """Return the largest candidate whose live memory fits with this probability and whose replay ends well.
+
+    `chosen`: the card's calibration; by default its priors.
 
     Raises:
         InvalidInput: no such number, or a probability that is none.
@@ -67,31 +75,36 @@ def largest(
     flat = room.ravel()
     fitting = [number for number, value in enumerate(flat.tolist()) if value >= needed]
     if not fitting:
-        return Largest(key, None, values[-1], NormalDist().cdf(float(flat[0])), None, cells.runs)
-    search = _Replays(model, training, gpu, key, values, probability)
+        return Largest(key, None, values[-1], NormalDist().cdf(float(flat[0])), "live memory", None, cells.runs)
+    search = _Replays(model, training, gpu, key, values, probability, chosen)
     best = search.last(fitting)
+    runs = cells.runs + len(search.known)
+    sure = NormalDist().cdf(float(flat[best or 0]))
     if best is None:
-        return Largest(key, None, values[-1], 0.0, None, cells.runs + len(search.known))
-    sure = NormalDist().cdf(float(flat[best]))
-    return Largest(key, values[best], values[-1], sure, search.known[best], cells.runs + len(search.known))
+        return Largest(key, None, values[-1], sure, "allocator replay", None, runs)
+    limit: Limit = "live memory" if best == fitting[-1] else "allocator replay"
+    if best == len(values) - 1:
+        limit = "what was tried"
+    return Largest(key, values[best], values[-1], sure, limit, search.known[best], runs)
 
 
 class _Replays:
     """Predictions of single candidates, each asked for once."""
 
     def __init__(
-        self, model: ModelSpec, training: TrainingSpec, gpu: Gpu, key: str, values: Sequence[int], probability: float
-    ) -> None:
+        self, model: ModelSpec, training: TrainingSpec, gpu: Gpu, key: str, values: Sequence[int], probability: float,
+        chosen: Selection | None,
+    ) -> None:  # fmt: skip
         self.model, self.training, self.gpu, self.key, self.values = model, training, gpu, key, values
         self.allowed = allowed_verdicts(probability)
+        self.chosen = chosen
         self.known: dict[int, Prediction] = {}
 
     def holds(self, number: int) -> bool:
         """Whether the replay of a candidate ends well."""
         if number not in self.known:
-            self.known[number] = predict(
-                self.model, with_number(self.training, self.key, self.values[number]), self.gpu
-            )
+            training = with_number(self.training, self.key, self.values[number])
+            self.known[number] = predict_on(self.model, training, self.gpu, self.chosen)
         return self.known[number].verdict in self.allowed
 
     def last(self, fitting: Sequence[int]) -> int | None:
@@ -136,8 +149,11 @@ def frontier(
     gpu: Gpu,
     axes: Mapping[str, Sequence[int]],
     probability: float = PROBABILITY,
+    chosen: Selection | None = None,
 ) -> tuple[Corner, ...]:
     """Return the pairs of two numbers that fit and that no other fitting pair exceeds in both.
+
+    The allocator is replayed in one pair; the cache of the others is estimated from it.
 
     Raises:
         InvalidInput: not two numbers, or a probability that is none.
@@ -145,7 +161,7 @@ def frontier(
     if len(axes) != 2:
         raise InvalidInput("a frontier is over two numbers")
     wanted = {key: tuple(sorted(set(values))) for key, values in axes.items()}
-    cells, room = _room(model, training, gpu, wanted, probability)
+    cells, room = _room(model, training, gpu, wanted, probability, chosen)
     first, second = axes
     needed = NormalDist().inv_cdf(probability)
     order = [sweep.NUMBERS.index(key) for key in (first, second)]
@@ -173,15 +189,17 @@ def _plane(values: Any, order: Sequence[int]) -> Any:
 
 
 def _room(
-    model: ModelSpec, training: TrainingSpec, gpu: Gpu, wanted: dict[str, tuple[int, ...]], probability: float
-) -> tuple[sweep.Cells, Any]:
+    model: ModelSpec, training: TrainingSpec, gpu: Gpu, wanted: dict[str, tuple[int, ...]], probability: float,
+    chosen: Selection | None = None,
+) -> tuple[sweep.Cells, Any]:  # fmt: skip
     if not 0 < probability < 1:
         raise InvalidInput(f"probability is {probability:g}; must be between 0 and 1, for example 0.95")
     for key in wanted:
         if key not in KEYS or (key == "r" and training.lora is None):
             raise InvalidInput(f"{key} is no number of this run; choose of {', '.join(KEYS)}")
     axes = sweep.Axes(**{key: wanted.get(key) or (sweep.number_of(training, key),) for key in sweep.NUMBERS})
-    cells = sweep.Sweeper(model, axes).cells(training, [gpu])
+    own = {gpu.gpu_id: chosen.coefficients} if chosen is not None else None
+    cells = sweep.Sweeper(model, axes, own).cells(training, [gpu])
     share = sum(part for _, part in uncertainty(model, training))
     return cells, fit_probability(cells.allocated_bytes[0].astype("float64"), share, gpu)
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from planner import cost, sweep
+from planner.calibration import Selection
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import Prediction, Verdict, predict
+from planner.predict import Prediction, Verdict, predict_on
 from planner.training import TrainingSpec
 from planner.units import gib
 
@@ -22,6 +23,8 @@ class Candidate(NamedTuple):
     gpu: Gpu
     price: cost.Price | None
     training: TrainingSpec
+    chosen: Selection | None = None
+    """The card's calibration; None: its priors."""
 
 
 HoursOf = Callable[[Candidate], float]
@@ -79,7 +82,7 @@ def pick(
     for number, row in enumerate(usable):
         card = row.candidate
         evaluations += 1
-        found = predict(model, card.training, card.gpu)
+        found = predict_on(model, card.training, card.gpu, card.chosen)
         if found.verdict != "fits":
             text = f"{found.verdict}: {gib(found.device.low)} to {gib(found.device.high)} GiB"
             rejected.append(
@@ -110,8 +113,12 @@ def _swept(
     runs = 0
     for training, members in groups.items():
         numbers = {key: (sweep.number_of(training, key),) for key in sweep.NUMBERS}
-        cells = sweep.Sweeper(model, sweep.Axes(**numbers)).cells(training, [member.gpu for member in members])
-        judged = sweep.judge(model, cells, sweep.assumed_surplus(training))
+        chosen = {member.gpu.gpu_id: member.chosen for member in members if member.chosen is not None}
+        coefficients = {name: item.coefficients for name, item in chosen.items()}
+        contexts = {name: item.context_bytes for name, item in chosen.items() if item.context_bytes is not None}
+        sweeper = sweep.Sweeper(model, sweep.Axes(**numbers), coefficients)
+        cells = sweeper.cells(training, [member.gpu for member in members])
+        judged = sweep.judge(model, cells, sweep.assumed_surplus(training), contexts)
         runs += cells.runs
         per_step = training.micro_batch_size * training.gradient_accumulation_steps
         steps = cost.optimizer_steps(amount, per_step, per_step * training.seq_len)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
-from planner.calibration import Coefficients, priors
+from planner.calibration import Coefficients, Selection, priors
 from planner.hardware import CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.records import record
@@ -149,6 +149,13 @@ def predict(
         uncertainty=reasons,
         time=_time(run.record, training, gpu, coefficients),
     )
+
+
+def predict_on(model: ModelSpec, training: TrainingSpec, gpu: Gpu, chosen: Selection | None) -> Prediction:
+    """Predict with a card's calibration (None: its priors)."""
+    if chosen is None:
+        return predict(model, training, gpu)
+    return predict(model, training, gpu, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
 
 
 def _time(

@@ -367,6 +367,7 @@ _HF_TRAINER = Stack(
 _TRL_CONFIG = "huggingface/trl@f2cd577:trl/trainer/sft_config.py"
 _TRL_MODEL = "huggingface/trl@f2cd577:trl/trainer/model_config.py"
 _TRL_SFT = "huggingface/trl@f2cd577:trl/trainer/sft_trainer.py"
+_BEFORE_CHUNKS = ("transformers", (5, 12))  # TRL's release is no input: 1.7.0 (2026-06-25) came after 5.12
 _TRL = Stack(
     "trl",
     (
@@ -382,16 +383,18 @@ _TRL = Stack(
         _d("micro_batch_size", 8, f"{_TF} per_device_train_batch_size"),
         _d("seq_len", 1024, f"{_TRL_CONFIG} max_length"),
         _d("gradient_checkpointing", "full", "huggingface/trl@f2cd577:trl/trainer/base_config.py"),
-        # chunked_nll recomputes 256 tokens at a time, so logits never exist whole: nearer to "fused" than to the
-        # "chunked" of torchtune, whose 16-bit logits do.
-        _d("loss", "fused", f"{_TRL_CONFIG} loss_type chunked_nll", kernels="none"),
+        # Computed in chunks, logits never exist whole: nearer to "fused" than to torchtune's "chunked", whose do.
+        _d("loss", "full-logits-fp32", "trl 1.6.0:trl/trainer/sft_config.py nll", _BEFORE_CHUNKS, kernels="none"),
+        _d("loss", "fused", "trl 1.16.0:trl/trainer/sft_config.py nll (1.7 to 1.14: chunked_nll)", kernels="none"),
         *_HF_TRAINER_HABITS,
     ),
     notes=(
         "no k-bit preparation in the SFT trainer of 2026; TRL 0.11 to 0.13 prepared and then left only norms in fp32",
         "double quantization off unless use_bnb_nested_quant",
+        "TRL before 1.7 holds whole logits (--loss full-logits-fp32; assumed with transformers before 5.12), loss_type "
+        "nll up to 1.14",
     ),
-    read="huggingface/trl@f2cd577 (2026-07-24)",
+    read="huggingface/trl@f2cd577 (2026-07-24); the loss in trl 1.4.0 to 1.16.0",
     torch_adamw="adamw-fused",
 )
 

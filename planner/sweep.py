@@ -108,10 +108,12 @@ class Surplus(NamedTuple):
 
 
 ASSUMED_SURPLUS = {"none": Surplus(0.07, 0.25, "assumed"), "": Surplus(0.30, 1.0, "assumed")}
-"""Without a replay, by checkpointing: what replays of 180 drawn cells of five models span (0.01 to 0.17 without
-checkpointing, 0.09 to 1.05 with it, the largest for steps of few tokens)."""
+"""Without a replay, by checkpointing. Set by eye from about 240 replays of drawn cells of five models by this planner's
+own allocator (0.01 to 0.17 without checkpointing, 0.09 to 1.05 with it, the largest for steps of few tokens): neither
+fitted nor measured on a card."""
 ANCHOR_SPREAD = 2.0
-"""Upper end of the surplus over that of the replayed cell: see tests/test_sweep.py."""
+"""Upper end of the surplus over that of the replayed cell: set by eye from the same replays; tests/test_sweep.py counts
+how often a replay lies above it."""
 
 
 class Judged(NamedTuple):
@@ -205,7 +207,7 @@ def require_numpy() -> Any:
     try:
         import numpy as np
     except ImportError as error:
-        raise MissingDependency("sweeps and tables need numpy; pip install 'loraplan[tables]'") from error
+        raise MissingDependency("sweeps need numpy; pip install 'loraplan[tables]'") from error
     return np
 
 

@@ -50,7 +50,7 @@ def parse_count(text: str) -> float:
     """
     match = _COUNT.fullmatch(text)
     value = float(re.sub("[_,]", "", match.group(1))) * _COUNTS[match.group(2).upper()] if match else 0.0
-    if not 0 < value < 1e18:
+    if not 1 <= value < 1e18:
         raise InvalidInput(f"not a count: {one_line(text)!r}; write for example 10M or 2000000")
     return value
 

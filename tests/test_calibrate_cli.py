@@ -21,6 +21,7 @@ from planner import calibration_files
 from planner.cli.calibrate import parse_duration
 from planner.cli.main import main
 from planner.errors import InvalidInput
+from planner.training import training_from_dict
 from tests.calibration_samples import CPU_FACTS, cpu_bursts, synthetic
 from tests.test_calibrate_fit import CPU_TRUTH
 
@@ -66,7 +67,7 @@ def test_fit_show_list_validate_compare(run_file: Path, tmp_path: Path, capsys: 
     code, out, _ = loraplan(capsys, "calibrate", "validate", str(run_file))
     assert code == 0
     assert "step time: mean error" in out
-    (own,) = calibration_files.paths()
+    (own,) = calibration_files.user_folder().glob("*.json")
     code, out, _ = loraplan(capsys, "calibrate", "compare", str(tmp_path / "a.json"), own.stem)
     assert code == 0
     assert "1.00" in out
@@ -319,3 +320,63 @@ def test_the_callback_in_a_real_trainer(tmp_path: Path, capsys: pytest.CaptureFi
     (run,) = measurements.read_runs([tmp_path / "m.json"])
     assert run.measurements[0].training.micro_batch_size == 2
     assert len(run.measurements[0].result["steps_s"]) == 3
+
+
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def job_file(folder: Path, **more: Any) -> Path:
+    """An axolotl config of a model that a CPU trains in a moment."""
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(TINY))
+    keys = {
+        "base_model": "./model", "adapter": "lora", "lora_r": 4, "lora_target_linear": "true", "sequence_len": 32,
+        "micro_batch_size": 2, "gradient_accumulation_steps": 1, "optimizer": "adamw_torch", **more,
+    }  # fmt: skip
+    path = folder / "job.yml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return path
+
+
+@pytest.mark.slow
+def test_exactly_the_job_of_a_config_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    words = ("calibrate", "run", "--device", "cpu", "--out", str(out), "--from")
+    code, text, err = loraplan(capsys, *words, str(job_file(tmp_path)))
+    assert code == 0, err
+    assert text.startswith("2 bursts in") and "calibrate validate" in text
+    (run,) = measurements.read_runs([out])
+    assert [m.request["layers"] for m in run.measurements] == [None, None]
+    training = training_from_dict(run.measurements[0].request["training"])
+    assert training.lora is not None
+    assert (training.seq_len, training.micro_batch_size, training.lora.r) == (32, 2, 4)
+    assert run.measurements[0].request["config"]["hidden_size"] == 64
+    code, _, err = loraplan(capsys, *words, str(job_file(tmp_path, lora_r=8)))
+    assert code == 2 and "another job" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "flash2 needs a package"),
+        ({"base_model": "meta-llama/Llama-3.1-70B"}, "not measured"),
+        ({"base_model": '""'}, "model"),
+    ],
+)
+def test_a_job_that_cannot_be_measured_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: Any, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    words = ("calibrate", "run", "--device", "cpu", "--out", str(out), "--from", str(job_file(tmp_path, **more)))
+    code, text, err = loraplan(capsys, *words)
+    assert code == 2 and text == "" and says in err.splitlines()[-1]
+    assert not out.exists()

@@ -94,7 +94,7 @@ def test_a_degenerate_grid_is_refused_by_name() -> None:
         replace(base.training, lora=replace(base.training.lora, r=r)) for r in (8, 16, 32, 64) if base.training.lora
     ]
     bursts = [replace(base, training=training) for training in ranks]
-    with pytest.raises(InvalidInput, match=r"does not determine .*launch_forward.*it needs .*few tokens"):
+    with pytest.raises(InvalidInput, match=r"does not determine .*efficient_fp32.*it needs .*long sequences"):
         fit.fit([synthetic(bursts, CPU_FACTS, CPU_TRUTH)])
 
 

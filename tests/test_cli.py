@@ -337,10 +337,25 @@ BAD_CALLS = [
     (("models", "--family", "nothing"), "nothing"),
     (("gpus", "show", "voodoo2"), "voodoo2"),
     (("validate", "no-such-file.csv"), "no-such-file.csv"),
+    (("pick", SMALL, "--hours", "nan"), "nan"),
+    (("pick", SMALL, "--budget", "-1"), "-1"),
+    (("pick", SMALL, "--tokens", ""), "''"),
+    (("fits", SMALL, "--gpu", "t4", "--price", "1"), "--price"),
+    (("fits", SMALL, "--gpu", "t4", "--mean-tokens", "9"), "--mean-tokens"),
+    (("table", SMALL, "--gpu", "t4", "--where", "peak<nan"), "nan"),
+    (("simulate", SMALL, "--gpu", "t4", "--rows", "9", "--warmup-steps", "9" * 400), "--warmup-steps"),
 ]
 
+BAD_EXPORTS = [
+    (("export", "axolotl", SMALL, flag, value), flag)
+    for flag, value in (("--epochs", "inf"), ("--epochs", "0"), ("--lr", "nan"), ("--weight-decay", "-1"),
+                        ("--margin", "nan"), ("--num-accelerators", "0"), ("--warmup-steps", "9" * 400))
+]  # fmt: skip
 
-@pytest.mark.parametrize(("args", "named"), BAD_CALLS, ids=lambda value: " ".join(value)[:60] if value else "")
+
+@pytest.mark.parametrize(
+    ("args", "named"), BAD_CALLS + BAD_EXPORTS, ids=lambda value: " ".join(value)[:60] if value else ""
+)
 def test_bad_input_is_one_line_that_names_it(run, args, named):
     result = run(*args)
     assert result.code == 2
@@ -388,6 +403,70 @@ def test_unreadable_model_files_are_one_line_errors(run, tmp_path, name):
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
     assert "internal error" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "extra"),
+    [
+        (("report", "--model", SMALL, "--gpu", "t4"), "tables,plots"),
+        (("max", SMALL, "--gpu", "t4"), "tables"),
+        (("trace", SMALL), "trace"),
+        (("calibrate", "run", "--device", "cpu"), "calibrate"),
+    ],
+)
+def test_a_core_install_names_the_extra(tmp_path, args, extra):
+    """As after `pip install .`: click is importable, and nothing else that is not Python's own."""
+    (tmp_path / "click").symlink_to(Path(click.__file__).parent)
+    code = "import sys; from planner.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-S", "-c", code, *args]
+    path = os.pathsep.join((str(ROOT), str(tmp_path)))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"pip install 'loraplan[{extra}]'" in done.stderr
+
+
+READ_FROM = {
+    "calibration": ("fits", SMALL, "--gpu", "t4", "--calibration"),
+    "grid": ("table", "--grid"),
+    "rows": ("table", SMALL, "--gpu", "t4", "--from"),
+    "dbu": ("fits", SMALL, "--gpu", "t4", "--rows", "9", "--dbu-rate", "1", "--dbu-table"),
+    "call": ("export", "peft", SMALL, "--check-call"),
+    "config": ("fits", "--gpu", "t4", "--from"),
+    "data": ("data",),
+    "measurements": ("validate",),
+    "runs": ("calibrate", "fit"),
+}
+
+
+@pytest.mark.parametrize("args", READ_FROM.values(), ids=READ_FROM)
+def test_what_never_ends_is_not_read(run, tmp_path, args):
+    pipe, endless = tmp_path / "pipe.json", tmp_path / "endless.json"
+    os.mkfifo(pipe)
+    endless.symlink_to("/dev/zero")
+    for path in (pipe, endless):
+        result = run(*args, str(path))
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert path.name in result.err
+        assert "internal error" not in result.err
+
+
+@pytest.mark.parametrize("args", READ_FROM.values(), ids=READ_FROM)
+@pytest.mark.parametrize("content", [b'{"a": NaN}', b'{"a": %s}' % (b"9" * 5000), b'a\rb\0\xff\n"', b'"open\n'])
+def test_damaged_side_files_are_one_line_errors(run, tmp_path, args, content):
+    path = tmp_path / "damaged.json"
+    path.write_bytes(content)
+    result = run(*args, str(path))
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "internal error" not in result.err
+
+
+@pytest.mark.parametrize("command", ["lint", "fits"])
+def test_files_without_an_answer_are_told_on_stderr_too(run, command):
+    files = ("no-such.yml", "nor-this.yml")
+    result = run(command, *files, *(("--gpu", "t4") if command == "fits" else ()))
+    assert result.code == 2
+    assert all(name in result.out for name in files)
+    assert result.err == "error: 2 of 2 files could not be answered; the output says why\n"
 
 
 def test_a_huge_config_is_refused_unread(run, tmp_path):

@@ -354,6 +354,59 @@ def test_lint_of_several_files_and_of_broken_ones(run, write) -> None:
         assert run("lint", good, broken, "--format", style).out.count("\n") >= 2
 
 
+# --- the other commands -------------------------------------------------------------------------------------------
+
+
+def test_max_and_pick_take_a_config(run, write) -> None:
+    path = write("a.yaml", GPT2)
+    typed_options = {"stack": "trl", "method": "lora", "targets": "c_attn", "base-dtype": "bf16"}
+    flags = ("openai-community/gpt2", *(f"--{name}={value}" for name, value in typed_options.items()))
+    for words in (("max", "--gpu", "t4"), ("pick", "--gpu", "t4,l4")):
+        read, typed = run(*words, "--from", path, "--format", "json"), run(*words, *flags, "--format", "json")
+        assert read.code == typed.code == 0, read.err
+        assert json.loads(read.out) == json.loads(typed.out)
+    other = run("max", "openai-community/gpt2-medium", "--from", path, "--gpu", "t4", "--format", "csv")
+    assert "gpt2-medium" in other.out and other.err.startswith("read TRL config")
+
+
+def test_compare_and_report_take_configs(run, write, tmp_path) -> None:
+    one, two = write("one.yaml", GPT2), write("two.yml", AXOLOTL)
+    result = run("compare", "--gpu", "h100", one, f"{two} batch=1", "--format", "json")
+    assert result.code == 0 and "A: read TRL config" in result.err
+    rows = {row["name"]: row for row in json.loads(result.out)["rows"]}
+    assert (rows["stack"]["A"], rows["stack"]["B"]) == ("trl", "axolotl")
+    assert (str(rows["micro_batch_size"]["A"]), str(rows["micro_batch_size"]["B"])) == ("8", "1")
+    shared = run("compare", "--gpu", "h100", "--from", two, "seq-len=512", "seq-len=256 model=openai-community/gpt2")
+    assert shared.code == 0, shared.err
+    assert run("compare", "--from", one, "--show-keys").out.split()[0] == "key"
+    broken = run("compare", "--gpu", "h100", one, write("rl.yml", AXOLOTL + "rl: grpo\n"))
+    assert broken.code == 2 and "configuration B" in broken.err
+    page = tmp_path / "report.html"
+    assert run("report", "--from", one, "--gpu", "t4", "-o", str(page)).code == 0
+    assert "gpt2" in page.read_text(encoding="utf-8")
+
+
+def test_a_table_takes_a_config(run, write) -> None:
+    path = write("a.yml", AXOLOTL)
+    result = run("table", "--from", path, "--gpu", "h100,l4", "--seq-len", "512,1024", "--format", "json")
+    assert result.code == 0 and result.err.startswith("read axolotl config")
+    rows = json.loads(result.out)["rows"]
+    assert len(rows) == 4 and {row["model"] for row in rows} == {"meta-llama/Llama-3.1-8B"}
+    answer = json.loads(run("fits", "--from", path, "--gpu", "l4", "--format", "json", "--no-changes").out)
+    (same,) = [row for row in rows if (row["gpu"], row["seq_len"]) == ("l4", 1024)]
+    assert (same["device_bytes"], same["r"]) == (answer["device"]["expected"], 32)
+    typed = json.loads(run("table", "openai-community/gpt2", "--from", path, "--gpu", "l4", "-r", "4,8",
+                           "--format", "json").out)["rows"]  # fmt: skip
+    assert [(row["model"], row["r"]) for row in typed] == [("openai-community/gpt2", 4), ("openai-community/gpt2", 8)]
+    swept = run("table", "--from", path, "--gpu", "l4", "--seq-len", "128..4096:128", "--format", "csv").out
+    assert f",{same['allocated_bytes']}," in swept
+    rows_file = write("rows.csv", "gpu,rank\nl4,4\nh100,8\n")
+    both = json.loads(run("table", "--from", path, "--from", rows_file, "--format", "json").out)["rows"]
+    assert [(row["gpu"], row["r"], row["seq_len"]) for row in both] == [("l4", 4, 1024), ("h100-pcie-80gb", 8, 1024)]
+    assert run("table", "--from", rows_file, "--from", rows_file, "openai-community/gpt2").code == 2
+    assert run("table", "--from", path, "--show-keys").out.split()[0] == "key"
+
+
 # --- documentation ------------------------------------------------------------------------------------------------
 
 DATA = Path(__file__).parent.parent / "data"

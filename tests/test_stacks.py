@@ -224,3 +224,10 @@ def test_unknown_stack_and_method() -> None:
 def test_import_needs_no_numpy() -> None:
     code = "import sys, planner.stacks; sys.exit(int(bool({'numpy', 'csv', 'json', 'yaml'} & set(sys.modules))))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_trl_computes_its_loss_in_chunks_since_1_7() -> None:
+    assert spec("trl", "lora").loss == "fused"
+    assert spec("trl", "lora", versions={"transformers": "5.12"}).loss == "fused"
+    assert spec("trl", "lora", versions={"transformers": "5.11"}).loss == "full-logits-fp32"
+    assert spec("trl", "lora", versions={"transformers": "5.11"}, kernels="liger").loss == "fused"

@@ -7,6 +7,8 @@ import html.parser
 import io
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,65 @@ class _Tags(html.parser.HTMLParser):
         )
 
 
+def test_a_table_on_data_says_what_fits_says(capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", str(Path(__file__).parent / "instructions.jsonl"), "--epochs", "3")
+    words = ("table", MODEL, "--gpu", "l4", "--batch", "1,2", "--seq-len", "64,512", *data, "--format", "json")
+    code, text, err = run(capsys, *words)
+    assert code == 0, err
+    rows = json.loads(text)["rows"]
+    assert len(rows) == 4
+    for row, (batch, limit) in zip(rows, ((1, 64), (1, 512), (2, 64), (2, 512)), strict=True):
+        asked = ("fits", MODEL, "--gpu", "l4", "--batch", str(batch), "--seq-len", str(limit), *data)
+        answer = json.loads(run(capsys, *asked, "--format", "json")[1])
+        assert row["device_bytes"] == answer["device"]["expected"] and row["seq_len"] <= limit
+        assert row["hours"] == pytest.approx(answer["run"]["hours"]["expected"], rel=1e-12)
+    for wrong in (("--tokens", "1M"), ("--mean-tokens", "9"), ("--batch", "1..600")):
+        assert run(capsys, *words, *wrong)[0] == 2
+    assert run(capsys, "table", MODEL, "--gpu", "l4", "--padding", "packed")[0] == 2
+
+
+def test_own_cards_and_a_margin(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("table", MODEL, "--gpu", "l4", "--vram", "4GiB,2GiB", "--format", "json")
+    plain, kept = (json.loads(run(capsys, *words, "--margin", m)[1])["rows"] for m in ("0", "50"))
+    assert [row["gpu"] for row in plain] == ["l4", "4.00 GiB", "2.00 GiB"]
+    assert plain[0]["headroom_bytes"] - kept[0]["headroom_bytes"] == int(catalog.gpu("l4").memory_bytes * 0.5)
+    assert [row["verdict"] for row in kept] == ["fits", "does not fit", "does not fit"]
+    assert plain[1]["tokens_per_s"] is None
+    assert "50 % of every card" in run(capsys, *words[:-2], "--margin", "50%")[1]
+    assert run(capsys, *words, "--margin", "100")[0] == 2
+
+
+@pytest.mark.parametrize("lengths", ["512", "512..8192:256"])  # predicted one by one, and swept
+def test_padding_is_paid_for(capsys: pytest.CaptureFixture[str], lengths: str) -> None:
+    words = ("table", MODEL, "--gpu", "l4", "--seq-len", lengths, "--format", "json")
+    whole, half = (
+        json.loads(run(capsys, *words, *more)[1])["rows"][0]["hours"]
+        for more in (("--tokens", "10M"), ("--tokens", "10M", "--mean-tokens", "256"))
+    )
+    assert half == pytest.approx(2 * whole, rel=1e-3)
+
+
+def test_a_matrix_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("table", MODEL, "--gpu", "l4", "--vram", "2GiB", "--batch", "1,64", "--pivot", "batch", "gpu")
+    code, text, _ = run(capsys, *words)
+    rows = [line.split() for line in text.splitlines()[2:4]]
+    assert code == 0 and [row[2][0] for row in rows] == ["!", "!"] and rows[0][1][0].isdigit()
+    assert "peak GiB (! does not fit)" in text
+    for style in ("html", "latex", "markdown"):
+        assert re.search(r"!\d+\.\d\d\b", run(capsys, *words, "--format", style)[1])
+    (first, _) = json.loads(run(capsys, *words, "--format", "json")[1])["rows"]
+    assert all(isinstance(value, int) for value in first.values())
+    assert "!" not in run(capsys, *words, "--format", "csv")[1]
+
+
+def test_sorting_is_bounded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(grid, "MOST_SORTED", 40)
+    words = ("table", MODEL, "--gpu", "l4", "--seq-len", "64..4096:64", "--sort", "-peak", "--format", "csv")
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "") and "more than 40 rows to sort; add --top" in err
+    assert run(capsys, *words, "--top", "3")[1].count("\n") == 4
+
+
 def test_hostile_names_are_inert_in_every_format(tmp_path: Path) -> None:
     columns = ["model", "verdict", "device_bytes"]
     block = Block({}, {"model": list(HOSTILE), "verdict": ["fits"] * 6, "device_bytes": [2**30] * 6}, 6)
@@ -186,6 +247,60 @@ def test_max_and_pick_are_brute_forces_answers(case: int) -> None:
     assert mine == searches.brute_pick(model, some, amount, "time", limits)
     assert picked.evaluations <= 60
     assert len(picked.rejected) + (picked.answer is not None) == 5 and all(item.reason for item in picked.rejected)
+
+
+def test_the_largest_run_says_what_limits_it(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = set()
+    for gpu, up_to in (("rtx-4090", "32768"), ("h100", "2")):
+        words = ("max", MODEL, "--gpu", gpu, "--of", "length" if up_to != "2" else "batch", "--up-to", up_to)
+        code, text, _ = run(capsys, *words)
+        (row,) = json.loads(run(capsys, *words, "--format", "json")[1])["rows"]
+        assert code == 0 and "limit: " in text and text.count("sure to fit") == 1
+        assert ("no probability" in text) == (row["limited_by"] == "allocator replay")
+        seen.add(row["limited_by"])
+    assert "what was tried" in seen
+    tight = run(capsys, "max", MODEL, "--vram", "2GiB")
+    assert tight[0] == 1 and tight[1].startswith("none: not even the smallest fits") and "0.0 % sure" in tight[1]
+
+
+def test_a_replay_that_limits_is_named() -> None:
+    model = families.build_spec(sources.load_config("Qwen/Qwen2.5-7B").config, model_id="Qwen/Qwen2.5-7B")
+    training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={}))
+    values = list(range(8896, 9345, 64))
+    found = largest(model, training, catalog.gpu("rtx-4090"), "seq_len", values)
+    assert (found.value, found.limited_by) == (9024, "allocator replay")
+    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 9088}))
+    after = predict.predict(model, above, catalog.gpu("rtx-4090"))
+    assert after.verdict == "too close to call"
+    assert after.allocated.high < catalog.gpu("rtx-4090").free_bytes - predict.CONTEXT_BYTES[2]
+
+
+def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from planner import calibration_files
+    from planner.calibration import Coefficients, Selection, priors
+
+    words = ("max", MODEL, "--gpu", "l4", "--up-to", "2", "--format", "json")
+    picks = ("pick", MODEL, "--gpu", "l4", "--format", "json")
+    before = [json.loads(run(capsys, *w)[1])["rows"][0] for w in (words, picks)]
+    one = priors(catalog.gpu("l4"))
+    slow = Coefficients({**one, "matmul": replace(one["matmul"], value=one["matmul"].value / 2)})
+    chosen = Selection(slow, None, ())
+    monkeypatch.setattr(calibration_files, "select", lambda *_: chosen)
+    after = [json.loads(run(capsys, *w)[1])["rows"][0] for w in (words, picks)]
+    assert after[0]["step_s"] > 1.2 * before[0]["step_s"] and after[1]["hours"] > 1.2 * before[1]["hours"]
+    assert after[0]["device_bytes"] == before[0]["device_bytes"]
+
+
+def test_machines_with_several_cards_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("pick", MODEL, "--gpu", "b200-sxm-180gb", "--provider", "aws", "--format", "json")
+    (row,) = json.loads(run(capsys, *words)[1])["rows"]
+    assert row["cards"] == 8 and row["reason"] == "picked: pays for 8 cards, uses one"
+
+
+def test_a_frontier_says_that_its_cache_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("max", MODEL, "--gpu", "l4", "--of", "batch", "--of", "rank", "--up-to", "4")
+    assert "cache, estimated from a replay" in " ".join(run(capsys, *words)[1].split())
+    assert "estimated" in json.loads(run(capsys, *words, "--format", "json")[1])["basis"]
 
 
 def test_a_frontier_has_only_corners() -> None:

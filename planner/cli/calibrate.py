@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
 from planner.cli.options import format_option
 
 if TYPE_CHECKING:  # a command's help needs none of these
+    from calibrate.device import Device
+    from calibrate.grid import Burst
     from calibrate.harness import Progress, Settings
     from calibrate.measurements import Run
     from planner.calibration import Calibration
+    from planner.importers import Job
 
 EXIT_FAILED = 3
 """Bursts were run and none of them succeeded."""
+JOB_BURSTS = 2
+"""Bursts of one job by default: itself and a repeat, which says how much two runs differ."""
 _PATH = click.Path(path_type=Path)
 
 _SUFFIXES = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
@@ -92,17 +100,25 @@ def doctor(device: str, style: str) -> int:
 @click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="CPU threads per burst.")
 @click.option("--check", is_flag=True, help="Run shapes that the fitting grid does not have (calibrate validate).")
 @click.option("--share", is_flag=True, help="Go on although other processes use the GPU.")
-@click.option("--bursts", type=click.IntRange(1), help="At most so many bursts.")
-def run(device: str, budget: str, out: Path | None, threads: int, check: bool, share: bool, bursts: int | None) -> int:
+@click.option("--bursts", type=click.IntRange(1), help="At most so many bursts; with --from 2 by default.")
+@config_options
+def run(
+    device: str, budget: str, out: Path | None, threads: int, check: bool, share: bool, bursts: int | None,
+    **given: Any,
+) -> int:  # fmt: skip
     """Run bursts of real training steps, as many as the budget allows, each in a process of its own.
 
     The same command with the same --out goes on where it stopped. On a CPU a burst has one thread by default and its
     clock counts the time that the thread runs, so that other load on the machine does not count.
 
+    With --from, exactly the job of a training config is measured, and once more, instead of the grid: its model with
+    random weights, its settings, rows of full length. calibrate validate then compares it with the prediction.
+
     \b
     Examples:
       loraplan calibrate run --device cuda:0 --budget 8m --out ./h100
       loraplan calibrate run --device cpu --budget 6m --out ./cpu
+      loraplan calibrate run --from qlora.yml --device cuda:0 --out ./mine
 
     \b
     Exit codes: 0 there are results, 2 could not run, 3 every burst failed.
@@ -110,32 +126,69 @@ def run(device: str, budget: str, out: Path | None, threads: int, check: bool, s
     from calibrate import harness
     from calibrate.device import open_device
     from calibrate.measurements import RunFolder
+    from planner.errors import require
 
+    job = take_job(take_reading(given), given)
+    if isinstance(job, ShowKeys):
+        return show_keys(job.job, "table")
+    require("a burst", "calibrate", "torch", "transformers", "peft")
     opened = open_device(device, threads)
     settings = harness.Settings(
-        device=opened.name, budget_s=parse_duration(budget), threads=threads, check=check, share=share,
-        most=bursts or 0,
+        device=opened.name, budget_s=parse_duration(budget), threads=threads, check=check or job is not None,
+        share=share, most=bursts or (JOB_BURSTS if job else 0),
     )  # fmt: skip
+    source = None
+    if job is not None:
+        source, settings = _one_job(job, opened, settings)
     folder = RunFolder(out if out is not None else harness.default_folder(opened))
     for note in opened.notes:
         click.echo(f"warning: {note}", err=True)
-    found = _with_progress(folder, opened, settings)
+    found = _with_progress(folder, opened, settings, source)
     done = f"{found.done} bursts in {folder.path}"
     click.echo(f"{done}{f', {found.failed} failed' if found.failed else ''}")
-    following = "validate" if check else "fit"
+    following = "validate" if settings.check else "fit"
     if found.done:
         click.echo(f"next: loraplan calibrate {following} {folder.path}")
     return 0 if found.done else EXIT_FAILED
 
 
-def _with_progress(folder: Any, opened: Any, settings: Settings) -> Progress:
+def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Burst], Settings]:
+    """The bursts of one job, and the settings of a run that holds no other.
+
+    Raises:
+        PlannerError: the job names no model, cannot be run as a burst, or is not predicted to fit the device.
+    """
+    from calibrate.burst import refuse
+    from calibrate.grid import exactly, peak_bytes
+    from calibrate.measurements import device_gpu, request_key
+    from planner.cli.options import TRAINING
+    from planner.cli.plan import configure, load_model
+    from planner.errors import InvalidInput
+    from planner.units import gib
+
+    if job.model is None:
+        raise InvalidInput("no config names the model to measure; add its key")
+    loaded, gpu = load_model(job.model), device_gpu(opened.identity())
+    given = {option.key: None for options in TRAINING.values() for option in options} | {"job": job}
+    del given["stack"]
+    _, training = configure(loaded.spec, job.stack or "custom", given, card=gpu)
+    refuse(training)
+    burst = next(exactly(job.model, loaded.loaded.config, training))
+    need = peak_bytes(burst, gpu)
+    if need > gpu.free_bytes:
+        raise InvalidInput(f"the job needs {gib(need)} GiB and {gpu.name} has {gib(gpu.free_bytes)}: not measured")
+    key = request_key(burst.request(opened.name, settings.threads, 0, 0))
+    return exactly(job.model, loaded.loaded.config, training), replace(settings, job=key)
+
+
+def _with_progress(folder: Any, opened: Any, settings: Settings, bursts: Iterator[Burst] | None = None) -> Progress:
     """Run with a progress line on stderr; an interruption says that nothing is lost."""
     from calibrate import harness
     from planner.errors import PlannerError
 
     shown = _ProgressLine()
     try:
-        return harness.run(folder, opened, settings, report=shown.show)
+        return harness.run(folder, opened, settings, report=shown.show, bursts=bursts)
     except KeyboardInterrupt:
         raise PlannerError(
             f"interrupted; finished bursts are kept in {folder.path}: run the same command with "
@@ -284,6 +337,7 @@ def _find(name: str) -> Calibration:
 
 def _draw(found: Calibration, target: Path) -> None:
     from planner.errors import InvalidInput, MissingDependency
+    from planner.outputs import whole_file
     from planner.report.calibration_plot import draw
 
     style = target.suffix.lower().removeprefix(".")
@@ -293,7 +347,8 @@ def _draw(found: Calibration, target: Path) -> None:
         picture = draw(found, style)
     except ImportError:
         raise MissingDependency("--plot needs matplotlib (pip install 'loraplan[plots]')") from None
-    target.write_bytes(picture)
+    with whole_file(target, "wb") as file:
+        file.write(picture)
     click.echo(f"wrote {target}", err=True)
 
 

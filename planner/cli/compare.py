@@ -6,16 +6,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.from_config import (
+    ShowKeys,
+    config_options,
+    is_config,
+    job_of,
+    show_keys,
+    take_job,
+    take_reading,
+    with_job,
+)
 from planner.cli.options import Sectioned, Word, format_option, training_options
 
 if TYPE_CHECKING:
+    from planner.importers import Job
     from planner.report.comparison import Compared
 
 MOST = 6
 
 
 @click.command(cls=Sectioned)
-@click.argument("configurations", nargs=-1, required=True)
+@click.argument("configurations", nargs=-1)
+@config_options
 @click.option("--model", metavar="MODEL", help="The model of every configuration that names none.")
 @click.option("--gpu", metavar="GPU", help="The card of every configuration that names none.")
 @click.option("--with", "rival", type=Word("other planner", ("entrenar",)), help="Its answer beside each of ours.")
@@ -26,14 +38,16 @@ def compare(
 ) -> int:
     """Compare two to six CONFIGURATIONS: settings that differ, memory and time by component.
 
-    A configuration is KEY=VALUE words in quotes: model, gpu and settings by the names of their options; the options
-    below hold for all.
+    A configuration is KEY=VALUE words in quotes: model, gpu and settings by the names of their options, or a training
+    config (.yml, .json, .py), or both; the options below hold for all, --from too.
 
     \b
     Examples:
       loraplan compare --model Qwen/Qwen2.5-7B --gpu a100-80gb "method=qlora" "method=lora"
       loraplan compare --model Qwen/Qwen2.5-7B "gpu=l4" "gpu=rtx-4090 batch=2"
       loraplan compare --with entrenar --model Qwen/Qwen2.5-7B --gpu l4 "method=qlora"
+      loraplan compare --gpu a10g before.yml after.yml "after.yml batch=1"
+      loraplan compare --gpu a10g --from qlora.yml "seq-len=2048" "seq-len=4096"
 
     \b
     Exit codes: 0 compared, 2 could not answer.
@@ -43,9 +57,11 @@ def compare(
     from planner.report.tables import json_text, table, wrapped
 
     least = 1 if rival else 2
-    if not least <= len(configurations) <= MOST:
+    if not given["show_keys"] and not least <= len(configurations) <= MOST:
         raise InvalidInput(f"{len(configurations)} configurations; compare takes {least} to {MOST}")
     items = compared(configurations, model, gpu, given)
+    if isinstance(items, ShowKeys):
+        return show_keys(items.job, style)
     if rival:
         return _with_entrenar(items, style)
     labels = [item.label for item in items]
@@ -92,14 +108,21 @@ def _with_entrenar(items: list[Compared], style: str) -> int:
     return 0
 
 
-def compared(texts: tuple[str, ...], model: str | None, gpu: str | None, given: dict[str, Any]) -> list[Compared]:
-    """Predict each configuration.
+def compared(
+    texts: tuple[str, ...], model: str | None, gpu: str | None, given: dict[str, Any]
+) -> list[Compared] | ShowKeys:
+    """Predict each configuration; `given` holds the training options and those of `config_options`.
 
     Raises:
         PlannerError: with the configuration's letter.
     """
     from planner.errors import PlannerError
 
+    reading = take_reading(given)
+    job = take_job(reading, given)
+    if isinstance(job, ShowKeys):
+        return job
+    given = {**given, "job": job, "reading": reading}
     found = []
     for number, text in enumerate(texts):
         label = chr(ord("A") + number)
@@ -120,8 +143,15 @@ def _predicted(label: str, text: str, model: str | None, gpu: str | None, given:
     from planner.predict import predict
     from planner.report.comparison import Compared
 
-    for word in text.split():
+    job, reading = given.pop("job"), given.pop("reading")
+    words = text.split()
+    files = tuple(word for word in words if is_config(word, several=True))
+    if files:
+        job = _own_job(label, files, reading, given)
+    for word in words:
         name, equals, value = word.partition("=")
+        if word in files:
+            continue
         if not equals:
             raise InvalidInput(f"{one_line(word)!r} is no setting; write for example batch=4")
         key = key_of(name)
@@ -134,8 +164,11 @@ def _predicted(label: str, text: str, model: str | None, gpu: str | None, given:
             if len(values) != 1:
                 raise InvalidInput(f"{one_line(word)!r} has {len(values)} values; a configuration has one")
             given[key] = values[0]
+    if job is not None:
+        given = with_job(job, given)
+        model = model or job.model
     if model is None:
-        raise InvalidInput("no model; give --model or model=...")
+        raise InvalidInput("no model; give --model, model=... or a config that names one")
     card = card_of(gpu, None)
     stack = training_settings(given)
     spec = load_model(model).spec
@@ -145,6 +178,15 @@ def _predicted(label: str, text: str, model: str | None, gpu: str | None, given:
     chosen = calibration_files.select(card, None, training.versions)
     found = predict(spec, training, card, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
     return Compared(label, found, resolved)
+
+
+def _own_job(label: str, files: tuple[str, ...], reading: dict[str, Any], given: dict[str, Any]) -> Job:
+    """Read the configs that a configuration names itself, after those of --from."""
+    job = job_of((*reading["configs"], *files), reading, given)
+    click.echo(f"{label}: {job.summary}", err=True)
+    for gap in job.missing:
+        click.echo(f"warning: {label}: {gap}", err=True)
+    return job
 
 
 def _document(items: list[Compared]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from planner.cli.options import Word
 
 if TYPE_CHECKING:
     from planner.datarun import DataRun
+    from planner.dataset.scan import Scan, Source
     from planner.model import ModelSpec
 
 DATA = ("data_files", "template", "tokenizer", "padding")
@@ -49,11 +50,13 @@ def take(given: dict[str, Any]) -> dict[str, Any]:
     return wanted
 
 
-def apply(wanted: dict[str, Any], model: ModelSpec, stack: str, given: dict[str, Any]) -> DataRun | None:
+def apply(
+    wanted: dict[str, Any], model: ModelSpec, stack: str, given: dict[str, Any], scans: dict[Source, Scan] | None = None
+) -> DataRun | None:
     """Read the data and set `seq_len` (and the padding mask) in `given` to what its longest batch needs.
 
     `given` holds keys of `planner.stacks`; its seq_len, or the stack's own, is where rows are cut. Returns None when
-    no data was named.
+    no data was named. `scans` keeps what was read, for callers that ask several times.
 
     Raises:
         PlannerError: data that cannot be read, or a setting that is none.
@@ -76,7 +79,10 @@ def apply(wanted: dict[str, Any], model: ModelSpec, stack: str, given: dict[str,
         paths=tuple(wanted["data_files"]), template=template, tokenizer=wanted["tokenizer"],
         family=family_of(model.model_type, model.vocab_size),
     )  # fmt: skip
-    run = on_data(read(what), training.micro_batch_size, training.seq_len, wanted["padding"] or "longest")
+    known = scans if scans is not None else {}
+    if what not in known:
+        known[what] = read(what)
+    run = on_data(known[what], training.micro_batch_size, training.seq_len, wanted["padding"] or "longest")
     given["seq_len"] = run.longest
     if given.get("padded") is None and needs_mask(run):
         given["padded"] = True

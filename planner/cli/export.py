@@ -8,7 +8,7 @@ import click
 
 from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
-from planner.cli.options import Sectioned, Word, training_options
+from planner.cli.options import MOST_STEPS, Number, Sectioned, Word, training_options
 
 if TYPE_CHECKING:
     from planner.exporters.recipe import Export, Recipe
@@ -34,23 +34,35 @@ CALL = ("register_to", "data_prep_cluster_id", "duration")
 @click.command(cls=Sectioned)
 @click.argument("target", type=Word("target", TARGETS))
 @model_or_config()
-@click.option("--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate.")
+@click.option(
+    "--lr", "learning_rate", type=Number(0, min_open=True), default=2e-4, show_default=True, help="Peak learning rate."
+)
 @click.option(
     "--schedule", type=Word("schedule", ("cosine", "linear", "constant")), default="cosine", show_default=True,
     help="How the learning rate falls.",
 )  # fmt: skip
-@click.option("--warmup-steps", type=click.IntRange(0), default=0, help="Steps of linear warm-up.")
-@click.option("--weight-decay", type=float, default=0.0, help="Weight decay.")
-@click.option("--epochs", type=float, default=3.0, show_default=True, help="Passes over the data.")
-@click.option("--max-steps", type=click.IntRange(0), default=0, help="Stop after N optimizer steps.")
-@click.option("--save-steps", type=click.IntRange(0), default=500, show_default=True, help="Checkpoint every N steps.")
+@click.option("--warmup-steps", type=click.IntRange(0, MOST_STEPS), default=0, help="Steps of linear warm-up.")
+@click.option("--weight-decay", type=Number(0), default=0.0, help="Weight decay.")
+@click.option(
+    "--epochs", type=Number(0, MOST_STEPS, min_open=True), default=3.0, show_default=True, help="Passes over the data."
+)
+@click.option("--max-steps", type=click.IntRange(0, MOST_STEPS), default=0, help="Stop after N optimizer steps.")
+@click.option(
+    "--save-steps", type=click.IntRange(0, MOST_STEPS), default=500, show_default=True, help="Checkpoint every N steps."
+)
 @click.option("--seed", type=int, default=42, show_default=True, help="Seed of the run.")
 @click.option("--output-dir", default="output", show_default=True, help="Where the run writes.")
 @click.option("--gpu", metavar="GPU", help="The card the plan is for.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own.")
 @click.option("--accelerator", metavar="TYPE", help="databricks-air: GPU_1xA10, GPU_1xH100, ...; else the smallest.")
-@click.option("--num-accelerators", type=int, help="databricks-air: accelerators, in whole nodes.")
-@click.option("--margin", type=float, default=5.0, show_default=True, help="databricks-air: percent to keep free.")
+@click.option("--num-accelerators", type=click.IntRange(1), help="databricks-air: accelerators, in whole nodes.")
+@click.option(
+    "--margin",
+    type=Number(0, 100, max_open=True),
+    default=5.0,
+    show_default=True,
+    help="databricks-air: percent to keep free.",
+)
 @click.option("--cloud", type=Word("cloud", ("aws", "azure")), default="aws", help="databricks-cluster: aws or azure.")
 @click.option("--node-type", metavar="TYPE", help="databricks-cluster: the node; else the cheapest that fits.")
 @click.option("--name", default="loraplan", show_default=True, help="Databricks: experiment or cluster name.")
@@ -103,10 +115,12 @@ def _part(made: Export, name: str | None) -> str:
 def _write(made: Export, folder: str) -> None:
     import os
 
+    from planner.outputs import whole_file
+
     os.makedirs(folder, exist_ok=True)
     for artifact in made.artifacts:
         path = os.path.join(folder, artifact.name)
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
+        with whole_file(path, newline="\n") as file:
             file.write(artifact.text)
         click.echo(path)
 
@@ -211,16 +225,6 @@ def _read_call(path: str) -> dict[str, Any]:
     Raises:
         InvalidInput: no JSON object.
     """
-    import json
+    from planner.headers import parse_json, read_bounded
 
-    from planner.errors import InvalidInput, one_line
-
-    with open(path, "rb") as file:
-        raw = file.read(2**20)
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InvalidInput(f"{one_line(path, 200)} is not a JSON object of arguments of foundation_model.create")
-    return value
+    return parse_json(read_bounded(path, 2**20, "call"), path, "call of foundation_model.create")

@@ -135,7 +135,7 @@ def answer_of(
 
     stated = [name for name in LIBRARIES if given.get(name)]
     stack = training_settings(given)
-    card, kept = _with_margin(card, margin)
+    card, kept = with_margin(card, margin)
     if tracing is not None:
         from planner.cli.trace import traced_answer
 
@@ -188,7 +188,7 @@ def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
     return answer._replace(run=plan, mean_tokens=amount.mean_tokens, notes=notes)
 
 
-def _with_margin(card: Gpu | None, percent: float) -> tuple[Gpu | None, int]:
+def with_margin(card: Gpu | None, percent: float) -> tuple[Gpu | None, int]:
     """The card with a share of its memory taken, and that share in bytes."""
     if card is None or not percent:
         return card, 0

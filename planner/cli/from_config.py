@@ -2,13 +2,14 @@
 
 `@model_or_config()` stands where a command had `@click.argument("model")`. The command gets its model and options as if
 they had been typed; the job itself travels in the option `job`, which `planner.cli.plan.configure` understands.
+`@config_options` adds the options alone, for commands that name models in another way; `take_job` reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -21,6 +22,8 @@ CONFIG_ENDS = (".yml", ".yaml", ".py", ".ipynb")
 """Ends of files that are a training config and never a model."""
 
 _OPTIONS = ("configs", "one_gpu", "allow_outside", "show_keys")
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def model_or_config(
@@ -38,16 +41,51 @@ def model_or_config(
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def run(model: Any, **rest: Any) -> Any:
-            reading = {name: rest.pop(name) for name in _OPTIONS}
+            reading = take_reading(rest)
             models = model if many else (model,) if model else ()
             return _run(command, models, reading, rest, _Way(reports_gaps, required))
 
         argument = click.argument("model", nargs=-1) if many else click.argument("model", required=False)
-        for option in reversed(_click_options()):
-            run = option(run)
-        return argument(run)
+        return argument(config_options(run))
 
     return decorate
+
+
+def config_options(command: _Command) -> _Command:
+    """Add `--from` and what goes with it (parameters `configs`, `one_gpu`, `allow_outside` and `show_keys`)."""
+    for option in reversed(_click_options()):
+        command = option(command)
+    return command
+
+
+class ShowKeys(NamedTuple):
+    """A job of which only the keys are to be shown."""
+
+    job: Job
+
+
+def take_reading(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the parameters of `config_options` out of what a command was given."""
+    return {name: given.pop(name) for name in _OPTIONS}
+
+
+def take_job(reading: dict[str, Any], given: dict[str, Any], *, tells: bool = True) -> Job | ShowKeys | None:
+    """Read the job that `--from` names, say so on stderr (with what the estimate lacks of it, where `tells`).
+
+    Raises:
+        PlannerError: the files cannot be read, or their job is not planned.
+    """
+    if not reading["configs"]:
+        if reading["show_keys"]:
+            raise click.UsageError("--show-keys lists the keys of a config; give one with --from")
+        return None
+    job = job_of(reading["configs"], reading, given)
+    if reading["show_keys"]:
+        return ShowKeys(job)
+    click.echo(job.summary, err=True)
+    for gap in job.missing if tells else ():
+        click.echo(f"warning: {gap}", err=True)
+    return job
 
 
 def _click_options() -> list[Callable[..., Any]]:
@@ -76,7 +114,7 @@ def _run(
     rest: dict[str, Any],
     way: _Way,
 ) -> Any:
-    files = models if models and all(_is_config(name, len(models) > 1) for name in models) else ()
+    files = models if models and all(is_config(name, len(models) > 1) for name in models) else ()
     if len(files) > 1 or (files and rest.get("style") == "github"):
         from planner.cli.gate import gate
 
@@ -87,24 +125,19 @@ def _run(
     if len(models) > 1:
         raise click.UsageError("several models at once; give one, or several training configs (.yml, .json, .py)")
     model = models[0] if models else None
-    job = None
-    if reading["configs"]:
-        job = job_of(reading["configs"], reading, rest)
-        if reading["show_keys"]:
-            return show_keys(job, rest.get("style", "table"))
+    job = take_job(reading, rest, tells=not way.reports_gaps)
+    if isinstance(job, ShowKeys):
+        return show_keys(job.job, rest.get("style", "table"))
+    if job is not None:
         rest = with_job(job, rest)
         model = model or job.model
-        click.echo(job.summary, err=True)
-        for gap in () if way.reports_gaps else job.missing:
-            click.echo(f"warning: {gap}", err=True)
-    elif reading["show_keys"]:
-        raise click.UsageError("--show-keys lists the keys of a config; give one with --from")
     if model is None and way.required:
         raise click.UsageError("Missing argument 'MODEL' (no config names it)" if job else "Missing argument 'MODEL'")
     return command(model=model, **rest)
 
 
-def _is_config(name: str, several: bool) -> bool:
+def is_config(name: str, several: bool) -> bool:
+    """Return whether a name is that of a config; `several`: a .json among others is no model."""
     lower = name.lower()
     return lower.endswith(CONFIG_ENDS) or (several and lower.endswith(".json"))
 
@@ -118,7 +151,7 @@ def job_of(configs: tuple[str, ...], reading: dict[str, Any], rest: dict[str, An
     from planner.importers import read_job
     from planner.stacks import parse_versions
 
-    releases = {name: rest[name] for name in LIBRARIES if rest.get(name)}
+    releases = {name: rest[name] for name in LIBRARIES if isinstance(rest.get(name), str) and rest[name]}
     job = read_job(
         configs,
         parse_versions(releases) if releases else None,

@@ -9,6 +9,7 @@ import click
 
 from planner.cli.from_config import job_of, with_job
 from planner.cli.options import COST
+from planner.cli.terminal import tell_unanswered
 from planner.errors import InvalidInput, PlannerError, one_line
 from planner.report.config_checks import Check, render
 
@@ -42,6 +43,7 @@ def gate(files: tuple[str, ...], reading: Mapping[str, Any], options: Mapping[st
         raise InvalidInput("several files are checked against a card; name it with --gpu or --vram")
     checks = [_check(name, card, margin, reading, options) for name in files]
     click.echo(render(checks, card, options["style"]), nl=False)
+    tell_unanswered(check.error for check in checks)
     verdicts = {check.verdict for check in checks}
     return 1 if verdicts & {"does not fit", "too close to call"} else 2 if None in verdicts else 0
 

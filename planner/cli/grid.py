@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner import cost, families, predict, sources, sweep
 from planner.calibration import Coefficients, Selection
@@ -21,7 +21,14 @@ from planner.report.grid import Block
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
 
+if TYPE_CHECKING:
+    from planner.datarun import DataRun
+    from planner.dataset.scan import Scan, Source
+    from planner.importers import Job
+
 EXACT_ROWS = 24
+DATA_ROWS = 500
+"""Rows of a table on training data: each is predicted at several lengths."""
 MOST_ROWS = 100_000_000
 MOST_VALUES = 1_000_000
 REPLAYED_CHOICES = 24
@@ -45,6 +52,8 @@ class Wanted(NamedTuple):
     cards: tuple[Gpu, ...]
     values: Mapping[str, tuple[Any, ...]]
     """Key of planner.stacks -> its values."""
+    job: Job | None = None
+    """What a training config says about everything else."""
 
     @property
     def rows(self) -> int:
@@ -62,6 +71,15 @@ class Run(NamedTuple):
     prices: Mapping[str, cost.Price | None]
     chosen: Mapping[str, Selection]
     """The calibration of each card, or its priors."""
+    margin: float = 0.0
+    """Percent of every card that is kept free."""
+    data: Mapping[str, Any] | None = None
+    """What `data_options` gave, where training data decides lengths and hours."""
+
+    @property
+    def budget(self) -> bool:
+        """Whether an amount of training is known, so that rows have hours and USD."""
+        return self.amount.given or self.data is not None
 
     @property
     def coefficients(self) -> dict[str, Coefficients]:
@@ -167,6 +185,7 @@ class Combination(NamedTuple):
     training: TrainingSpec
     resolved: Resolved
     cards: tuple[Gpu, ...]
+    data: DataRun | None = None
 
 
 class Tabulator:
@@ -180,8 +199,11 @@ class Tabulator:
         self.models = dict(models or {})
         self.shared: dict[str, Any] = {}
         """Settings that every row so far has, with their values; None where rows differ."""
-        self.exact = wanted.rows <= EXACT_ROWS
-        self.choices = [key for key in wanted.values if key not in sweep.NUMBERS]
+        if run.data is not None and wanted.rows > DATA_ROWS:
+            raise InvalidInput(f"{wanted.rows:,} rows on --data, each predicted by itself; at most {DATA_ROWS:,}")
+        self.exact = wanted.rows <= EXACT_ROWS or run.data is not None
+        self.scans: dict[Source, Scan] = {}
+        self.choices = [key for key in wanted.values if key not in sweep.NUMBERS or run.data is not None]
         combinations = len(wanted.models)
         for key in self.choices:
             combinations *= len(wanted.values[key])
@@ -190,6 +212,8 @@ class Tabulator:
     @property
     def basis(self) -> str:
         """How memory on the device was found, in words."""
+        if self.run.data is not None:
+            return "every row predicted by itself; its length is that of the data's longest batch"
         if self.exact:
             return "every row predicted by itself, as loraplan fits does"
         cache = "replayed in one row per combination" if self.replays else "assumed"
@@ -221,7 +245,8 @@ class Tabulator:
 
     def _pieces(self) -> Iterator[Numbers]:
         """The numbers, in pieces of at most BLOCK_ROWS cells: cut along the axis whose cells just exceed that."""
-        values = {key: tuple(self.wanted.values.get(key, ())) for key in sweep.NUMBERS}
+        values = {key: tuple(self.wanted.values.get(key, ())) for key in sweep.NUMBERS if key not in self.choices}
+        values = dict.fromkeys(sweep.NUMBERS, ()) | values
         each = 1
         for place, key in reversed(list(enumerate(sweep.NUMBERS))):
             if each * len(values[key]) > BLOCK_ROWS:
@@ -247,13 +272,24 @@ class Tabulator:
                 try:
                     given = dict.fromkeys(OPTIONS) | choices
                     stack = training_settings(given)
+                    if self.wanted.job is not None:
+                        given["job"], stack = self.wanted.job, stack or self.wanted.job.stack
+                    data = self._data(model, stack or "custom", given)
                     resolved, training = configure(model, stack or "custom", given, lenient=True, card=cards[0])
                 except PlannerError as error:
-                    numbers = [len(self.wanted.values.get(key, (1,))) for key in sweep.NUMBERS]
-                    self.problems.add(error, len(cards) * _product(numbers))
+                    inner = [len(self.wanted.values.get(key, (1,))) for key in sweep.NUMBERS if key not in self.choices]
+                    self.problems.add(error, len(cards) * _product(inner))
                     continue
                 self._remember(resolved)
-                yield Combination(model, choices, training, resolved, tuple(cards))
+                yield Combination(model, choices, training, resolved, tuple(cards), data)
+
+    def _data(self, model: ModelSpec, stack: str, given: dict[str, Any]) -> DataRun | None:
+        """Let the training data decide the length; None without data."""
+        if self.run.data is None:
+            return None
+        from planner.cli.data_options import apply
+
+        return apply(dict(self.run.data), model, stack, given, self.scans)
 
     def _remember(self, resolved: Resolved) -> None:
         """Keep the settings that are the same in every row, for the caption."""
@@ -279,7 +315,8 @@ class Tabulator:
             yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus, self.run.contexts))
 
     def _constant(self, name: str, some: Combination) -> dict[str, Any]:
-        return {"model": name, **{key: _plain(value) for key, value in some.choices.items()}}
+        choices = {key: _plain(value) for key, value in some.choices.items() if key not in sweep.NUMBERS}
+        return {"model": name, **choices}
 
     def _swept(self, name: str, some: Combination, cells: sweep.Cells, judged: sweep.Judged) -> Block:
         np = sweep.require_numpy()
@@ -306,9 +343,12 @@ class Tabulator:
             "step_high_s": high,
             "tokens_per_s": tokens / cells.step_s,
         }
-        if self.run.amount.given:
+        if self.run.budget:
+            useful = tokens
+            if self.run.amount.mean_tokens:
+                useful = tokens * (np.minimum(self.run.amount.mean_tokens, arrays["seq_len"]) / arrays["seq_len"])
             steps = cost.optimizer_steps(
-                self.run.amount, arrays["micro_batch_size"] * arrays["gradient_accumulation_steps"], tokens
+                self.run.amount, arrays["micro_batch_size"] * arrays["gradient_accumulation_steps"], useful
             )
             arrays["hours"] = steps * cells.step_s / 3600
             rate = [self._usd_per_hour(card) for card in cells.cards]
@@ -328,16 +368,15 @@ class Tabulator:
         for card in some.cards:
             for place in itertools.product(*(range(size) for size in axes.shape)):
                 training = sweep.at_place(some.training, axes, place)
-                rows.append(self.predicted_row(some.model, training, card))
+                rows.append(self.predicted_row(some.model, training, card, some.data))
         columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in rows[0]}
         return Block(self._constant(name, some), columns, len(rows))
 
-    def predicted_row(self, model: ModelSpec, training: TrainingSpec, card: Gpu) -> dict[str, Any]:
+    def predicted_row(
+        self, model: ModelSpec, training: TrainingSpec, card: Gpu, data: DataRun | None = None
+    ) -> dict[str, Any]:
         """The columns of one configuration."""
-        chosen = self.run.chosen[card.gpu_id]
-        found = predict.predict(
-            model, training, card, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes
-        )
+        found = predict.predict_on(model, training, card, self.run.chosen[card.gpu_id])
         time = found.time
         row: dict[str, Any] = {
             "gpu": card.gpu_id,
@@ -355,13 +394,23 @@ class Tabulator:
         }
         if training.lora is not None:
             row["r"] = training.lora.r
-        if self.run.amount.given:
-            price = self.run.prices.get(card.gpu_id)
-            size = {"micro_batch_size": training.micro_batch_size, "seq_len": training.seq_len}
-            made = cost.plan(time, card, self.run.amount, price=price, **size) if time else None
+        if self.run.budget:
+            made = self._plan(found, card, data) if time else None
             row["hours"] = made.hours.expected if made else None
             row["usd"] = made.usd.expected if made and made.usd else None
         return row
+
+    def _plan(self, found: predict.Prediction, card: Gpu, data: DataRun | None) -> cost.RunPlan:
+        """Hours and USD of the whole run: on data by its lengths, else by the amount."""
+        price, training, amount = self.run.prices.get(card.gpu_id), found.training, self.run.amount
+        if data is not None:
+            from planner.datarun import planned
+
+            return planned(data, found, epochs=amount.epochs, price=price)[1]
+        assert found.time is not None
+        return cost.plan(
+            found.time, card, amount, price=price, micro_batch_size=training.micro_batch_size, seq_len=training.seq_len
+        )
 
 
 _UNSET = object()

@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.data_options import data_options
-from planner.cli.options import Sectioned, Word, format_option, training_options
+from planner.cli.from_config import model_or_config
+from planner.cli.options import (
+    MOST_STEPS,
+    Number,
+    Sectioned,
+    Word,
+    calibration_option,
+    format_option,
+    training_options,
+)
 
 if TYPE_CHECKING:
+    from planner.calibration import Selection
     from planner.datarun import DataRun
     from planner.hardware import Gpu
+    from planner.largest import Largest
     from planner.model import ModelSpec
-    from planner.pick import HoursOf
+    from planner.pick import Candidate, HoursOf
     from planner.report.grid import Caption
     from planner.training import TrainingSpec
 
@@ -29,7 +40,7 @@ FRONTIER = 24
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--gpu", metavar="GPU", help="A card of the catalogue, or local.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option(
@@ -38,35 +49,40 @@ FRONTIER = 24
 )  # fmt: skip
 @click.option("--probability", type=float, default=0.95, show_default=True, help="How sure it must be that it fits.")
 @click.option("--up-to", type=click.IntRange(1, 2**20), metavar="N", help="The largest value to try.")
+@calibration_option
 @format_option
 @data_options
 @training_options
 def max_(
     model: str, gpu: str | None, vram: str | None, keys: tuple[str, ...], probability: float, up_to: int | None,
-    style: str, **given: Any,
+    calibration: str | None, style: str, **given: Any,
 ) -> int:  # fmt: skip
     """Find the largest micro batch, length or rank that fits a card.
 
-    Live memory must fit with the probability, and a replay of the allocator must end well.
+    Live memory must fit with the probability, and a replay of the allocator, which has none, must end well. Over two
+    numbers the allocator is replayed once, and its cache estimated elsewhere.
 
     \b
     Examples:
       loraplan max meta-llama/Llama-3.1-8B --gpu rtx-4090
       loraplan max Qwen/Qwen2.5-7B --gpu l4 --of length --probability 0.99
       loraplan max Qwen/Qwen2.5-7B --gpu a100-80gb --of batch --of length
+      loraplan max --from qlora.yml --gpu a10g
 
     \b
     Exit codes: 0 there is one, 1 not even the smallest fits, 2 could not answer.
     """
+    from planner import calibration_files
     from planner.errors import InvalidInput
 
     names = tuple(dict.fromkeys(keys))
     spec, training, card = _run(model, gpu, vram, given, names)
+    chosen = calibration_files.select(card, calibration, training.versions)
     if len(names) > 2:
         raise InvalidInput("a frontier is over two numbers; give --of at most twice")
     if len(names) == 2:
-        return _frontier(spec, training, card, names, probability, up_to, style)
-    return _single(spec, training, card, names[0], probability, up_to, style)
+        return _frontier(spec, training, card, names, probability, up_to, style, chosen)
+    return _single(spec, training, card, names[0], probability, up_to, style, chosen)
 
 
 def _run(
@@ -100,20 +116,21 @@ def _candidates(key: str, model: ModelSpec, up_to: int | None) -> list[int]:
 
 
 def _single(
-    model: ModelSpec, training: TrainingSpec, card: Gpu, key: str, probability: float, up_to: int | None, style: str
-) -> int:
+    model: ModelSpec, training: TrainingSpec, card: Gpu, key: str, probability: float, up_to: int | None, style: str,
+    chosen: Selection,
+) -> int:  # fmt: skip
     from planner.largest import largest
     from planner.report.answer import WORDS as ANSWERS
     from planner.units import gib
 
-    found = largest(model, training, card, key, _candidates(key, model, up_to), probability)
+    found = largest(model, training, card, key, _candidates(key, model, up_to), probability, chosen)
     p = found.prediction
     if style == "table":
         if p is None or found.value is None:
-            click.echo(f"none: not even the smallest fits {card.name} ({found.probability:.0%} sure)")
+            click.echo(f"none: not even the smallest fits {card.name}; limit: {_why(found)}")
             return 1
-        end = " (the largest that was tried; --up-to raises it)" if found.value == found.limit else ""
-        click.echo(f"{found.value:,} {UNITS[key]}{end}, {_sure(found.probability)} sure to fit {card.name}")
+        click.echo(f"{found.value:,} {UNITS[key]} on {card.name}")
+        click.echo(f"limit: {_why(found)}")
         need = f"{gib(p.device.expected)} GiB ({gib(p.device.low)} to {gib(p.device.high)}) of {gib(p.capacity_bytes)}"
         click.echo(f"peak {need}; fits says {ANSWERS[p.verdict]}")
         if p.time is not None:
@@ -123,32 +140,44 @@ def _single(
         model.model_id, card.gpu_id, found.value, found.probability, p.verdict if p else None,
         p.allocated.expected if p else None, p.device.expected if p else None,
         p.time.step_s.expected if p and p.time else None, p.time.tokens_per_s if p and p.time else None,
+        found.limited_by,
     )  # fmt: skip
     columns = ["model", "gpu", key, "probability", "verdict", "allocated_bytes", "device_bytes", "step_s",
-               "tokens_per_s"]  # fmt: skip
+               "tokens_per_s", "limited_by"]  # fmt: skip
     _print(columns, [row], style)
     return 0 if found.value is not None else 1
 
 
-def _sure(probability: float) -> str:
-    return "over 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
+def _why(found: Largest) -> str:
+    """What limits the answer, and how sure the part of it is that has a probability."""
+    share = "over 99.9 %" if found.probability > 0.999 else f"{100 * found.probability:.1f} %"
+    live = f"live memory, {share} sure to fit"
+    if found.limited_by == "live memory":
+        return live
+    if found.limited_by == "what was tried":
+        return f"what was tried (--up-to raises it); {live}"
+    return f"the allocator's replay, which has no probability; {live}"
 
 
 def _frontier(
     model: ModelSpec, training: TrainingSpec, card: Gpu, keys: tuple[str, ...], probability: float,
-    up_to: int | None, style: str,
+    up_to: int | None, style: str, chosen: Selection,
 ) -> int:  # fmt: skip
     from planner.largest import frontier
+    from planner.report.grid import Caption
 
     first = sorted({value for n in range(FRONTIER // 2) for value in (2**n, 3 * 2**n)})
     most = up_to or LIMITS[keys[0]]
     axes = {keys[0]: [v for v in first if v <= most], keys[1]: _candidates(keys[1], model, None)}
     if keys[0] == "seq_len":
         axes[keys[0]] = [v for v in (n * 64 for n in first) if v <= (model.max_position_embeddings or most)]
-    corners = frontier(model, training, card, axes, probability)
+    corners = frontier(model, training, card, axes, probability, chosen)
     rows = [(model.model_id, card.gpu_id, c.first, c.second, c.allocated_bytes, c.tokens_per_s) for c in corners]
-    _print(["model", "gpu", *keys, "allocated_bytes", "tokens_per_s"], rows, style)
+    _print(["model", "gpu", *keys, "allocated_bytes", "tokens_per_s"], rows, style, Caption((CACHE,), {"basis": CACHE}))
     return 0 if rows else 1
+
+
+CACHE = "live memory and time exact; room is left for the allocator's cache, estimated from a replay of one pair"
 
 
 def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption: Caption | None = None) -> None:
@@ -167,15 +196,17 @@ def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption:
 
 
 @click.command(cls=Sectioned)
-@click.argument("model")
+@model_or_config()
 @click.option("--gpu", "gpus", multiple=True, metavar="LIST", help="Candidates; by default every card with a price.")
 @click.option(
     "--goal", type=Word("goal", ("usd", "time")), default="usd", show_default=True, help="Cheapest or fastest."
 )
 @click.option("--tokens", metavar="N", help="Train on this many tokens (default 10M).")
-@click.option("--epochs", type=float, metavar="N", help="Passes over --data (default 1).")
-@click.option("--hours", type=float, metavar="H", help="Time limit.")
-@click.option("--budget", type=float, metavar="USD", help="Most it may cost.")
+@click.option(
+    "--epochs", type=Number(0, MOST_STEPS, min_open=True), metavar="N", help="Passes over --data (default 1)."
+)
+@click.option("--hours", type=Number(0, min_open=True), metavar="H", help="Time limit.")
+@click.option("--budget", type=Number(0, min_open=True), metavar="USD", help="Most it may cost.")
 @click.option("--provider", "providers", multiple=True, metavar="NAME", help="Only machines of these providers.")
 @click.option("--single", is_flag=True, help="Only machines with one card.")
 @format_option
@@ -193,6 +224,7 @@ def pick(
       loraplan pick Qwen/Qwen2.5-7B --goal time --budget 20
       loraplan pick Qwen/Qwen2.5-7B --gpu l4,a10g,rtx-4090 --hours 12
       loraplan pick Qwen/Qwen2.5-7B --data ./train.jsonl --epochs 3 --padding grouped
+      loraplan pick --from qlora.yml --tokens 50M
 
     \b
     Exit codes: 0 there is one, 1 no candidate will do, 2 could not answer.
@@ -203,9 +235,11 @@ def pick(
     spec, candidates, amount, run = _candidates_of(model, gpus, providers, single, (tokens, epochs), given)
     hours_of = _hours_on_data(spec, run, epochs) if run else None
     found = choose(spec, candidates, amount, "usd" if goal == "usd" else "time", Limits(hours, budget), hours_of)
-    rows = [_row(item, "picked") for item in ([found.answer] if found.answer else [])]
+    rows = [_row(item, f"picked{_paid_for(found.answer)}") for item in ([found.answer] if found.answer else [])]
     rows += [_row(item, item.reason) for item in found.rejected]
-    columns = ["gpu", "machine", "usd_per_hour", "device_bytes", "hours", "usd", "reason"]
+    columns = ["gpu", "machine", "cards", "usd_per_hour", "device_bytes", "hours", "usd", "reason"]
+    if style == "table" and not any(row[2] and row[2] > 1 for row in rows):  # a line of 80 columns has little room
+        columns, rows = [c for c in columns if c != "cards"], [(*row[:2], *row[3:]) for row in rows]
     if style == "table" and found.answer is not None:
         a = found.answer
         where = f" ({a.candidate.price.instance_type})" if a.candidate.price and a.candidate.price.instance_type else ""
@@ -219,8 +253,14 @@ def pick(
 def _row(item: Any, reason: str) -> tuple[Any, ...]:
     price = item.candidate.price
     machine = price.instance_type if price else None
-    rate = price.usd_per_hour if price else None
-    return item.candidate.gpu.gpu_id, machine, rate, item.device_bytes, item.hours, item.usd, reason
+    rate, cards = (price.usd_per_hour, price.gpu_count) if price else (None, None)
+    return item.candidate.gpu.gpu_id, machine, cards, rate, item.device_bytes, item.hours, item.usd, reason
+
+
+def _paid_for(item: Any) -> str:
+    """That a machine has more cards than the run uses."""
+    price = item.candidate.price
+    return f": pays for {price.gpu_count} cards, uses one" if price and price.gpu_count > 1 else ""
 
 
 def _candidates_of(
@@ -232,7 +272,7 @@ def _candidates_of(
     Raises:
         PlannerError: unknown names, or no candidate at all.
     """
-    from planner import catalog, cost
+    from planner import calibration_files, catalog, cost
     from planner.cli.data_options import apply, take
     from planner.cli.plan import configure, load_model, training_settings
     from planner.cli.table import cards_of
@@ -259,10 +299,11 @@ def _candidates_of(
     found = []
     for card in cards:
         _, training = configure(spec, stack or "custom", given, card=card)
-        found.append(Candidate(card, cost.cheapest(card, machines), training))
+        chosen = calibration_files.select(card, None, training.versions)
+        found.append(Candidate(card, cost.cheapest(card, machines), training, chosen))
     if not found:
         raise InvalidInput("no candidate: no machine of these providers has a card of the catalogue")
-    return spec, found, cost.Amount(tokens=parse_count(tokens or TOKENS)), run
+    return spec, found, cost.Amount(tokens=parse_count(TOKENS if tokens is None else tokens)), run
 
 
 TOKENS = "10M"
@@ -272,6 +313,9 @@ TOKENS = "10M"
 def _hours_on_data(model: ModelSpec, run: DataRun, epochs: float | None) -> HoursOf:
     """Hours on a candidate, from the distribution of lengths."""
     from planner.datarun import hours_on
-    from planner.predict import predict
+    from planner.predict import predict_on
 
-    return lambda candidate: hours_on(run, predict(model, candidate.training, candidate.gpu), epochs or 1.0)
+    def hours(candidate: Candidate) -> float:
+        return hours_on(run, predict_on(model, candidate.training, candidate.gpu, candidate.chosen), epochs or 1.0)
+
+    return hours

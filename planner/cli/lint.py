@@ -48,12 +48,14 @@ def lint(
     start, 2 could not answer.
     """
     from planner.cli.fits import card_of
+    from planner.cli.terminal import tell_unanswered
     from planner.report.lint_view import render
 
     card = card_of(gpu, None)
     reading = {**_HOW, "configs": configs, "allow_outside": allow_outside}
     found = [_linted(name, model, card, reading, given) for name in files]
     click.echo(render(found, style), nl=False)
+    tell_unanswered(item.error for item in found)
     if any(trap.serious for item in found for trap in item.traps):
         return 1
     return 2 if any(item.error for item in found) else 0

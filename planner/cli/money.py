@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner import catalog, cost
 from planner.errors import Contradiction, InvalidInput, one_line
 from planner.hardware import Gpu
+from planner.headers import read_bounded
 from planner.predict import Prediction
 from planner.units import MiB, parse_count
 
@@ -31,6 +31,10 @@ def amount_of(wanted: dict[str, Any]) -> cost.Amount:
         value = wanted[name]
         if value is not None and not 0 < value < 1e18:
             raise InvalidInput(f"--{name.replace('_', '-')} is {value}; must be above 0")
+    if wanted["tokens"] is None and wanted["rows"] is None:
+        for name in ("mean_tokens", "dbu_table", "price"):
+            if wanted.get(name) is not None:
+                raise Contradiction(f"--{name.replace('_', '-')} is about a whole run; give --tokens or --rows too")
     return cost.Amount(
         tokens=parse_count(wanted["tokens"]) if wanted["tokens"] is not None else 0.0,
         rows=wanted["rows"] or 0,
@@ -57,6 +61,18 @@ def run_plan(
     return made, notes
 
 
+def amount_on_data(wanted: dict[str, Any]) -> cost.Amount:
+    """Return the passes over the data; the data says the rest.
+
+    Raises:
+        PlannerError: for an amount of training that the data already says.
+    """
+    for name in ("rows", "tokens", "mean_tokens"):
+        if wanted[name] is not None:
+            raise Contradiction(f"--{name.replace('_', '-')} and --data say the same thing twice; give one of them")
+    return cost.Amount(epochs=1.0 if wanted["epochs"] is None else wanted["epochs"])
+
+
 ESTIMATED = "lengths are estimated: the longest row, which decides memory, may be 30 % longer; give --tokenizer"
 
 
@@ -68,17 +84,14 @@ def data_plan(
     Raises:
         PlannerError: for an amount of training that the data already says.
     """
-    for name in ("rows", "tokens", "mean_tokens"):
-        if wanted[name] is not None:
-            raise Contradiction(f"--{name.replace('_', '-')} and --data say the same thing twice; give one of them")
+    amount = amount_on_data(wanted)
     estimated = (ESTIMATED,) if run.found.token_error else ()
     if prediction.gpu is None or prediction.time is None:
         return run, None, (*estimated, "no hours and no cost: the card's rates are not known")
     from planner.datarun import planned
 
     price = price_of(prediction.gpu, wanted)
-    epochs = 1.0 if wanted["epochs"] is None else wanted["epochs"]
-    done, made = planned(run, prediction, epochs=epochs, price=price)
+    done, made = planned(run, prediction, epochs=amount.epochs, price=price)
     notes = price.warnings(datetime.date.today()) if price else ("no price is known for this card; give --price",)
     return done, made, (*estimated, *notes)
 
@@ -103,11 +116,8 @@ def read_dbu_table(path: str) -> dict[str, float]:
     Raises:
         InvalidInput: if it is not such an object.
     """
-    with Path(path).open("rb") as file:
-        data = file.read(MAX_TABLE_BYTES + 1)
+    data = read_bounded(path, MAX_TABLE_BYTES, "table of DBU per hour")
     problem = f"{one_line(path)!r} is not a JSON object of node types and DBU per hour"
-    if len(data) > MAX_TABLE_BYTES:
-        raise InvalidInput(f"{problem}: larger than 1 MiB")
     try:
         table = json.loads(data)
     except (ValueError, RecursionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -39,6 +40,21 @@ class Word(_Choice):
         if word not in self.words:
             raise unknown(self.what, value, self.words)
         return word
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds; click lets nan pass every bound, and inf every open one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail naming the value and the bounds."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+MOST_STEPS = 2**40
+"""Above every number of optimizer steps, and exact as a float."""
 
 
 def format_option_of(formats: tuple[str, ...]) -> Callable[[_Command], _Command]:

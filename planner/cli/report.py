@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.from_config import ShowKeys, config_options, show_keys
 from planner.cli.options import Sectioned, training_options
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 @click.command(cls=Sectioned)
 @click.argument("configurations", nargs=-1)
+@config_options
 @click.option("--model", metavar="MODEL", help="The model of every configuration that names none.")
 @click.option("--gpu", metavar="GPU", help="The card of every configuration that names none.")
 @click.option("-o", "--output", metavar="FILE", default="report.html", show_default=True, help="The HTML file.")
@@ -30,26 +32,32 @@ def report(
 ) -> int:  # fmt: skip
     """Write one HTML file that needs no network: tables, memory and time figures, assumptions, sources.
 
-    CONFIGURATIONS are KEY=VALUE words as in compare; without one the options describe the run.
+    CONFIGURATIONS are KEY=VALUE words or training configs as in compare; without one the options describe the run.
 
     \b
     Examples:
       loraplan report --model Qwen/Qwen2.5-7B --gpu a100-80gb -o ./plan.html
       loraplan report --model Qwen/Qwen2.5-7B --gpu l4 "method=qlora" "method=lora" -o ./plan.html
+      loraplan report --from qlora.yml --gpu a10g -o ./plan.html
 
     \b
     Exit codes: 0 written, 2 could not answer.
     """
     from planner.cli.compare import MOST, compared
-    from planner.errors import InvalidInput
+    from planner.errors import InvalidInput, require
+    from planner.outputs import whole_file
     from planner.report.figures import pictures
     from planner.report.html_report import page
 
     if len(configurations) > MOST:
         raise InvalidInput(f"{len(configurations)} configurations; a report takes at most {MOST}")
     items = compared(configurations or ("",), model, gpu, given)
+    if isinstance(items, ShowKeys):
+        return show_keys(items.job, "table")
+    require("a report", "tables,plots", "numpy", "matplotlib")
     made = pictures(items, speeds_of(items))
-    Path(output).write_text(page(items, made, title), encoding="utf-8")
+    with whole_file(output) as file:
+        file.write(page(items, made, title))
     click.echo(f"wrote {output}", err=True)
     if figures is not None:
         _write_figures(Path(figures), made)
@@ -57,10 +65,13 @@ def report(
 
 
 def _write_figures(folder: Path, made: list[Picture]) -> None:
+    from planner.outputs import whole_file
+
     folder.mkdir(parents=True, exist_ok=True)
     for picture in made:
         for style in ("png", "svg"):
-            (folder / f"{picture.name}.{style}").write_bytes(picture.data(style))
+            with whole_file(folder / f"{picture.name}.{style}", "wb") as file:
+                file.write(picture.data(style))
     click.echo(f"wrote {2 * len(made)} figures to {folder}", err=True)
 
 

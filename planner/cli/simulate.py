@@ -11,6 +11,7 @@ from planner.cli.from_config import model_or_config
 from planner.cli.options import (
     COST,
     FORMATS,
+    MOST_STEPS,
     Sectioned,
     Word,
     calibration_option,
@@ -40,7 +41,7 @@ RUN = (
     "--schedule", "shape", type=Word("schedule", ("cosine", "linear", "constant")), default="cosine", show_default=True,
     help="How the learning rate falls.",
 )  # fmt: skip
-@click.option("--warmup-steps", type=int, help="Steps of linear warm-up.")
+@click.option("--warmup-steps", type=click.IntRange(0, MOST_STEPS), help="Steps of linear warm-up.")
 @click.option("--warmup-ratio", type=float, help="The same as a share of the run.")
 @click.option("--save-steps", type=click.IntRange(0), default=500, show_default=True, help="Checkpoint every N steps.")
 @click.option("--eval-steps", type=click.IntRange(0), default=0, help="Evaluate every N steps.")

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from planner.cli.options import TRAINING, Sectioned, Word
+from planner.cli.data_options import data_options, take
+from planner.cli.from_config import ShowKeys, config_options, is_config, show_keys, take_job, take_reading
+from planner.cli.options import COST, TRAINING, Sectioned, Word
+from planner.outputs import whole_file
 
 if TYPE_CHECKING:
     from planner.cli.grid import Tabulator, Wanted
     from planner.hardware import Gpu
+    from planner.importers import Job
     from planner.report.grid import Block, Caption
 
 MAX_FILE_BYTES = 1 << 20
@@ -36,28 +40,38 @@ def lists_of_settings(command: _Command) -> _Command:
 @click.command(cls=Sectioned)
 @click.argument("models", nargs=-1)
 @click.option("--gpu", "gpus", multiple=True, metavar="LIST", help="Cards of the catalogue; all for every NVIDIA card.")
+@click.option("--vram", multiple=True, metavar="LIST", help="Memory of cards of your own, for example 16GiB,24GiB.")
+@click.option("--margin", metavar="PERCENT", default="0", help="Share of every card that must stay free.")
 @click.option("--grid", metavar="FILE", help="Lists in a YAML file: model, gpu, and settings by their names.")
-@click.option("--from", "source", metavar="FILE", help="Explicit rows: a CSV file with columns of the same names.")
+@config_options
 @click.option("--where", multiple=True, metavar="CONDITION", help="Keep rows such as peak<24 or verdict=fits.")
-@click.option("--sort", metavar="COLUMNS", help="Sort by columns, time,-usd: a minus turns the order.")
-@click.option("--top", type=click.IntRange(1), metavar="N", help="Only the first rows (of the sorted table).")
+@click.option("--sort", metavar="COLUMNS", help="Sort by columns, time,-usd (minus: largest first); see --top.")
+@click.option(
+    "--top",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="Only the first rows; without it at most 200,000 rows are sorted.",
+)
 @click.option("--pareto", metavar="COLUMNS", help="Only rows that no other row beats, for example time,usd.")
 @click.option("--pivot", nargs=2, metavar="ROW COLUMN", help="A matrix of these two, for example model gpu.")
 @click.option("--show", default="peak", show_default=True, help="The column that --pivot shows.")
 @click.option("--tokens", metavar="N", help="Train on this many tokens, for example 10M: hours and USD.")
 @click.option("--rows", type=int, metavar="N", help="Train on this many rows.")
 @click.option("--epochs", type=float, metavar="N", help="Passes over the rows (default 1).")
+@click.option("--mean-tokens", type=float, metavar="N", help="Useful tokens per row, where rows are padded.")
 @click.option("--price", type=float, metavar="USD", help="USD per hour, of every card.")
 @click.option("--format", "style", type=Word("format", STYLES), help="How to print; the suffix of -o decides too.")
 @click.option("-o", "--output", metavar="FILE", help="Write to a file.")
+@data_options
 @lists_of_settings
 def table(
-    models: tuple[str, ...], gpus: tuple[str, ...], grid: str | None, source: str | None, output: str | None,
-    style: str | None, **rest: Any,
+    models: tuple[str, ...], gpus: tuple[str, ...], grid: str | None, output: str | None, style: str | None,
+    **rest: Any,
 ) -> int:  # fmt: skip
     """Tabulate verdict, memory, time and cost for every combination of lists.
 
-    A list is commas or the same option again; numbers may be ranges (1..8, 512..8192:512).
+    A list is commas or the same option again; numbers may be ranges (1..8, 512..8192:512). --from takes a training
+    config, whose settings hold where no list is given, or explicit rows: a CSV file with columns of the same names.
 
     \b
     Examples:
@@ -65,6 +79,8 @@ def table(
       loraplan table Qwen/Qwen2.5-7B --gpu all --tokens 10M --pareto time,usd
       loraplan table Qwen/Qwen2.5-7B microsoft/phi-2 --gpu l4,t4 --pivot model gpu
       loraplan table --grid ./plan.yaml -o ./plan.parquet
+      loraplan table --from qlora.yml --gpu a10g,l4 --seq-len 1024,2048,4096
+      loraplan table Qwen/Qwen2.5-7B --gpu l4,a10g --batch 1,2 --data ./train.jsonl --epochs 3
 
     \b
     Exit codes: 0 there are rows, 1 no row is left, 2 could not answer.
@@ -73,12 +89,39 @@ def table(
         **{name: rest.pop(name) for name in ("where", "sort", "top", "pareto", "pivot", "show")},
         style=chosen_style(style, output), output=output,
     )  # fmt: skip
-    costs = {name: rest.pop(name) for name in ("tokens", "rows", "epochs", "price")}
-    lists = {"model": list(models), "gpu": list(gpus), **{k: list(v) for k, v in rest.items() if v}}
+    costs = {name: rest.pop(name) for name in ("tokens", "rows", "epochs", "mean_tokens", "price", "margin")}
+    costs["data"] = take(rest)
+    source, job = sources_of(take_reading(rest), rest)
+    if isinstance(job, ShowKeys):
+        return show_keys(job.job, view.style if view.style in ("json", "csv", "markdown") else "table")
+    lists = {
+        "model": list(models),
+        "gpu": list(gpus),
+        "vram": list(rest.pop("vram")),
+        **{k: list(v) for k, v in rest.items() if v},
+    }
     if grid is not None:
         lists = {**read_grid(grid), **{k: v for k, v in lists.items() if v}}
-    made = explicit(source, lists, costs) if source is not None else [tabulator(lists, costs)]
+    if job is not None and job.model and not lists["model"]:
+        lists["model"] = [job.model]
+    made = explicit(source, lists, costs, job) if source is not None else [tabulator(lists, costs, job)]
     return view.print(made)
+
+
+def sources_of(reading: dict[str, Any], lists: Mapping[str, Sequence[Any]]) -> tuple[str | None, Job | ShowKeys | None]:
+    """What the files of --from are: explicit rows (one CSV file at most), and the job of the training configs.
+
+    Raises:
+        PlannerError: configs that cannot be read, or two files of rows.
+    """
+    from planner.errors import Contradiction
+
+    configs = tuple(name for name in reading["configs"] if is_config(name, several=True))
+    rows = [name for name in reading["configs"] if name not in configs]
+    if len(rows) > 1:
+        raise Contradiction("--from names two files of rows; put the rows into one")
+    single = {key: values[0] for key, values in lists.items() if len(values) == 1}
+    return (rows[0] if rows else None), take_job({**reading, "configs": configs}, single)
 
 
 def chosen_style(style: str | None, output: str | None) -> str:
@@ -99,26 +142,35 @@ def chosen_style(style: str | None, output: str | None) -> str:
 # --- what is wanted -----------------------------------------------------------------------------------------------
 
 
-def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> Tabulator:
-    """Turn lists of words into what is to be tabulated.
+def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None = None) -> Tabulator:
+    """Turn lists of words into what is to be tabulated; settings without a list are the job's, where there is one.
 
     Raises:
         PlannerError: unknown names or values.
     """
     from planner import calibration_files
+    from planner.cli.fits import percent_of, with_margin
     from planner.cli.grid import Run, Tabulator, Wanted, card_prices, parse_values
-    from planner.cli.money import amount_of, price_of
+    from planner.cli.money import amount_of, amount_on_data, price_of
     from planner.errors import InvalidInput
 
     models = _names(lists.get("model", ()))
     if not models:
         raise InvalidInput("no model; name at least one, for example meta-llama/Llama-3.1-8B")
-    cards = cards_of(_names(lists.get("gpu", ())))
-    values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu")}
-    wanted = {**costs, "mean_tokens": None, "dbu_table": None, "dbu_rate": None}
+    names, sizes = _names(lists.get("gpu", ())), _names(lists.get("vram", ()))
+    cards = (*(cards_of(names) if names or not sizes else ()), *map(card_with, sizes))
+    margin = percent_of(str(costs.get("margin") or "0"))
+    cards = tuple(with_margin(card, margin)[0] or card for card in cards)
+    values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu", "vram")}
+    wanted = {**dict.fromkeys(COST), **costs}
     chosen = {card.gpu_id: calibration_files.select(card) for card in cards}
-    run = Run(amount_of(wanted), card_prices(cards, lambda card: price_of(card, wanted)), chosen)
-    return Tabulator(Wanted(models, cards, values), run)
+    prices = card_prices(cards, lambda card: price_of(card, wanted))
+    data = costs.get("data") or {"data_files": ()}
+    if data["data_files"]:
+        amount = amount_on_data(wanted)
+        return Tabulator(Wanted(models, cards, values, job), Run(amount, prices, chosen, margin, data))
+    run = Run(amount_of(wanted), prices, chosen, margin)
+    return Tabulator(Wanted(models, cards, values, job), run)
 
 
 def _names(texts: Sequence[Any]) -> tuple[str, ...]:
@@ -141,6 +193,18 @@ def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
     for name in names:
         found += [g for g in catalog.gpus() if g.vendor == "NVIDIA"] if name == "all" else [catalog.gpu(name)]
     return tuple({card.gpu_id: card for card in found}.values())
+
+
+def card_with(size: str) -> Gpu:
+    """A card of the user's own with this much memory, under a name of its own."""
+    from dataclasses import replace
+
+    from planner.cli.fits import card_of
+    from planner.units import gib
+
+    card = card_of(None, size)
+    assert card is not None
+    return replace(card, gpu_id=f"{gib(card.memory_bytes)} GiB")
 
 
 def read_grid(path: str) -> dict[str, list[Any]]:
@@ -177,7 +241,7 @@ def key_of(name: object) -> str:
     from planner.errors import unknown
 
     word = str(name).strip().lower().lstrip("-")
-    known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu"}
+    known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu", "vram": "vram"}
     for options in TRAINING.values():
         for option in options:
             known[option.key] = option.key
@@ -189,17 +253,15 @@ def key_of(name: object) -> str:
 
 
 def _bounded(path: str) -> str:
-    from planner.errors import InvalidInput, one_line
+    from planner.headers import read_bounded
 
-    with Path(path).open("rb") as file:
-        data = file.read(MAX_FILE_BYTES * 16 + 1)
-    if len(data) > MAX_FILE_BYTES * 16:
-        raise InvalidInput(f"{one_line(path)!r} is larger than 16 MiB; split it")
-    return data.decode("utf-8-sig", "replace")
+    return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
 
 
-def explicit(path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any]) -> list[Tabulator]:
-    """One small table per row of a CSV file; what a row leaves open the options say.
+def explicit(
+    path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None
+) -> list[Tabulator]:
+    """One small table per row of a CSV file; what a row leaves open the options say, then the job.
 
     Raises:
         PlannerError: an unknown column or value, with its line.
@@ -209,16 +271,20 @@ def explicit(path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, 
 
     from planner.errors import InvalidInput, PlannerError, one_line
 
-    reader = csv.DictReader(io.StringIO(_bounded(path)))
-    keys = {name: key_of(name) for name in reader.fieldnames or ()}
+    try:
+        reader = csv.DictReader(io.StringIO(_bounded(path), newline=""), strict=True)
+        keys = {name: key_of(name) for name in reader.fieldnames or ()}
+        listed = list(itertools.islice(reader, MOST_LISTED))
+    except csv.Error as error:
+        raise InvalidInput(f"{one_line(path)!r} is no CSV file: {one_line(str(error))}") from None
     made = []
     models: dict[str, Any] = {}
-    for number, row in enumerate(reader, start=2):
-        if number > MOST_LISTED:
-            raise InvalidInput(f"{one_line(path)!r} has more than {MOST_LISTED:,} rows; split it")
+    if len(listed) >= MOST_LISTED:
+        raise InvalidInput(f"{one_line(path)!r} has {MOST_LISTED:,} rows or more; split it")
+    for number, row in enumerate(listed, start=2):
         given = {keys[name]: [text] for name, text in row.items() if name in keys and text}
         try:
-            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs)
+            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs, job)
         except PlannerError as error:
             raise type(error)(f"{one_line(path, 60)} line {number}: {error}") from None
         one.models = models
@@ -249,7 +315,7 @@ class View(NamedTuple):
         from planner.errors import InvalidInput, one_line
         from planner.report import grid as report
 
-        columns = columns_of([one.wanted for one in made], made[0].run.amount.given)
+        columns = columns_of([one.wanted for one in made], made[0].run.budget)
         conditions = [report.condition(text, columns) for text in self.where]
         made_blocks = _with_progress(made)
         first = next(made_blocks, None)
@@ -262,11 +328,14 @@ class View(NamedTuple):
         else:
             rows = self._rows((row for block in blocks for row in block.rows(columns)), columns)
             count = len(rows)
-            headings, turned = columns, rows
+            caption = caption_of(made, final=True)
             if self.pivot:
                 down, across, show = (report.column_of(word, columns) for word in (*self.pivot, self.show))
                 headings, turned = report.pivot(rows, columns, down, across, show)
-            self._write(headings, turned, caption_of(made, final=True), self.pivot and show)
+                _, verdicts = report.pivot(rows, columns, down, across, "verdict")
+                self._write_matrix(headings, turned, verdicts, caption, show)
+            else:
+                self._write(columns, rows, caption)
         problems: dict[str, int] = {}
         for one in made:
             for reason, number in one.problems.reasons.items():
@@ -303,24 +372,37 @@ class View(NamedTuple):
         if self.output is None:
             return report.write_streamed(self.style, sys.stdout, columns, blocks, caption)
         if self.style == "parquet":
-            with Path(self.output).open("wb") as binary:
+            with whole_file(self.output, "wb") as binary:
                 return report.write_streamed(self.style, binary, columns, blocks, caption)
-        with Path(self.output).open("w", encoding="utf-8", newline="") as file:
+        with whole_file(self.output, newline="") as file:
             return report.write_streamed(self.style, file, columns, blocks, caption)
 
-    def _write(
-        self, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption, shown: str | None
-    ) -> None:
+    def _write_matrix(
+        self, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], verdicts: Sequence[tuple[Any, ...]],
+        caption: Caption, show: str,
+    ) -> None:  # fmt: skip
+        """Write a pivot; where people read it, figures in every column but the first, marked by their verdict."""
+        from planner.report import grid as report
+
+        if self.style not in report.STREAMED and self.style != "json":
+            kind = report.SHOWN.get(show, report.Shown(show))
+            present = {verdict for row in verdicts for verdict in row[1:]}
+            used = [] if show == "verdict" else [word for word in report.MARKS if word in present]
+            legend = ", ".join(f"{report.MARKS[word]} {word}" for word in used)
+            rows = [
+                (row[0], *(report.marked(value, kind, word) for value, word in zip(row[1:], words[1:], strict=True)))
+                for row, words in zip(rows, verdicts, strict=True)
+            ]
+            caption = caption._replace(lines=(kind.heading + (f" ({legend})" if legend else ""), *caption.lines))
+        self._write(columns, rows, caption)
+
+    def _write(self, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption) -> None:
         from planner.report import grid as report
 
         if self.style in report.STREAMED:
             arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}
             self._stream(iter([report.Block({}, arrays, len(rows))]), columns, caption)
             return
-        if shown and self.style != "json":  # every column but the first holds the one that is shown
-            kind = report.SHOWN.get(shown, report.Shown(shown))
-            rows = [(row[0], *(report.figure(value, kind) for value in row[1:])) for row in rows]
-            caption = caption._replace(lines=(f"{kind.heading}", *caption.lines))
         width = 0
         if self.output is None and self.style == "table":
             import shutil
@@ -330,7 +412,8 @@ class View(NamedTuple):
         if self.output is None:
             click.echo(text, nl=False)
         else:
-            Path(self.output).write_text(text, encoding="utf-8")
+            with whole_file(self.output) as file:
+                file.write(text)
 
 
 def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
@@ -346,6 +429,7 @@ def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
 def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     """Version, calibration, prices and their days, and the settings that all rows share."""
     from planner import __version__
+    from planner.cli.money import ESTIMATED
     from planner.report.answer import value_words
     from planner.report.grid import Caption
 
@@ -359,7 +443,11 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     if labels:
         calibrations = f"time calibrated on {', '.join(sorted(labels))}, elsewhere from data sheets"
     lines = [f"loraplan {__version__}; {made[0].basis}; {calibrations}"]
-    if made[0].run.amount.given and days:
+    if made[0].run.margin:
+        lines.append(f"{made[0].run.margin:g} % of every card is kept free (--margin)")
+    if final and any(scan.token_error for one in made for scan in one.scans.values()):
+        lines.append(ESTIMATED)
+    if made[0].run.budget and days:
         lines.append(f"prices on demand, read {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
     if final and shared:
         order = ("stack", "method", "quantization", "gradient_checkpointing", "attention", "loss", "optimizer",

@@ -25,6 +25,14 @@ def echo_coloured(text: str, word: str, colour: str) -> None:
         click.echo(text, nl=False, color=False)
 
 
+def tell_unanswered(errors: Iterable[str]) -> None:
+    """Say on stderr how many of the files had no answer: the reasons stand in the output."""
+    files = list(errors)
+    failed = sum(map(bool, files))
+    if failed:
+        click.echo(f"error: {failed} of {len(files)} files could not be answered; the output says why", err=True)
+
+
 def is_live() -> bool:
     """Return whether stderr is a terminal that a line can be rewritten on."""
     return sys.stderr.isatty() and not os.environ.get("CI")

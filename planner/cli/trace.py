@@ -215,23 +215,8 @@ def _check_plot(path: Path) -> None:
 
 
 def _write_plot(view: Any, path: Path) -> None:
-    """Write the picture beside its name first, then move it there: no half-written file under that name."""
-    import os
-    import tempfile
-
+    from planner.outputs import whole_file
     from planner.report.trace_plot import draw
 
-    picture = draw(view, path.suffix.lower().removeprefix("."))
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(picture)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_file(path, "wb") as file:
+        file.write(draw(view, path.suffix.lower().removeprefix(".")))

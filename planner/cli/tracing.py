@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ import click
 
 import planner
 from planner.cli import trace_cache
-from planner.errors import Contradiction, InvalidInput, MissingDependency, PlannerError, UnknownName, one_line
+from planner.errors import Contradiction, InvalidInput, PlannerError, UnknownName, one_line, require
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -41,9 +40,7 @@ def ask(request: Mapping[str, Any], *, limit_s: float, cached: bool = True) -> d
         MissingDependency: a library that the trace runs is not installed.
         PlannerError: no answer; the message says why.
     """
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependency(f"tracing needs {', '.join(missing)}; install them with pip install 'loraplan[trace]'")
+    require("tracing", "trace", *LIBRARIES)
     key = trace_cache.key(request, LIBRARIES)
     known = trace_cache.read(key) if cached else None
     if known is not None:

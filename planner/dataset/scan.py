@@ -16,6 +16,7 @@ from planner.dataset.rows import Row, RowError, doubts, parse
 from planner.dataset.templates import Template, choose
 from planner.dataset.tokens import Counter, Estimate, Exact, folder_of
 from planner.errors import InvalidInput, one_line
+from planner.outputs import whole_file
 from planner.records import record
 
 BATCH = 512
@@ -273,7 +274,7 @@ def write(found: Scan, split: Split, folder: str, shape: Shape) -> dict[str, int
         if os.path.exists(path) and any(os.path.samefile(path, given) for given in found.source.paths):
             raise InvalidInput(f"{one_line(path, 200)} is an input; write to another folder")
     written = dict.fromkeys(names, 0)
-    with open(paths[0], "w", encoding="utf-8") as train, open(paths[1], "w", encoding="utf-8") as validation:
+    with whole_file(paths[0]) as train, whole_file(paths[1]) as validation:
         for item, trains in zip(reader.rows(), split.membership(len(found.lengths)), strict=False):
             file: IO[str] = train if trains else validation
             file.write(json.dumps(_shaped(item, shape, reader.file), ensure_ascii=False) + "\n")

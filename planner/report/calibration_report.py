@@ -159,7 +159,8 @@ def check_report(found: Mapping[str, Any], c: Calibration, style: str, rows: boo
     if style == "csv":
         return csv_text(ROW_HEADERS, burst_rows)
     total = found["summary"]
-    lines = [f"{c.label}: {total['bursts']} bursts that the fit did not see"]
+    unseen = f"{found['unseen']} of them of configurations that the fit did not see"
+    lines = [f"{c.label}:", f"  {total['bursts']} bursts, {unseen}"]
     if total["bursts"]:
         lines.append(
             f"  step time: mean error {total['mean_error_pct']:.1f} %, bias {total['bias_pct']:+.1f} %, "
@@ -208,7 +209,7 @@ def findings(rows: Sequence[tuple[str, str, bool, str]], style: str) -> str:
     lines = []
     for what, value, ok, remedy in rows:
         mark = "ok" if ok and not remedy else "!" if ok else "NO"
-        lines.append(wrapped(f"{mark:<3} {what:<17} {one_line(value, 200)}", 100, " " * 22))
+        lines.append(wrapped(f"{mark:<3} {what:<17} {one_line(value, 200)}", 80, " " * 22))
         if remedy:
             lines.append(f"{'':<22}{remedy}")
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import InvalidInput, MissingDependency, one_line
+from planner.outputs import whole_file
 
 if TYPE_CHECKING:
     from planner.dataset.scan import Scan
@@ -33,8 +34,10 @@ def _figure(path: str, panels: int) -> tuple[Any, list[Any]]:
 
 def _save(figure: Any, path: str) -> None:
     # no date inside: the same input gives the same file
-    extra = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(os.path.splitext(path)[1].lower(), {})
-    figure.savefig(path, dpi=120, metadata=extra)
+    style = os.path.splitext(path)[1].lower()
+    extra = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(style, {})
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format=style.removeprefix("."), dpi=120, metadata=extra)
 
 
 def lengths(found: Scan, limit: int, path: str) -> None:

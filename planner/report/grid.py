@@ -23,7 +23,9 @@ SUFFIXES = {
 }  # fmt: skip
 STREAMED = ("csv", "jsonl", "parquet")
 MOST_SHOWN = 50_000
-"""Rows of the formats that are laid out as a whole, and rows that are sorted."""
+"""Rows of the formats that are laid out as a whole."""
+MOST_SORTED = 200_000
+"""Rows held to be sorted: with 20 columns some 250 MB of Python objects."""
 
 RESULTS = (
     "verdict", "allocated_bytes", "device_low_bytes", "device_bytes", "device_high_bytes", "headroom_bytes", "step_s",
@@ -148,7 +150,9 @@ def condition(text: str, columns: Sequence[str]) -> Condition:
     column = column_of(word, columns)
     scale = SHOWN[column].scale if column in SHOWN else 1.0
     try:
-        return Condition(column, operator, float(value.replace(",", "")) * scale)
+        number = float(value.replace(",", ""))
+        if not math.isnan(number):  # compares with nothing
+            return Condition(column, operator, number * scale)
     except ValueError:
         pass
     if operator in ("<", "<=", ">", ">=") or (column in RESULTS and column != "verdict"):
@@ -184,7 +188,7 @@ def kept_sorted(rows: Iterable[tuple[Any, ...]], keys: Sequence[tuple[int, bool]
         InvalidInput: too many rows to sort without a top.
     """
     held: list[tuple[Any, ...]] = []
-    limit = 2 * top + 10_000 if top else MOST_SHOWN * 20
+    limit = 2 * top + 10_000 if top else MOST_SORTED
     for row in rows:
         held.append(row)
         if len(held) >= limit:
@@ -390,12 +394,13 @@ def shown(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> tuple[list
 
 
 class Figure(float):
-    """A number that knows its digits."""
+    """A number that knows its digits, and a mark before it."""
 
     digits = 2
+    mark = ""
 
     def __format__(self, spec: str) -> str:
-        return super().__format__(spec.replace(".2f", f".{self.digits}f"))
+        return self.mark + super().__format__(spec.replace(".2f", f".{self.digits}f"))
 
 
 def figure(value: Any, kind: Shown) -> Any:
@@ -408,6 +413,19 @@ def figure(value: Any, kind: Shown) -> Any:
         return value
     made = Figure(value / kind.scale)
     made.digits = kind.digits
+    return made
+
+
+MARKS = {"does not fit": "!", "too close to call": "?"}
+
+
+def marked(value: Any, kind: Shown, verdict: Any) -> Any:
+    """A figure with the mark of its verdict."""
+    made = figure(value, kind)
+    if verdict in MARKS and isinstance(made, (int, float)) and not isinstance(made, bool):
+        digits = 0 if isinstance(made, int) else kind.digits
+        made = Figure(made)
+        made.digits, made.mark = digits, MARKS[verdict]
     return made
 
 

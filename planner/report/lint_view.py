@@ -94,7 +94,7 @@ def _text(item: Linted) -> str:
         mark = "!!" if trap.serious else "  "
         lines.append(wrapped(f"{mark} {trap.name}: costs {cost(trap)}", 80, "     "))
         lines.append(wrapped(f"     {trap.what}", 80, "     "))
-        lines.append(wrapped(f"     {_where(item, trap)[0]} -> {_change(item, trap)}", 80, "     "))
+        lines.append(wrapped(one_line(f"     {_where(item, trap)[0]} -> {_change(item, trap)}", 1000), 80, "     "))
     return "\n".join(lines) + "\n"
 
 

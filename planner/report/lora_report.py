@@ -62,7 +62,10 @@ def summary(answer: LoraAnswer) -> list[tuple[str, str]]:
     f, lora = answer.facts, answer.training.lora
     assert lora is not None
     lines = [
-        ("trainable", f"{f.trainable_parameters:,} of {f.model_parameters:,} parameters ({f.trainable_share:.3%})"),
+        (
+            "trainable",
+            f"{f.trainable_parameters:,} of {f.model_parameters:,} parameters ({100 * f.trainable_share:.3f} %)",
+        ),
         ("scaling", f"{f.scaling:.4g} ({f.scaling_rule}, alpha {lora.lora_alpha:g}, r {lora.r})"),
         ("adapter file", f"{human_bytes(f.file_bytes)} ({f.file_bytes:,} bytes, {f.file_dtype})"),
     ]
@@ -85,13 +88,13 @@ def summary(answer: LoraAnswer) -> list[tuple[str, str]]:
 def _text(answer: LoraAnswer) -> str:
     blocks = [
         aligned(_MODULE_HEADERS, _module_rows(answer.facts)),
-        "".join(f"{wrapped(f'{name:<18}{value}', 96, ' ' * 18)}\n" for name, value in summary(answer)),
+        "".join(f"{wrapped(f'{name:<18}{value}', 80, ' ' * 18)}\n" for name, value in summary(answer)),
         "by other formulas, for the same configuration:\n" + aligned(_FORMULA_HEADERS, _formula_rows(answer)),
-        "".join(f"{wrapped(f'{c.what}: {c.why}', 96, '  ')}\n" for c in answer.comparisons if c.why),
+        "".join(f"{wrapped(f'{c.what}: {c.why}', 80, '  ')}\n" for c in answer.comparisons if c.why),
     ]
     if answer.rival:
         blocks.append(rival_text(answer.rival))
-    blocks.append("".join(f"{wrapped(f'warning: {note}', 96, '  ')}\n" for note in answer.facts.warnings))
+    blocks.append("".join(f"{wrapped(f'warning: {note}', 80, '  ')}\n" for note in answer.facts.warnings))
     return "\n".join(block for block in blocks if block)
 
 
@@ -132,7 +135,7 @@ def rival_text(rival: Rival) -> str:
     """The answers side by side, and why they differ."""
     title = f"entrenar-lora plan, method {rival.plan.method}, for this model's size and card:\n"
     table = aligned(_RIVAL_HEADERS, _rival_rows(rival))
-    return title + table + "".join(f"{wrapped(f'- {note}', 96, '  ')}\n" for note in rival.notes)
+    return title + table + "".join(f"{wrapped(f'- {note}', 80, '  ')}\n" for note in rival.notes)
 
 
 def document(answer: LoraAnswer) -> dict[str, Any]:

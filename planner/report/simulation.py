@@ -195,11 +195,11 @@ def summary(simulation: Simulation) -> list[str]:
 
 
 def _text(simulation: Simulation) -> str:
-    lines = [wrapped(one_line(text, 400), 100, " " * 9) for text in summary(simulation)]
+    lines = [wrapped(one_line(text, 400), 80, " " * 9) for text in summary(simulation)]
     table = aligned(HEADERS, [table_row(step) for step in shown(simulation)]) if len(simulation.timeline) else ""
     star = f"* {SYNTHETIC}\n" if table else ""
     notes = [*simulation.notes, *simulation.timeline.warnings()]
-    warnings = "".join(f"{wrapped(f'warning: {note}', 100, '  ')}\n" for note in notes)
+    warnings = "".join(f"{wrapped(f'warning: {note}', 80, '  ')}\n" for note in notes)
     return "\n".join(block for block in ("\n".join(lines) + "\n", table + star, warnings) if block)
 
 

@@ -91,7 +91,7 @@ def _coefficients(t: StepTime) -> str:
             continue
         c = t.coefficients[name]
         text = f"  +/- {100 * share:4.1f} %  {name} = {c.value:.4g} {c.unit}  [{c.origin}: {c.source}]"
-        lines.append(wrapped(text, 110, " " * 14))
+        lines.append(wrapped(text, 80, " " * 14))
     return "\n".join(lines) + "\n"
 
 

@@ -79,5 +79,5 @@ def _reasons(items: Any, style: str, every: bool) -> str:
         shown = ids if every else ids[:3]
         more = f" and {len(ids) - len(shown)} more" if len(ids) > len(shown) else ""
         names = ", ".join(one_line(name, 60) for name in shown)
-        lines.append(wrapped(f"  {len(ids):>4}  {one_line(reason, 400)}: {names}{more}", 110, " " * 8))
+        lines.append(wrapped(f"  {len(ids):>4}  {one_line(reason, 400)}: {names}{more}", 80, " " * 8))
     return "\n".join(lines) + "\n"
