@@ -86,6 +86,7 @@ def draw(rng: random.Random, model_id: str) -> Case:
     checkpointing: Any = rng.choice(["none", "full", "full", "offload"])
     optimizer: Any = rng.choice(FULL_OPTIMIZERS if method == "full" else LORA_OPTIMIZERS)
     loss: Any = rng.choice(["full-logits-fp32", "full-logits-fp32", "full-logits"])
+    length = min(length, _positions(config))
     training = TrainingSpec(
         method=method,
         lora=_draw_lora(rng, method, config) if method != "full" else None,
@@ -102,6 +103,17 @@ def draw(rng: random.Random, model_id: str) -> Case:
         optimizer=optimizer,
     )
     return Case(model_id=model_id, config=config, training=training)
+
+
+TABLES = {
+    "gpt2": "n_positions", "gpt_bigcode": "n_positions", "gptj": "n_positions", "opt": "max_position_embeddings",
+    "mpt": "max_seq_len",
+}  # fmt: skip
+"""model_type -> config key of the length of its table of positions: no run can be longer."""
+
+
+def _positions(config: dict[str, Any]) -> int:
+    return int(config.get(TABLES.get(str(config["model_type"]), ""), 2**20))
 
 
 def _draw_quantization(rng: random.Random) -> QuantizationSpec:

@@ -158,13 +158,18 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
     return bool(step.seq >= spec.sliding_window)
 
 
+def always_masks(step: Step) -> bool:
+    """Whether the class asks for a 4-D mask where SDPA's causal flag would do (falcon: allow_is_causal_skip=False)."""
+    return step.model.model_type == "falcon" and step.train.attention == "sdpa" and not step.train.uses_own_modules
+
+
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
     """The kernel torch's scaled_dot_product_attention picks (planner.cuda_rules.sdpa_kernel)."""
     if not step.arch.sdpa_kernels:
         return "flash"  # a CPU has one fused kernel, for every dtype and mask (cpu/FlashAttentionKernel.cpp)
     if _broadcasts_heads(step, spec):
         return "math"
-    masked = step.mask is not None or needs_window_mask(step, spec)
+    masked = step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
     return cuda_rules.sdpa_kernel(
         dtype, has_mask=masked, head_dim=spec.head_dim, v_head_dim=spec.v_head_dim or spec.head_dim, arch=step.arch,
         grouped=_passes_groups(spec, masked),
@@ -212,7 +217,13 @@ def _leads_with_heads(step: Step, spec: Attention) -> bool:
     mha_fwd: empty_like).
     """
     partial = spec.position == "rope" and 0 < spec.rotary_dim < spec.head_dim
-    return spec.kind == "mla" or (partial and step.model.model_type not in ROTATES_TOKENS_FIRST)
+    partial = (partial and step.model.model_type not in ROTATES_TOKENS_FIRST) or _joins_nothing(step, spec)
+    return spec.kind == "mla" or partial
+
+
+def _joins_nothing(step: Step, spec: Attention) -> bool:
+    """phi3 appends what is not rotated even where that is nothing: a copy (modeling_phi3.py apply_rotary_pos_emb)."""
+    return step.model.model_type == "phi3" and spec.position == "rope" and spec.rotary_dim in (0, spec.head_dim)
 
 
 def _broadcasts_heads(step: Step, spec: Attention) -> bool:
@@ -284,7 +295,7 @@ def _flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
 def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Memory-efficient attention: key/value heads repeated where SDPA takes no groups, a 4-D mask kept as bias."""
     eng = step.eng
-    masked = step.mask is not None or needs_window_mask(step, spec)
+    masked = step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
     kv_heads = spec.num_kv_heads
     arg = (k, v)
     if not _passes_groups(spec, masked):
@@ -427,6 +438,8 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
     del first, second
     if kept is not None:
         out = ops.cat_half(eng, out, kept, "rotary")
+    elif step.model.model_type == "phi3":
+        out = ops.contiguous(eng, out, "rotary")
     return ops.cast(eng, out, source, "rotary") if wide else out
 
 

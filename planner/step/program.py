@@ -15,7 +15,7 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import DROPOUT, needs_window_mask
+from planner.step.attention import DROPOUT, always_masks, needs_window_mask
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.linears import LayerWeights
@@ -414,7 +414,7 @@ class _Run:
             for _ in {bool(held.spec.attention.sliding_window) for held in self.weights}:
                 self.other_mask = step.mask
                 step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
-        elif any(needs_window_mask(step, held.spec.attention) for held in self.weights):
+        elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
 
