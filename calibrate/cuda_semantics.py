@@ -44,7 +44,22 @@ def cuda_functions(arch: Architecture, *, force_flash: bool = False) -> Iterator
         for owner, name, value in patches:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
+        if arch.fused_dropout:
+            stack.enter_context(_dropout_of_kernels())
         yield
+
+
+@contextmanager
+def _dropout_of_kernels() -> Iterator[None]:
+    """The dropout that C++ calls (SDPA's math kernel, ATen/native/transformers/attention.cpp) is the fused one too."""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl(
+            "dropout", lambda x, p, train: torch.native_dropout(x, p, True)[0] if train and p else x, "AutogradCPU"
+        )
+        yield
+    finally:
+        library._destroy()
 
 
 def sdpa(

@@ -451,11 +451,16 @@ def repeats(points: Iterable[Measurement]) -> list[float]:
 
 
 def repeat_interval(differences: Sequence[float]) -> float:
-    """Ratio - 1 within which two runs of a burst lie in 9 of 10 cases: 1.645 standard deviations of a log ratio."""
+    """Ratio - 1 within which two runs of a burst lie in 9 of 10 cases, from the log ratios of repeated ones.
+
+    Their root mean square times Student's t for their number: few repeats know the spread badly.
+    """
     if not differences:
         return 0.0
+    from scipy.stats import t
+
     deviation = math.sqrt(sum(d * d for d in differences) / len(differences))
-    return math.expm1(NINETY_PERCENT * deviation)
+    return math.expm1(float(t.ppf(0.95, len(differences))) * deviation)
 
 
 def _calibration(
@@ -589,12 +594,14 @@ def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
     gpu = runs[-1].gpu
     points, skipped = usable(runs, gpu)
     rows = [_row(p, calibration.coefficients) for p in points]
+    fitted = {row["key"] for row in calibration.report.get("rows", ())}
     ratio = math.exp(NINETY_PERCENT * (calibration.coefficients.formula_error or 0.0))
     inside = [1 / ratio <= row["predicted_s"] / row["measured_s"] <= ratio for row in rows]
     differences = repeats(p.measurement for p in points)
     within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
     return {
-        "summary": summary(rows), "memory": memory_summary(memory_rows(points)), "rows": rows,
+        "summary": summary(rows), "unseen": sum(row["key"] not in fitted for row in rows),
+        "memory": memory_summary(memory_rows(points)), "rows": rows,
         "skipped": sorted(set(skipped)),
         "interval_pct": 100 * (ratio - 1), "inside": sum(inside), "repeats": len(within),
         "repeats_within": sum(within), "repeat_interval_pct": 100 * calibration.repeatability,

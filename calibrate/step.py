@@ -53,9 +53,10 @@ class Step(TrainingStep):
         with torch.no_grad():
             self._enter("forward", "embedding")
             self._forward(self._batch())
-            self._enter("optimizer", "optimizer")
+            self._enter("backward", "head backward")
             for parameter in self.trainable:
                 parameter.grad = torch.zeros_like(parameter)
+            self._enter("optimizer", "optimizer")
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._enter("end", "end")

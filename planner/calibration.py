@@ -236,7 +236,7 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
 _CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
     ("matmul", 0.3, 0.15, "oneDNN bf16 products, converted where the CPU has no bf16 instructions"),
     ("matmul_fp32", 0.7, 0.2, "MKL sgemm; the nominal rate supposes two multiply-add units and no lower AVX clock"),
-    ("tile_reuse_half", 12.0, 6.0, "narrow blocks fill few vector lanes"),
+    ("tile_reuse_half", 12.0, 6.0, "rows and columns that a product's edges cost"),
     ("matmul_k_half", 10.0, 5.0, "short inner products of adapters"),
     ("bandwidth", 0.1, 0.05, "share of 32 bytes per cycle, from cache or memory"),
     ("dequantize", 0.4, 0.2, "bitsandbytes' CPU kernels"),
@@ -251,6 +251,8 @@ _CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
     ("launch_optimizer", 20e-6, 15e-6, "per operation over a list of tensors"),
 )  # fmt: skip
 """Where a CPU's coefficients differ: all assumed. An error of 0: not a coefficient of a CPU."""
+CPU_ATTENTION_HIGH = 4.0
+"""Upper bound of a CPU's attention rate over its product rate."""
 
 _OLD_DEQUANTIZE = {(6, 0): 1.7, (7, 5): 1.5, (8, 0): 1.7, (9, 0): 1.7}
 """Compute capability -> how much slower 4-bit dequantization was before bitsandbytes 0.48 (PR 1747: 1.36 to 2.07
@@ -272,7 +274,10 @@ def priors(gpu: Gpu) -> Coefficients:
     }
     if gpu.vendor == CPU:
         for name, value, error, source in _CPU_PRIORS:
-            items[name] = replace(items[name], value=value, standard_error=error, origin="assumed", source=source)
+            base = items[name]
+            # a CPU's attention kernel does not use the products' library: its rate is not bounded by theirs
+            high = CPU_ATTENTION_HIGH if name.startswith(("flash_f", "flash_b", "efficient")) else base.high
+            items[name] = replace(base, value=value, standard_error=error, high=high, origin="assumed", source=source)
         return Coefficients(items)
     for name, measured, nominal in (
         ("matmul", gpu.measured_matmul_flops_per_s, max(gpu.bf16_flops_per_s, gpu.fp16_flops_per_s)),

@@ -42,6 +42,7 @@ _BY_OP = {
     "checkpoint_reload": "checkpoints",
     "dequantize": "weight copies",
     "autocast_weight": "weight copies",
+    "lora_factor": "weight copies",
     "cublas": "workspaces",
     "int8_product": "workspaces",
     "softmax_grad_times_output": "workspaces",

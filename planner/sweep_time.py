@@ -41,9 +41,7 @@ class CardRates(Rates):
         self.each = [Rates(gpu, coefficients, training) for gpu, coefficients in cards]
         first = self.each[0]
         self.c = {name: self._stacked([rates.c[name] for rates in self.each]) for name in first.c}
-        self.capability, self.compiled, self.gpu, self.splits = (
-            first.capability, first.compiled, first.gpu, first.splits,
-        )  # fmt: skip
+        self.capability, self.compiled, self.gpu = first.capability, first.compiled, first.gpu
         self.multiprocessors = self._stacked([rates.multiprocessors for rates in self.each])
         self.bytes_per_s = self._stacked([rates.bytes_per_s for rates in self.each])
         self.dequantize_bytes_per_s = self._stacked([rates.dequantize_bytes_per_s for rates in self.each])

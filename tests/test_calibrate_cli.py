@@ -67,7 +67,7 @@ def test_fit_show_list_validate_compare(run_file: Path, tmp_path: Path, capsys: 
     code, out, _ = loraplan(capsys, "calibrate", "validate", str(run_file))
     assert code == 0
     assert "step time: mean error" in out
-    (own,) = calibration_files.paths()
+    (own,) = calibration_files.user_folder().glob("*.json")
     code, out, _ = loraplan(capsys, "calibrate", "compare", str(tmp_path / "a.json"), own.stem)
     assert code == 0
     assert "1.00" in out

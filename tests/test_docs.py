@@ -48,6 +48,7 @@ def loraplan(line: str) -> tuple[int, str]:
         "PYTHONIOENCODING": "utf-8",
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": cache(),
+        "LORAPLAN_DATA": cache(),
     }
     done = subprocess.run(
         [sys.executable, "-m", "planner.cli.main", *words],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 from planner.calibration import Calibration
@@ -21,8 +22,8 @@ def draw(c: Calibration, style: str) -> bytes:
         times = [row["measured_s"] for row in rows]
         errors = [100 * (row["predicted_s"] / row["measured_s"] - 1) for row in rows]
         axes.plot(times, errors, marker, label=name, markersize=5, alpha=0.7)
-    half = 164.5 * (c.coefficients.formula_error or 0.0)
-    axes.axhspan(-half, half, color="0.9", label=f"interval, +/- {half:.0f} %")
+    half = 100 * math.expm1(1.645 * (c.coefficients.formula_error or 0.0))
+    axes.axhspan(100 * (1 / (1 + half / 100) - 1), half, color="0.9", label=f"interval, +/- {half:.0f} %")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("measured step (s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def _summary_cells(found: Mapping[str, Any]) -> list[Any]:
 
 def _remarks(c: Calibration) -> Iterator[str]:
     report, error = c.report, c.coefficients.formula_error or 0.0
-    interval = 164.5 * error
+    interval = 100 * math.expm1(1.645 * error)
     covered = report.get("coverage")
     inside = f", which held {100 * covered:.0f} % of the held-out bursts" if covered is not None else ""
     yield f"interval of a prediction: +/- {interval:.0f} %{inside}"
@@ -158,7 +159,8 @@ def check_report(found: Mapping[str, Any], c: Calibration, style: str, rows: boo
     if style == "csv":
         return csv_text(ROW_HEADERS, burst_rows)
     total = found["summary"]
-    lines = [f"{c.label}: {total['bursts']} bursts that the fit did not see"]
+    unseen = f"{found['unseen']} of them of configurations that the fit did not see"
+    lines = [f"{c.label}:", f"  {total['bursts']} bursts, {unseen}"]
     if total["bursts"]:
         lines.append(
             f"  step time: mean error {total['mean_error_pct']:.1f} %, bias {total['bias_pct']:+.1f} %, "

@@ -21,6 +21,9 @@ FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
 """Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
 
 
+ROTATES_TOKENS_FIRST = ("gptj", "codegen")
+"""Model types that rotate [batch, tokens, heads, size] before they turn it (models/gptj/modeling_gptj.py)."""
+
 RETURNS_PROBABILITIES = ("bloom", "mpt", "falcon", "gpt_neo")
 """Model types whose decoder layer returns the attention probabilities (models/bloom/modeling_bloom.py BloomBlock)."""
 
@@ -195,13 +198,13 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
             out = _efficient(step, spec, q, k, v)
         else:
             out = _flash(step, spec, q, k, v)
-            if _leads_with_heads(spec) and step.train.attention == "sdpa":
+            if _leads_with_heads(step, spec) and step.train.attention == "sdpa":
                 out = ops.contiguous(eng, out, "attention")
     del arg
     return out
 
 
-def _leads_with_heads(spec: Attention) -> bool:
+def _leads_with_heads(step: Step, spec: Attention) -> bool:
     """Whether q and k lie in memory head by head, not token by token as their projection wrote them.
 
     Partial rotary positions end in a torch.cat, whose result is contiguous as [batch, heads, tokens, size]; q * cos
@@ -209,7 +212,7 @@ def _leads_with_heads(spec: Attention) -> bool:
     mha_fwd: empty_like).
     """
     partial = spec.position == "rope" and 0 < spec.rotary_dim < spec.head_dim
-    return partial or spec.kind == "mla"
+    return spec.kind == "mla" or (partial and step.model.model_type not in ROTATES_TOKENS_FIRST)
 
 
 def _broadcasts_heads(step: Step, spec: Attention) -> bool:
@@ -308,7 +311,7 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     groups = spec.num_heads // spec.num_kv_heads
     values = q.dtype
     arg = (q, k, v)
-    heads_first = _leads_with_heads(spec)
+    heads_first = _leads_with_heads(step, spec)
     copied = groups > 1 and spec.num_kv_heads > 1
     k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
     if spec.scores_fp32:

@@ -176,7 +176,8 @@ def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     else:
         assert held.router is not None
         source = ops.cast(eng, x, FP32, "router") if spec.router_fp32 else x
-        weight = ops.cast(eng, held.router, FP32, "router") if spec.router_fp32 else held.router
+        weight = _adapted_parameter(step, held, f"{spec.router.name}.weight", held.router)
+        weight = ops.cast(eng, weight, FP32, "router") if spec.router_fp32 else weight
         logits = ops.linear(eng, source, weight, t, spec.num_experts, spec.hidden_size, op="router")
     probs = ops.softmax_fp32(eng, logits, casts_inside=False, writes_product=True)
     top = eng.empty(t * spec.top_k, FP32, "router")

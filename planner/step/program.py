@@ -134,6 +134,7 @@ class _Run:
         self.head: linears.LinearWeights | None = None
         self.position_ids: Tensor | None = None
         self.window_mask: Tensor | None = None
+        self.other_mask: Tensor | None = None
         self.input_leaf: Tensor | None = None
 
     def all(self) -> Program:
@@ -271,8 +272,10 @@ class _Run:
                     linears.load_adapter(self.step, weights, lora)
             for a in parameters:
                 if a.layer is held.spec:
-                    pair = [self.step.trainable(n, lora.dtype, "adapter") for n in (a.a_elements, a.b_elements)]
-                    held.expert_adapters[a.name] = (pair[0], pair[1])
+                    stacked = a.rank * a.experts
+                    down = self.step.trainable(a.a_elements, lora.dtype, "adapter", stacked + a.in_features)
+                    up = self.step.trainable(a.b_elements, lora.dtype, "adapter", a.out_features + stacked)
+                    held.expert_adapters[a.name] = (down, up)
             self._count(unit)
         self._begin("load", -1)
         if self.head is not None and (id(None), self.step.model.head.name) in adapted:
@@ -386,7 +389,7 @@ class _Run:
 
     def _drop_positions(self) -> None:
         """Rotary tables and mask live in the model's forward frame, or in the closures of the checkpoints."""
-        self.step.cos_sin = self.step.mask = self.position_ids = self.window_mask = None
+        self.step.cos_sin = self.step.mask = self.position_ids = self.window_mask = self.other_mask = None
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
@@ -407,7 +410,10 @@ class _Run:
         eager = step.train.attention == "eager" or not spec.has_sdpa(step.train.versions.transformers)
         if eager or (step.train.padded and step.train.attention == "sdpa"):
             kind = dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
-            step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
+            # one mask for layers that see everything, one for those with a window
+            for _ in {bool(held.spec.attention.sliding_window) for held in self.weights}:
+                self.other_mask = step.mask
+                step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
         elif any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
