@@ -207,6 +207,7 @@ class Tabulator:
         combinations = len(wanted.models)
         for key in self.choices:
             combinations *= len(wanted.values[key])
+        self.surpluses: dict[tuple[str, str], sweep.Surplus] = {}
         self.replays = combinations <= REPLAYED_CHOICES
 
     @property
@@ -309,10 +310,17 @@ class Tabulator:
         each = max(BLOCK_ROWS // axes.size, 1)
         for start in range(0, len(some.cards), each):
             cells = sweeper.cells(some.training, some.cards[start : start + each])
-            surplus = (
-                sweep.replayed_surplus(some.model, cells) if self.replays else sweep.assumed_surplus(some.training)
-            )
+            surplus = self._surplus(some, cells)
             yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus, self.run.contexts))
+
+    def _surplus(self, some: Combination, cells: sweep.Cells) -> sweep.Surplus:
+        """The allocator's cache: one replay for a model and its choices, whatever the card; assumed in large grids."""
+        if not self.replays:
+            return sweep.assumed_surplus(some.training)
+        key = (some.model.model_id, repr(sorted(some.choices.items())))
+        if key not in self.surpluses:
+            self.surpluses[key] = sweep.replayed_surplus(some.model, cells)
+        return self.surpluses[key]
 
     def _constant(self, name: str, some: Combination) -> dict[str, Any]:
         choices = {key: _plain(value) for key, value in some.choices.items() if key not in sweep.NUMBERS}

@@ -179,7 +179,16 @@ class _ArrayReader:
 def _csv(path: str, progress: Progress) -> Iterator[Record]:
     import csv
 
-    csv.field_size_limit(MAX_RECORD)
+    before = csv.field_size_limit(MAX_RECORD)  # a limit of the whole process: put back at the end
+    try:
+        yield from _csv_rows(path, progress)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _csv_rows(path: str, progress: Progress) -> Iterator[Record]:
+    import csv
+
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.reader(_counted(file, progress), strict=True)
         names: list[str] = []
