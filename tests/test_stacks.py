@@ -164,9 +164,10 @@ def test_names_as_text_or_list() -> None:
 
 def test_arrays_pass_through() -> None:
     batch = np.array([1, 2, 4])
-    training = spec("torchtune", "full", micro_batch_size=batch, gradient_accumulation_steps=np.array([1, 8, 8]))
-    assert np.array_equal(training.micro_batch_size, batch)
-    assert not training.optimizer_in_backward  # an array decides no default
+    given = {"micro_batch_size": batch, "gradient_accumulation_steps": np.array([1, 8, 8])}
+    resolved = resolve("torchtune", method="full", given=given)
+    assert np.array_equal(resolved["micro_batch_size"], batch)
+    assert not resolved["optimizer_in_backward"]  # an array decides no default
     resolved = resolve("custom", method="lora", given={"seq_len": np.array([512, 1024])})
     assert resolved.describe()["seq_len"]["value"] == [512, 1024]
 
