@@ -9,7 +9,7 @@ lint:
 bench:  ## cold start-up of `loraplan fits` against `import click`
 	.venv/bin/python benchmarks/startup.py
 
-agreement:  ## the program against the real libraries' trace, 200 drawn configurations (about 15 minutes)
+agreement:  ## the program against the real libraries' trace, 200 drawn configurations (about 10 minutes on 2 cores)
 	.venv/bin/python -m calibrate.agreement --cases 200
 
 readme:  ## write what the commands print now into README.md

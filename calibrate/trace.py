@@ -1,6 +1,6 @@
 """Trace: a training step of the real libraries under fake tensors, every allocation recorded.
 
-The step is the second of a run: the first one's traces (optimizer state, what modules make when they first run) are
+The step is the second of a run: what the first one leaves (optimizer state, what modules make when they first run) is
 there.
 
     python -m calibrate.trace --config config.json --training training.json [--layers N] [--events FILE]
@@ -46,7 +46,7 @@ class TraceResult:
 
     static_bytes: int
     step_peaks: list[int]
-    """Of what stands for the first step (calibrate.step Step.prepare: no backward), and of the second."""
+    """Of what stands for the first step (calibrate.step Step.prepare), and of the second."""
     peak_event: int
     segment_peaks: dict[str, int]
     """Highest live bytes inside each segment of the last step."""
@@ -128,7 +128,7 @@ def trace(
     try:
         refuse_unsupported(training)
         result = _trace(fake_model.build(config, training, layers), training, arch, real=real)
-        if result is None:  # some parameter never gets a gradient: the first step has to be run as it is
+        if result is None:
             whole = _trace(fake_model.build(config, training, layers), training, arch, real=real, whole_first_step=True)
             assert whole is not None
             return whole
@@ -169,7 +169,7 @@ def _trace(
                 step.prepare()
             else:
                 step.run()
-        if not step.all_have_gradients and not whole_first_step:
+        if not whole_first_step and not step.stands_for_the_first():
             return None
         result = _result(tracker, step.num_layers, notes)
     micro_steps = step.micro_steps

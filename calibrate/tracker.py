@@ -175,6 +175,15 @@ class Tracker(TorchDispatchMode):
         """Record a storage that exists already (a parameter after loading)."""
         self.register(tensor, op)
 
+    @property
+    def next_block(self) -> int:
+        """The id that the next block gets."""
+        return len(self.blocks)
+
+    def alive_since(self, first: int) -> bool:
+        """Whether a block with this id or a later one is alive."""
+        return any(block >= first for block in self._live.values())
+
     def allocate(self, nbytes: int, op: str, shape: tuple[int, ...] = (), dtype: str = "") -> int:
         """Record `nbytes` of new memory and return its id."""
         at = self.labels

@@ -21,6 +21,9 @@ FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
 """Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
 
 
+BOOLEAN_MASKS = ("mpt",)
+"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
+
 ROTATES_TOKENS_FIRST = ("gptj", "codegen")
 """Model types that rotate [batch, tokens, heads, size] before they turn it (models/gptj/modeling_gptj.py)."""
 
@@ -336,7 +339,9 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
-    if step.mask is not None:
+    if step.mask is not None and step.model.model_type in BOOLEAN_MASKS:
+        scores = ops.masked_fill(eng, scores, step.mask, "scores")
+    elif step.mask is not None:
         scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
     inside = step.arch.fused_softmax_cast and cuda_rules.softmax_casts_inside(scores.dtype, FP32)
     product = step.arch.softmax_backward_product

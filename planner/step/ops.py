@@ -162,6 +162,17 @@ def subtract_bias(eng: Engine, x: Tensor) -> Tensor:
     return out
 
 
+def masked_fill(eng: Engine, x: Tensor, mask: Tensor, op: str = "masked_fill") -> Tensor:
+    """x.masked_fill(mask, scalar): saves the mask; the gradient is filled anew."""
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [unary(eng, _grad(grads), f"{op}_grad")]
+
+    out = unary(eng, x, op)
+    eng.link(out, (x,), backward, (mask,))
+    return out
+
+
 def scale_in_place(eng: Engine, x: Tensor) -> Tensor:
     """x *= scalar: no new memory; the gradient is scaled into a new tensor."""
     eng.kernel("elementwise", x.dtype, 2 * x.nbytes)

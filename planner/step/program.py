@@ -15,7 +15,7 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import DROPOUT, always_masks, needs_window_mask
+from planner.step.attention import BOOLEAN_MASKS, DROPOUT, always_masks, needs_window_mask
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.linears import LayerWeights
@@ -29,9 +29,6 @@ EMULATED_RUN = 4
 
 SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
 """Model types whose embedding module multiplies its output itself (classes *TextScaledWordEmbedding)."""
-
-BOOLEAN_MASKS = ("mpt",)
-"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
 
 MASK_BUFFERS = ("gpt_bigcode",)
 """Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
