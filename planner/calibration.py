@@ -261,7 +261,8 @@ times on P100, A100, H100; 1.25 to 1.8 on T4; elsewhere 1.3 to 1.6 for small siz
 
 THROTTLES_W = 75
 """Boards up to this power lower their clocks under sustained load (Jia et al. 2019 on the T4's 70 W): a short
-microbenchmark says less about training there."""
+microbenchmark says less about training there. The error of 0.2 was set after the T4 rows had been seen: it moves
+intervals and what an anchor carries (11.8 % over sources; 12.05 % with 0.05), no uncalibrated prediction."""
 
 
 def priors(gpu: Gpu) -> Coefficients:
