@@ -141,7 +141,10 @@ class Attention:
         return sum(x.num_parameters for x in parts) + (self.num_heads if self.sinks else 0)
 
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "xielu", "clamped_swiglu"]
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "bloom_gelu", "relu",
+    "relu2", "xielu", "clamped_swiglu",
+]  # fmt: skip
 """clamped_swiglu: (clamp(up) + 1) * g * sigmoid(1.702 * g) with g = clamp(gate), written out (gpt_oss)."""
 
 

@@ -81,8 +81,7 @@ def bloom(config: Config, model_id: str) -> ModelSpec:
             position="alibi",
             sdpa=False,
         ),
-        # BloomGelu is the tanh form and keeps only its input
-        mlp=plain_mlp(s.hidden, 4 * s.hidden, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="gelu_tanh"),
+        mlp=plain_mlp(s.hidden, 4 * s.hidden, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="bloom_gelu"),
         input_norm=layer_norm("input_layernorm", s.hidden),
         pre_mlp_norm=layer_norm("post_attention_layernorm", s.hidden),
         hidden_dropout=drops(config, "hidden_dropout"),

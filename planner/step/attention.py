@@ -5,11 +5,13 @@ The order of calls and the lifetimes of local names follow transformers 5.23 and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner import cuda_rules
 from planner.model import Attention, Norm
-from planner.step import linears, ops
+from planner.step import eager, linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Shape, Size, Tensor
+from planner.step.engine import FP32, ITEMSIZE, Grads, Node, Size, Tensor
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
 
@@ -21,37 +23,31 @@ FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
 """Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
 
 
-BOOLEAN_MASKS = ("mpt",)
-"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
-
-ROTATES_TOKENS_FIRST = ("gptj", "codegen")
-"""Model types that rotate [batch, tokens, heads, size] before they turn it (models/gptj/modeling_gptj.py)."""
-
-RETURNS_PROBABILITIES = ("bloom", "mpt", "falcon", "gpt_neo")
-"""Model types whose decoder layer returns the attention probabilities (models/bloom/modeling_bloom.py BloomBlock)."""
-
-DROPOUT = 0.1
-"""The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
-
-
 def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """Self-attention module: projections, positions, kernel, output projection."""
-    spec = held.spec.attention
+    spec = _heads_after_projection(step, held.spec.attention)
     arg = x
     if spec.kind == "mla":
         q, k, v = _project_mla(step, held, x)
     else:
-        q, k, v = _project(step, held, x)
-    out = _attend(step, spec, q, k, v, x.dtype)
+        q, k, v = _project(step, held, spec, x)
+    out, names = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
-    del arg, out, q, k, v  # names of the module's frame
+    del arg, out, q, k, v, names  # names of the module's frame
     return result
 
 
-def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads_after_projection(step: Step, spec: Attention) -> Attention:
+    """Falcon's new architecture copies every key/value head to its query heads before anything else."""
+    if step.model.model_type == "falcon" and 1 < spec.num_kv_heads < spec.num_heads and not step.train.uses_own_modules:
+        return replace(spec, num_kv_heads=spec.num_heads)
+    return spec
+
+
+def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v from separate or fused projections, with their norms and rotary."""
-    eng, spec, t = step.eng, held.spec.attention, step.tokens
+    eng, t = step.eng, step.tokens
     sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
     group = [held.linears[p.name] for p in spec.projections]
     if len(group) > 1 and _fuses_lora(step, group):
@@ -60,11 +56,16 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         fused = linears.forward(step, held.linears[spec.projections[0].name], x)
         if _caches_keys(step):
             step.cache.append((eng.layer, fused.view()))
-        q, k, v = ops.split(eng, fused, sizes)
+        if step.model.model_type in SLICES and not step.train.uses_own_modules:
+            q, k, v = _sliced(step, held.spec.attention, fused)
+        else:
+            q, k, v = ops.split(eng, fused, sizes)
         del fused
     else:
         late = spec.qk_norm_after_rope
         q = _projected_norm(step, held, None if late else spec.q_norm, linears.forward(step, group[0], x))
+        if step.model.model_type in SCALES_QUERY:
+            q = ops.scale(eng, q, "query")
         k = _projected_norm(step, held, None if late else spec.k_norm, linears.forward(step, group[1], x))
         v = linears.forward(step, group[2], x)
     if len(group) == 1 and not spec.qk_norm_after_rope:
@@ -80,6 +81,28 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
     return q, k, v
+
+
+SCALES_QUERY = ("opt",)
+"""Model types that multiply the query by the softmax scale before attention (models/opt/modeling_opt.py)."""
+
+SLICES = ("bloom", "falcon")
+"""Model types that index q, k and v out of a fused projection instead of splitting it: each gets a gradient of the
+whole (modeling_bloom.py _reshape, modeling_falcon.py _split_heads)."""
+
+
+def _sliced(step: Step, spec: Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v by indexing; falcon takes shared key/value heads by a list of indices, which copies them."""
+    eng, t = step.eng, step.tokens
+    q = ops.narrow(eng, fused, t * spec.q_size)
+    groups = spec.num_heads // spec.num_kv_heads
+    if groups == 1:
+        return q, ops.narrow(eng, fused, t * spec.kv_size), ops.narrow(eng, fused, t * spec.kv_size)
+    k = ops.gather(eng, fused, t * spec.kv_size, "split")
+    v = ops.gather(eng, fused, t * spec.kv_size, "split")
+    if spec.num_kv_heads == 1:
+        return q, k, v
+    return ops.contiguous(eng, q, "split"), ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
 
 
 CACHES_BEFORE: dict[str, tuple[int, int]] = {"gpt_bigcode": (4, 53)}
@@ -138,20 +161,8 @@ def _project_mla(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Ten
     q_rot = rotary(step, q_rot, t * heads * rope, 0)
     k_rot = rotary(step, k_rot, t * rope, 0)
     q_out = ops.cat_half(eng, q_pass, q_rot, "mla_cat")
-    k_out = ops.cat_half(eng, k_pass, _broadcast(step, k_rot, heads), "mla_cat")
+    k_out = ops.cat_half(eng, k_pass, eager.broadcast(step, k_rot, heads), "mla_cat")
     return q_out, k_out, value
-
-
-def _broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
-    """expand() of the single rotary key head: a view; its gradient is summed over the heads."""
-    out = x.view(x.numel * factor)
-    small, eng = x.numel, step.eng
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [eng.empty(small, ops._grad(grads).dtype, "expand_grad")]
-
-    eng.link(out, (x,), backward)
-    return out
 
 
 def needs_window_mask(step: Step, spec: Attention) -> bool:
@@ -185,16 +196,13 @@ def _passes_groups(spec: Attention, masked: bool) -> bool:
     return spec.num_kv_heads != spec.num_heads and equal and not masked
 
 
-def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Tensor:
+def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> eager.Attended:
     """The attention kernel that the settings, the dtypes and the GPU select; `source`: dtype of the layer's input."""
     eng = step.eng
     arg = (q, k, v)
-    has_sdpa = spec.has_sdpa(step.train.versions.transformers)
-    if spec.sinks and (step.train.attention == "eager" or not has_sdpa):
-        out = _eager_sinks(step, spec, q, k, v)
-    elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not has_sdpa):
-        falcon = step.model.model_type == "falcon" and spec.position == "rope"
-        out = _eager_falcon(step, spec, q, k, v, source) if falcon else _eager(step, spec, q, k, v)
+    names: tuple[Tensor, ...] = ()
+    if runs_eager(step, spec):
+        out, names = eager.eager(step, spec, q, k, v, source)
     else:
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
@@ -206,27 +214,16 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
             out = _efficient(step, spec, q, k, v)
         else:
             out = _flash(step, spec, q, k, v)
-            if _leads_with_heads(step, spec) and step.train.attention == "sdpa":
+            if eager.leads_with_heads(step, spec) and step.train.attention == "sdpa":
                 out = ops.contiguous(eng, out, "attention")
     del arg
-    return out
+    return out, names
 
 
-def _leads_with_heads(step: Step, spec: Attention) -> bool:
-    """Whether q and k lie in memory head by head, not token by token as their projection wrote them.
-
-    Partial rotary positions end in a torch.cat, whose result is contiguous as [batch, heads, tokens, size]; q * cos
-    keeps the projection's layout. Flash attention's output lies as q does and is then copied back (flash_api.cpp
-    mha_fwd: empty_like).
-    """
-    partial = spec.position == "rope" and 0 < spec.rotary_dim < spec.head_dim
-    partial = (partial and step.model.model_type not in ROTATES_TOKENS_FIRST) or _joins_nothing(step, spec)
-    return spec.kind == "mla" or partial
-
-
-def _joins_nothing(step: Step, spec: Attention) -> bool:
-    """phi3 appends what is not rotated even where that is nothing: a copy (modeling_phi3.py apply_rotary_pos_emb)."""
-    return step.model.model_type == "phi3" and spec.position == "rope" and spec.rotary_dim in (0, spec.head_dim)
+def runs_eager(step: Step, spec: Attention) -> bool:
+    """Whether whole score matrices are made: asked for, or the class has no other path."""
+    chosen = step.train.attention
+    return chosen == "eager" or (chosen == "sdpa" and not spec.has_sdpa(step.train.versions.transformers))
 
 
 def _broadcasts_heads(step: Step, spec: Attention) -> bool:
@@ -241,7 +238,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     arg = (q, k, v)
     source = q.dtype
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
+    score_shape, value_shape = eager.shapes(step, spec)
     mask = eng.empty(step.seq * step.seq, q.dtype, "attention_bias")
     groups = spec.num_heads // spec.num_kv_heads
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
@@ -252,18 +249,12 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
     if spec.dropout:
-        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
+        probs = ops.dropout(eng, probs, eager.DROPOUT, "attention_dropout")
     returned = ops.unary(eng, probs, "probabilities", source)
     out = ops.bmm(eng, probs, values, value_shape, "attention")
     out = ops.cast(eng, out, source, "attention")
     del arg, returned, scaled, keys, values
     return ops.contiguous(eng, out, "attention")
-
-
-def _eager_shapes(step: Step, spec: Attention) -> tuple[Shape, Shape]:
-    """Batched products of a whole score matrix: q k^T and probabilities times v, for every row and head."""
-    matrices, s = step.batch * spec.num_heads, step.seq
-    return (matrices, s, s, spec.head_dim), (matrices, s, spec.v_head_dim or spec.head_dim, s)
 
 
 def _flash_dtype(step: Step) -> str:
@@ -303,9 +294,11 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     arg = (k, v)
     if not _passes_groups(spec, masked):
         kv_heads = spec.num_heads
-        k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
+        k, v = eager.repeat_heads(step, spec, k), eager.repeat_heads(step, spec, v)
     mask: Tensor | None = None
-    if masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
+    if masked and step.mask is not None and step.model.model_type == "falcon" and spec.position == "alibi":
+        mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")  # ALiBi is in it: a bias already
+    elif masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
     v_dim = spec.v_head_dim or spec.head_dim
     b, s, heads = step.batch, step.seq, spec.num_heads
@@ -317,103 +310,6 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     )  # fmt: skip
     del arg
     return out
-
-
-def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """eager_attention_forward: whole score matrices, softmax in fp32, cast back."""
-    eng = step.eng
-    groups = spec.num_heads // spec.num_kv_heads
-    values = q.dtype
-    arg = (q, k, v)
-    heads_first = _leads_with_heads(step, spec)
-    copied = groups > 1 and spec.num_kv_heads > 1
-    k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
-    if spec.scores_fp32:
-        q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
-    q = _folded(step, q, heads_first)
-    k = _folded(step, k, copied or (heads_first and groups == 1))
-    v = _folded(step, v, copied)
-    scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.bmm(eng, q, k, score_shape, "scores")
-    scores = ops.scale(eng, scores, "scores")
-    if spec.logit_softcap:
-        scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
-    if step.mask is not None and step.model.model_type in BOOLEAN_MASKS:
-        scores = ops.masked_fill(eng, scores, step.mask, "scores")
-    elif step.mask is not None:
-        scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
-    inside = step.arch.fused_softmax_cast and cuda_rules.softmax_casts_inside(scores.dtype, FP32)
-    product = step.arch.softmax_backward_product
-    probs = ops.softmax_fp32(eng, scores, casts_inside=inside, writes_product=product)
-    probs = ops.cast(eng, probs, values, "probabilities")  # attn_weights names the scores until this is assigned
-    del scores
-    if spec.dropout:
-        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
-    if step.model.model_type in RETURNS_PROBABILITIES:
-        step.probabilities = probs
-    step.unused_probabilities = probs
-    out = ops.bmm(eng, probs, v, value_shape, "attention")
-    held = ops.contiguous(eng, out, "attention")
-    del out, arg
-    return held
-
-
-def _repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
-    """repeat_kv: expand and reshape; the reshape of a single head is a view, of several a copy."""
-    groups = spec.num_heads // spec.num_kv_heads
-    if spec.num_kv_heads == 1 and groups > 1:
-        return _broadcast(step, x, groups)
-    return ops.expand_copy(step.eng, x, groups)
-
-
-def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:
-    """torch.matmul folds batch and heads into one dimension: a copy of what lies token by token, if rows are many."""
-    copies = not heads_first and step.batch > 1
-    return ops.contiguous(step.eng, x, "matmul_copy") if copies else x
-
-
-def _eager_falcon(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Tensor:
-    """FalconAttention without ALiBi: scores scaled in place, softmax in the dtype of the layer's input."""
-    eng = step.eng
-    groups = spec.num_heads // spec.num_kv_heads
-    numel = step.batch * spec.num_heads * step.seq * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.bmm(eng, q, ops.expand_copy(eng, k, groups), score_shape, "scores")
-    scores = ops.scale_in_place(eng, scores)
-    assert step.mask is not None
-    scores = ops.cast(eng, ops.add(eng, scores, step.mask, "scores", numel), source, "softmax_cast")
-    probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
-    del scores
-    step.probabilities = probs
-    out = ops.bmm(eng, probs, ops.expand_copy(eng, v, groups), value_shape, "attention")
-    held = ops.contiguous(eng, out, "attention")
-    del out
-    return held
-
-
-def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """gpt_oss: one more column of scores for the sinks, the row maximum subtracted, softmax in the scores' dtype."""
-    eng = step.eng
-    groups = spec.num_heads // spec.num_kv_heads
-    k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
-    rows = step.batch * spec.num_heads * step.seq
-    scores_numel = rows * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores"), "scores")
-    assert step.mask is not None
-    scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
-    sink = eng.empty(rows, scores.dtype, "scores")
-    wide = ops.cat_half(eng, scores, sink, "scores")
-    index = eng.empty(rows, INT64, "scores")
-    wide = ops.add(eng, wide, eng.empty(rows, wide.dtype, "scores"), "scores", wide.numel)
-    probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
-    kept = ops.narrow(eng, probs, scores_numel, "scores_grad")
-    step.unused_probabilities = kept
-    out = ops.bmm(eng, kept, v, value_shape, "attention")
-    held = ops.contiguous(eng, out, "attention")
-    del out, index, wide, scores, probs, kept
-    return held
 
 
 def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:

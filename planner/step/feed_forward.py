@@ -50,17 +50,32 @@ def _fused_swiglu(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tenso
 
 
 def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
-    """The activation function: one fused kernel, or the written-out forms of older models."""
+    """The activation function: one fused kernel, or the forms that transformers writes out (activations.py)."""
     eng = step.eng
     arg = x
-    if spec.activation == "gelu_new" and not step.train.uses_own_modules:
-        # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
+    written = spec.activation if not step.train.uses_own_modules else ""
+    if written == "gelu_new":  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
         cube = ops.pointwise(eng, ops.autocast_fp32(eng, x), "gelu_new")
         inner = ops.scale(eng, ops.add(eng, x, ops.scale(eng, cube, "gelu_new"), "gelu_new"), "gelu_new")
         del cube
         curve = ops.shift(eng, ops.pointwise(eng, inner, "gelu_new", False), "gelu_new")
         del inner
         out = ops.mul(eng, ops.scale(eng, x, "gelu_new"), curve, "gelu_new")
+    elif written == "gelu_fast":  # FastGELUActivation: 0.5 * x * (1 + tanh(x * c * (1 + 0.044715 * x * x)))
+        half, inner = ops.scale(eng, x, "gelu"), ops.scale(eng, x, "gelu")
+        ratio = ops.shift(eng, ops.mul(eng, ops.scale(eng, x, "gelu"), x, "gelu"), "gelu")
+        inner = ops.pointwise(eng, ops.mul(eng, inner, ratio, "gelu"), "gelu", False)
+        del ratio
+        out = ops.mul(eng, half, ops.shift(eng, inner, "gelu"), "gelu")
+        del half, inner
+    elif written == "gelu_python":  # GELUActivation: x * 0.5 * (1 + erf(x / sqrt(2)))
+        half = ops.scale(eng, x, "gelu")
+        out = ops.mul(eng, half, ops.shift(eng, ops.erf(eng, ops.scale(eng, x, "gelu"), "gelu"), "gelu"), "gelu")
+        del half
+    elif written == "quick_gelu":  # QuickGELUActivation: x * sigmoid(1.702 * x)
+        out = ops.mul(eng, x, ops.pointwise(eng, ops.scale(eng, x, "gelu"), "gelu", False), "gelu")
+    elif written == "bloom_gelu":
+        out = _bloom_gelu(step, x)
     elif spec.activation == "relu2":  # torch.square is on autocast's fp32 list: the result is fp32 there
         out = ops.square(eng, ops.pointwise(eng, x, "relu", False))
     elif spec.activation == "xielu":
@@ -68,6 +83,44 @@ def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
     else:
         out = ops.pointwise(eng, x, spec.activation, spec.activation != "relu")
     del arg
+    return out
+
+
+def _bloom_gelu(step: Step, x: Tensor) -> Tensor:
+    """GeLUFunction: the tanh form written out, forward and backward; keeps only its input (modeling_bloom.py)."""
+    eng = step.eng
+
+    def curve(x: Tensor) -> Tensor:
+        """tanh(0.79788456 * x * (1 + 0.044715 * x * x)): one tensor a pass, the last operand until the next exists."""
+        inner = one(x)
+        ratio = one(one(one(x)))
+        inner = one(inner)
+        del ratio
+        return one(inner)
+
+    def one(x: Tensor) -> Tensor:
+        return ops.unary(eng, x, "bloom_gelu")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        (x,) = node.saved
+        tanh = curve(x)
+        half = one(x)
+        slope = one(one(tanh))  # 1 - tanh * tanh
+        ratio = one(one(one(x)))  # 0.79788456 + 0.1070322243 * x * x
+        slope = one(slope)
+        del ratio
+        half = one(half)
+        del slope
+        rest = one(one(tanh))
+        derivative = one(half)
+        del half, rest
+        return [ops.unary(eng, derivative, "bloom_gelu_grad")]
+
+    half = one(x)
+    rest = one(curve(x))
+    out = one(half)
+    del half, rest
+    eng.link(out, (x,), backward, (x,))
     return out
 
 
@@ -101,7 +154,7 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
     weights = _route(step, held, spec, x)
     order = eng.empty(2 * pairs, INT64, "router")
-    chosen = _gather_tokens(step, x, pairs * spec.hidden_size)
+    chosen = ops.gather(eng, x, pairs * spec.hidden_size, "experts")
     gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
     fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size, spec.bias)
     gate, up = ops.split(eng, fused, (pairs * spec.intermediate_size, pairs * spec.intermediate_size))
@@ -193,22 +246,6 @@ def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     return ops.cast(eng, top, logits.dtype, "router") if step.model.model_type in ROUTERS_IN_LOGITS_DTYPE else top
 
 
-def _gather_tokens(step: Step, x: Tensor, numel: Size) -> Tensor:
-    """hidden_states[perm // top_k]: a copy per chosen expert; the backward scatters into zeros."""
-    eng = step.eng
-    out = eng.empty(numel, x.dtype, "experts")
-    eng.kernel("elementwise", x.dtype, 2 * out.nbytes)
-    small = x.numel
-    eng.link(out, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), small)])
-    return out
-
-
-def _scattered(step: Step, grad: Tensor, numel: Size) -> Tensor:
-    """The backward of indexing: rows put into zeros, out of place under a dispatch mode (FunctionsManual.cpp)."""
-    zeros = step.eng.empty(numel, grad.dtype, "experts_grad")
-    return zeros if step.eng.accumulates_in_place else ops.unary(step.eng, zeros, "experts_grad")
-
-
 def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, bias: bool = False) -> Tensor:
     """torch grouped_mm over experts: one product per expert, in the weight's dtype; a bias is gathered per row first.
 
@@ -242,7 +279,11 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, 
 def _unsorted(step: Step, x: Tensor) -> Tensor:
     """Undo the sort by expert: an index copy."""
     out = ops.unary(step.eng, x, "experts")
-    step.eng.link(out, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), ops._grad(grads).numel)])
+    step.eng.link(
+        out,
+        (x,),
+        lambda node, grads: [ops.scattered(step.eng, ops._grad(grads), ops._grad(grads).numel, "experts_grad")],
+    )
     return out
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from planner.model import Norm
 from planner.step import ops
-from planner.step.attention import DROPOUT, attention
+from planner.step.attention import attention
 from planner.step.context import Step
+from planner.step.eager import DROPOUT
 from planner.step.engine import Tensor
 from planner.step.feed_forward import experts, mlp
 from planner.step.linears import LayerWeights
@@ -69,9 +70,14 @@ def _parallel_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     eng, spec = step.eng, held.spec
     residual = x
     normed = _layer_norm(step, held, spec.input_norm, x)
-    attended = _branch(step, held, attention(step, held, normed))
+    in_place = step.model.model_type == "falcon" and not step.train.uses_own_modules
+    attended = attention(step, held, normed)
+    attended = attended if in_place else _branch(step, held, attended)
     second = normed if spec.pre_mlp_norm is None else _layer_norm(step, held, spec.pre_mlp_norm, x)
-    fed = _branch(step, held, _feed_forward(step, held, second))
-    out = ops.add(eng, ops.add(eng, fed, attended, "residual"), residual, "residual")
+    fed = _feed_forward(step, held, second)
+    if in_place:  # FalconDecoderLayer: mlp_output += attention_output, then one dropout
+        out = ops.add(eng, residual, _branch(step, held, ops.add_in_place(eng, fed, attended)), "residual")
+    else:
+        out = ops.add(eng, ops.add(eng, _branch(step, held, fed), attended, "residual"), residual, "residual")
     del normed, second
     return out

@@ -90,6 +90,21 @@ def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad"
     return outs
 
 
+def gather(eng: Engine, x: Tensor, numel: Size, op: str) -> Tensor:
+    """Indexing by a tensor or a list: a copy; the backward puts rows into zeros."""
+    out = eng.empty(numel, x.dtype, op)
+    eng.kernel("elementwise", x.dtype, 2 * out.nbytes)
+    full = x.numel
+    eng.link(out, (x,), lambda node, grads: [scattered(eng, _grad(grads), full, f"{op}_grad")])
+    return out
+
+
+def scattered(eng: Engine, grad: Tensor, numel: Size, op: str) -> Tensor:
+    """The backward of indexing: rows put into zeros, out of place under a dispatch mode (FunctionsManual.cpp)."""
+    zeros = eng.empty(numel, grad.dtype, op)
+    return zeros if eng.accumulates_in_place else unary(eng, zeros, op)
+
+
 def contiguous(eng: Engine, x: Tensor, op: str = "contiguous") -> Tensor:
     """A copy of a strided tensor."""
     out = unary(eng, x, op)
@@ -102,6 +117,14 @@ def add(eng: Engine, a: Tensor, b: Tensor, op: str = "add", numel: Size | None =
     dtype = promote(a.dtype, b.dtype)
     out = eng.empty(a.numel if numel is None else numel, dtype, op)
     eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
+    eng.link(out, (a, b), lambda node, grads: [grads[0], grads[0]])
+    return out
+
+
+def add_in_place(eng: Engine, a: Tensor, b: Tensor) -> Tensor:
+    """a += b: no new memory."""
+    eng.kernel("elementwise", a.dtype, 2 * a.nbytes + b.nbytes)
+    out = a.view()
     eng.link(out, (a, b), lambda node, grads: [grads[0], grads[0]])
     return out
 
@@ -300,6 +323,19 @@ def pointwise(eng: Engine, x: Tensor, op: str, saves_input: bool = True) -> Tens
     return out
 
 
+def erf(eng: Engine, x: Tensor, op: str = "erf") -> Tensor:
+    """torch.erf: saves x; the backward is 2 / sqrt(pi) * exp(-x^2) * grad, one tensor a pass."""
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        passes = [unary(eng, node.saved[0], f"{op}_grad") for _ in range(4)]
+        return [_last(unary(eng, _grad(grads), f"{op}_grad"), *passes)]
+
+    made = eng.begin((x,), backward, (x,))
+    out = unary(eng, x, op)
+    eng.finish(made, out)
+    return out
+
+
 def dropout(eng: Engine, x: Tensor, p: float, op: str = "dropout") -> Tensor:
     """native_dropout: output like x and a 1-byte mask, both needed later; the identity at p = 0."""
     if p == 0:
@@ -415,8 +451,11 @@ def linear(
     return out
 
 
-def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm") -> Tensor:
-    """`shape` (batch, m, n, k): batched matrix product of two activations, both saved."""
+def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", scales: bool = False) -> Tensor:
+    """`shape` (batch, m, n, k): batched matrix product of two activations, both saved.
+
+    scales: baddbmm with an alpha, by which the backward multiplies each product into a new tensor.
+    """
     batch, m, n, k = shape
     out_numel = batch * m * n
     a, b = autocast_half(eng, a), autocast_half(eng, b)
@@ -435,6 +474,8 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm") -> Ten
                 results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
                 rows, columns, inner = ((m, k, n), (k, n, m))[side]
                 eng.matmul("bmm", dtype, rows, columns, inner, batch)
+                if scales:
+                    results[side] = unary(eng, results[side], f"{op}_grad")
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))

@@ -13,10 +13,11 @@ from typing import Any
 
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
-from planner.model import Layer, Linear, ModelSpec, Norm
+from planner.model import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import BOOLEAN_MASKS, DROPOUT, always_masks, needs_window_mask
+from planner.step.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
+from planner.step.eager import BOOLEAN_MASKS, DROPOUT
 from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
@@ -386,7 +387,9 @@ class _Run:
 
     def _drop_positions(self) -> None:
         """Rotary tables and mask live in the model's forward frame, or in the closures of the checkpoints."""
-        self.step.cos_sin = self.step.mask = self.position_ids = self.window_mask = self.other_mask = None
+        self.step.cos_sin = self.step.mask = self.step.alibi = self.position_ids = self.window_mask = (
+            self.other_mask
+        ) = None
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
@@ -404,15 +407,30 @@ class _Run:
             sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
             step.cos_sin = (cos, sin)
             del angles, both
-        eager = step.train.attention == "eager" or not spec.has_sdpa(step.train.versions.transformers)
-        if eager or (step.train.padded and step.train.attention == "sdpa"):
-            kind = dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
+        assert self.embedding is not None
+        eager, entries = runs_eager(step, spec), step.batch * step.seq * step.seq
+        if spec.position == "alibi":
+            self._alibi(spec, dtype)
+        if spec.position == "alibi" and model.model_type == "falcon" and not step.train.uses_own_modules:
+            # ALiBi is written into the mask (modeling_falcon.py), one for every head
+            step.mask = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
+        elif eager or (step.train.padded and step.train.attention == "sdpa"):
+            # made from the embedding's output; later norms and projections may have another dtype
+            kind = self.embedding.dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
             # one mask for layers that see everything, one for those with a window
             for _ in {bool(held.spec.attention.sliding_window) for held in self.weights}:
                 self.other_mask = step.mask
-                step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
+                step.mask = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
+
+    def _alibi(self, spec: Attention, dtype: str) -> None:
+        """The bias of every head and key: of the longest row in fp32 (mpt), or of every row of the batch."""
+        step, model = self.step, self.step.model
+        if model.model_type == "mpt":
+            step.alibi = self.eng.empty(spec.num_heads * model.max_position_embeddings, FP32, "alibi")
+        else:
+            step.alibi = self.eng.empty(step.batch * spec.num_heads * step.seq, dtype, "alibi")
 
 
 __all__ = ["EMULATED_RUN", "Linear", "Program", "plan_layers", "run"]
