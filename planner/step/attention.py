@@ -26,15 +26,15 @@ FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
 def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """Self-attention module: projections, positions, kernel, output projection."""
     spec = _heads_after_projection(step, held.spec.attention)
-    arg = x
+    arg, fused = x, None
     if spec.kind == "mla":
         q, k, v = _project_mla(step, held, x)
     else:
-        q, k, v = _project(step, held, spec, x)
+        fused, q, k, v = _project(step, held, spec, x)
     out, names = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
-    del arg, out, q, k, v, names  # names of the module's frame
+    del arg, out, fused, q, k, v, names  # names of the module's frame
     return result
 
 
@@ -45,9 +45,14 @@ def _heads_after_projection(step: Step, spec: Attention) -> Attention:
     return spec
 
 
-def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Projected = tuple["Tensor | None", Tensor, Tensor, Tensor]
+"""A fused projection where the module's frame names it to the end, and q, k, v."""
+
+
+def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Projected:
     """q, k, v from separate or fused projections, with their norms and rotary."""
     eng, t = step.eng, step.tokens
+    named: Tensor | None = None
     sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
     group = [held.linears[p.name] for p in spec.projections]
     if len(group) > 1 and _fuses_lora(step, group):
@@ -58,6 +63,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> tupl
             step.cache.append((eng.layer, fused.view()))
         if step.model.model_type in SLICES and not step.train.uses_own_modules:
             q, k, v = _sliced(step, held.spec.attention, fused)
+            named = fused
         else:
             q, k, v = ops.split(eng, fused, sizes)
         del fused
@@ -80,7 +86,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> tupl
     if spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
-    return q, k, v
+    return named, q, k, v
 
 
 SCALES_QUERY = ("opt",)

@@ -70,12 +70,14 @@ def _parallel_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     eng, spec = step.eng, held.spec
     residual = x
     normed = _layer_norm(step, held, spec.input_norm, x)
-    in_place = step.model.model_type == "falcon" and not step.train.uses_own_modules
+    falcon = step.model.model_type == "falcon" and not step.train.uses_own_modules
+    second = _layer_norm(step, held, spec.pre_mlp_norm, x) if falcon and spec.pre_mlp_norm else normed
     attended = attention(step, held, normed)
-    attended = attended if in_place else _branch(step, held, attended)
-    second = normed if spec.pre_mlp_norm is None else _layer_norm(step, held, spec.pre_mlp_norm, x)
+    attended = attended if falcon else _branch(step, held, attended)
+    if spec.pre_mlp_norm is not None and not falcon:
+        second = _layer_norm(step, held, spec.pre_mlp_norm, x)
     fed = _feed_forward(step, held, second)
-    if in_place:  # FalconDecoderLayer: mlp_output += attention_output, then one dropout
+    if falcon:  # FalconDecoderLayer: mlp_output += attention_output, then one dropout
         out = ops.add(eng, residual, _branch(step, held, ops.add_in_place(eng, fed, attended)), "residual")
     else:
         out = ops.add(eng, ops.add(eng, _branch(step, held, fed), attended, "residual"), residual, "residual")

@@ -313,9 +313,8 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         return [result]
 
     eng.link(out, (x,), backward, (x,) if release < KEEPS_NO_INPUT else (), hooked=False)
-    del x
     out = ops.cast(eng, out, source, "input_dtype_cast")
-    del arg
+    del arg, x
     return out
 
 

@@ -458,7 +458,8 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", scales
     """
     batch, m, n, k = shape
     out_numel = batch * m * n
-    a, b = autocast_half(eng, a), autocast_half(eng, b)
+    b = autocast_half(eng, b)  # C++ evaluates arguments from the right
+    a = autocast_half(eng, a)
     saved = []
     if b.requires_grad:
         saved.append(a)
@@ -469,7 +470,7 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", scales
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [None, None]
-        for side in (0, 1):
+        for side in (0, 1) if scales else (1, 0):
             if needs[side]:
                 results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
                 rows, columns, inner = ((m, k, n), (k, n, m))[side]
