@@ -12,6 +12,7 @@ from planner.model import Attention, Norm
 from planner.step import eager, linears, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.feed_forward import Finish
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
 
@@ -23,8 +24,8 @@ FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
 """Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
 
 
-def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
-    """Self-attention module: projections, positions, kernel, output projection."""
+def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
+    """Self-attention module: projections, positions, kernel, output projection; `finish` is what follows inside it."""
     spec = _heads_after_projection(step, held.spec.attention)
     arg, fused = x, None
     if spec.kind == "mla":
@@ -34,6 +35,8 @@ def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     out, names = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
+    if finish is not None:
+        result = finish(result)
     del arg, out, fused, q, k, v, names  # names of the module's frame
     return result
 

@@ -174,11 +174,13 @@ class Node:
 class Frame:
     """A non-reentrant checkpoint: the nodes of a forward whose saved tensors are recomputed on first use."""
 
-    __slots__ = ("again", "kept", "nodes", "original", "recompute", "saving", "stop_after")
+    __slots__ = ("again", "forward", "kept", "nodes", "original", "recompute", "saving", "stop_after")
 
     def __init__(self, recompute: Callable[[], Any] | None, original: Frame | None = None) -> None:
         self.kept: Tensor | None = None
         """The checkpoint's input: alive until the last node of the frame has run."""
+        self.forward: LayerForward | None = None
+        """What is checkpointed, with the arguments it holds: alive as long."""
         self.nodes: list[ReferenceType[Node]] = []
         """The nodes of the forward: those of a result that nobody uses die with it, and their repetition too."""
         self.original = original
@@ -406,6 +408,7 @@ class Engine:
             inner.original = None
 
         frame = Frame(recompute)
+        frame.forward = forward
         outer, self.frame = self.frame, frame
         try:
             return forward(x)

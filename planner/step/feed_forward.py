@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from planner.model import Experts, Mlp
 from planner.step import linears, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Grads, Node, Size, Tensor
 from planner.step.linears import LayerWeights
 
+Finish = Callable[[Tensor], Tensor]
+"""What a module does with its result before it returns: adds the residual, in classes that hand it in."""
 
-def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
+
+def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Feed-forward module: gated (separate or fused gate and up) or plain."""
     eng, t = step.eng, step.tokens
     arg = x
@@ -28,6 +33,8 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
         hidden = ops.mul(eng, up, _activate(step, spec, gate), "mlp")
         del fused, gate, up
     out = linears.forward(step, held.linears[spec.down.name], hidden)
+    if finish is not None:
+        out = finish(out)
     del arg, hidden
     return out
 

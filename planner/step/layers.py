@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from planner.model import Norm
 from planner.step import ops
-from planner.step.attention import attention
+from planner.step.attention import Finish, attention
 from planner.step.context import Step
 from planner.step.eager import DROPOUT
 from planner.step.engine import Tensor
@@ -23,7 +23,11 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     spec = held.spec
     arg = x
     try:
-        out = _parallel_layer(step, held, x) if spec.parallel else _sequential_layer(step, held, x)
+        if spec.parallel:
+            out = _parallel_layer(step, held, x)
+        else:
+            own = step.model.model_type in NAMES_ATTENDED and not step.train.uses_own_modules
+            out = _named_layer(step, held, x) if own else _sequential_layer(step, held, x)
     finally:  # a recomputation may stop early
         step.unused_probabilities = None
     del arg
@@ -34,11 +38,11 @@ def _layer_norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor) ->
     return x if spec is None else norm(step, spec, held.norms[spec.name], x, step.tokens)
 
 
-def _feed_forward(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
+def _feed_forward(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
     if held.spec.experts is not None:
         return experts(step, held, held.spec.experts, x)
     assert held.spec.mlp is not None
-    return mlp(step, held, held.spec.mlp, x)
+    return mlp(step, held, held.spec.mlp, x, finish)
 
 
 def _branch(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
@@ -64,6 +68,48 @@ def _sequential_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     x = _layer_norm(step, held, spec.post_mlp_norm, x)
     x = ops.add(eng, residual, _branch(step, held, x), "residual")
     return _layer_norm(step, held, spec.pre_mlp_norm, x) if late else x
+
+
+NAMES_ATTENDED = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "llama4_text", "mpt", "stablelm")
+"""Model types whose layer gives the attention's output a name of its own, which lives until the layer ends."""
+
+NAMES_NORMED = ("bloom", "falcon", "mpt", "stablelm")
+"""Model types whose layer also names the first norm's output apart; bloom and mpt give the second's the same name."""
+
+ADDS_IN_ATTENTION, ADDS_IN_MLP = ("bloom",), ("bloom", "mpt")
+"""Model types whose modules take the residual and add it before they return (models/bloom/modeling_bloom.py)."""
+
+
+def _named_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
+    """A sequential layer whose frame keeps what the others overwrite."""
+    eng, spec, kind = step.eng, held.spec, step.model.model_type
+
+    def added(y: Tensor) -> Tensor:
+        return ops.add(eng, residual, _branch(step, held, y), "residual")
+
+    residual = x
+    normed: Tensor | None = _layer_norm(step, held, spec.input_norm, x)
+    assert normed is not None
+    if kind in ADDS_IN_ATTENTION:
+        attended = x = attention(step, held, normed, added)
+    else:
+        attended = _branch(step, held, attention(step, held, normed))
+        x = ops.add(eng, residual, attended, "residual")
+    if kind not in NAMES_NORMED:
+        normed = None
+    residual = x
+    second: Tensor | None = _layer_norm(step, held, spec.pre_mlp_norm, x)
+    if kind in ADDS_IN_MLP:
+        normed = None
+    assert second is not None
+    if kind in ADDS_IN_MLP:
+        return _feed_forward(step, held, second, added)
+    fed = _feed_forward(step, held, second)
+    if kind == "stablelm":
+        second = None
+    out = added(fed)
+    del attended, normed, second
+    return out
 
 
 def _parallel_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:

@@ -141,8 +141,6 @@ class _Run:
         if self.step.train.gradient_accumulation_steps_exceed_one:
             state.hold_gradients()
         loss, kept = self._forward()
-        if self.step.train.gradient_checkpointing == "none":
-            self._drop_positions()
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
         del loss, kept
@@ -340,20 +338,26 @@ class _Run:
             spec = model.final_norm
             hidden = norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
         del embeds, outputs
+        if not self._reenters():
+            self._drop_positions()
         return hidden
 
     def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
+        arguments = (step.cos_sin, step.mask, step.alibi, self.position_ids, self.window_mask, self.other_mask)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            step.cos_sin, step.mask, step.alibi = arguments[:3]
             try:
                 return layers.decoder_layer(step, held, x), step.probabilities
             finally:  # also when a recomputation stops early
                 step.probabilities = None
+                if step.backward_began:
+                    step.cos_sin = step.mask = step.alibi = None
 
         if mode == "none":
             return forward(hidden)
-        if step.train.use_reentrant and hidden.requires_grad:
+        if self._reenters() and hidden.requires_grad:
             return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
         return eng.checkpoint(forward, hidden, mode == "offload")
 
@@ -385,8 +389,12 @@ class _Run:
             out = norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
         return out
 
+    def _reenters(self) -> bool:
+        """Whether the checkpoints are nodes of the graph, which keep their arguments until the loss is gone."""
+        return self.step.train.gradient_checkpointing != "none" and self.step.train.use_reentrant
+
     def _drop_positions(self) -> None:
-        """Rotary tables and mask live in the model's forward frame, or in the closures of the checkpoints."""
+        """Rotary tables and masks live in the model's forward frame, or with the checkpoints that need them again."""
         self.step.cos_sin = self.step.mask = self.step.alibi = self.position_ids = self.window_mask = (
             self.other_mask
         ) = None
