@@ -97,34 +97,35 @@ def _bloom_gelu(step: Step, x: Tensor) -> Tensor:
     """GeLUFunction: the tanh form written out, forward and backward; keeps only its input (modeling_bloom.py)."""
     eng = step.eng
 
-    def curve(x: Tensor) -> Tensor:
-        """tanh(0.79788456 * x * (1 + 0.044715 * x * x)): one tensor a pass, the last operand until the next exists."""
-        inner = one(x)
-        ratio = one(one(one(x)))
-        inner = one(inner)
-        del ratio
-        return one(inner)
+    def one(x: Tensor, op: str = "bloom_gelu") -> Tensor:
+        return ops.unary(eng, x, op)
 
-    def one(x: Tensor) -> Tensor:
-        return ops.unary(eng, x, "bloom_gelu")
+    def curve(x: Tensor, op: str) -> Tensor:
+        """tanh(0.79788456 * x * (1 + 0.044715 * x * x)): one tensor a pass, the last operand until the next exists."""
+        inner = one(x, op)
+        ratio = one(one(one(x, op), op), op)
+        inner = one(inner, op)
+        del ratio
+        return one(inner, op)
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         (x,) = node.saved
-        tanh = curve(x)
-        half = one(x)
-        slope = one(one(tanh))  # 1 - tanh * tanh
-        ratio = one(one(one(x)))  # 0.79788456 + 0.1070322243 * x * x
-        slope = one(slope)
+        op = "bloom_gelu_grad"
+        tanh = curve(x, op)
+        half = one(x, op)
+        slope = one(one(tanh, op), op)  # 1 - tanh * tanh
+        ratio = one(one(one(x, op), op), op)  # 0.79788456 + 0.1070322243 * x * x
+        slope = one(slope, op)
         del ratio
-        half = one(half)
+        half = one(half, op)
         del slope
-        rest = one(one(tanh))
-        derivative = one(half)
+        rest = one(one(tanh, op), op)
+        derivative = one(half, op)
         del half, rest
-        return [ops.unary(eng, derivative, "bloom_gelu_grad")]
+        return [one(derivative, op)]
 
     half = one(x)
-    rest = one(curve(x))
+    rest = one(curve(x, "bloom_gelu"))
     out = one(half)
     del half, rest
     eng.link(out, (x,), backward, (x,))
