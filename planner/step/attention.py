@@ -11,7 +11,7 @@ from planner import cuda_rules
 from planner.model import Attention, Norm
 from planner.step import eager, linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Size, Tensor
 from planner.step.feed_forward import Finish
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
@@ -107,8 +107,8 @@ def _sliced(step: Step, spec: Attention, fused: Tensor) -> tuple[Tensor, Tensor,
     groups = spec.num_heads // spec.num_kv_heads
     if groups == 1:
         return q, ops.narrow(eng, fused, t * spec.kv_size), ops.narrow(eng, fused, t * spec.kv_size)
-    k = ops.gather(eng, fused, t * spec.kv_size, "split")
-    v = ops.gather(eng, fused, t * spec.kv_size, "split")
+    k = ops.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
+    v = ops.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
     if spec.num_kv_heads == 1:
         return q, k, v
     return ops.contiguous(eng, q, "split"), ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
@@ -328,6 +328,8 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
     cos, sin = step.cos_sin
     if step.train.kernels in ("unsloth", "fms-fused", "liger"):
         return _fused_rotary(step, x)
+    if step.model.model_type in ROTATES_HALVES:
+        return _rotary_halves(step, x)
     kept: Tensor | None = None
     source = x.dtype
     wide = step.model.model_type in FP32_ROTARY
@@ -351,6 +353,22 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
     elif step.model.model_type == "phi3":
         out = ops.contiguous(eng, out, "rotary")
     return ops.cast(eng, out, source, "rotary") if wide else out
+
+
+ROTATES_HALVES = ("gpt_oss",)
+"""Model types that rotate both halves apart and join them (models/gpt_oss/modeling_gpt_oss.py _apply_rotary_emb)."""
+
+
+def _rotary_halves(step: Step, x: Tensor) -> Tensor:
+    """cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin), with tables of half a head."""
+    eng = step.eng
+    assert step.cos_sin is not None
+    cos, sin = step.cos_sin
+    half = x.numel // 2
+    x1, x2 = ops.split(eng, x, (half, half), "rotary_grad")
+    first = ops.subtract(eng, ops.mul(eng, x1, cos, "rotary"), ops.mul(eng, x2, sin, "rotary"), "rotary")
+    second = ops.add(eng, ops.mul(eng, x2, cos, "rotary"), ops.mul(eng, x1, sin, "rotary"), "rotary")
+    return ops.cat_half(eng, first, second, "rotary")
 
 
 def _fused_rotary(step: Step, x: Tensor) -> Tensor:

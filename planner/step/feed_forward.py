@@ -161,23 +161,20 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     arg = x
     pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
     weights = _route(step, held, spec, x)
-    order = eng.empty(2 * pairs, INT64, "router")
-    chosen = ops.gather(eng, x, pairs * spec.hidden_size, "experts")
+    sorted_ids, order = eng.empty(pairs, INT64, "router"), eng.empty(pairs, INT64, "router")
+    chosen = ops.gather(eng, x, eng.empty(pairs, INT64, "router"), pairs * spec.hidden_size, "experts")
+    width = spec.intermediate_size
+    bias = _gathered_bias(step, spec, sorted_ids, 2 * width)
     gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
-    fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size, spec.bias)
-    gate, up = ops.split(eng, fused, (pairs * spec.intermediate_size, pairs * spec.intermediate_size))
-    del fused
-    hidden = _gate_experts(step, spec, gate, up)
-    del gate, up
+    projected = _grouped(step, chosen, gate_up, pairs, 2 * width, spec.hidden_size)
+    projected = _gate_experts(step, spec, projected, pairs * width)
     down = _adapted_parameter(step, held, spec.down_name, held.experts[1])
-    out = _grouped(step, hidden, down, pairs, spec.hidden_size, spec.intermediate_size, spec.bias)
-    del hidden
-    weighted = ops.mul(eng, out, weights, "experts")
-    del out
-    unsorted = _unsorted(step, weighted)
-    del weighted
-    result = _sum_pairs(step, unsorted, t * spec.hidden_size, x.dtype)
-    del unsorted, order, chosen
+    bias = _gathered_bias(step, spec, sorted_ids, spec.hidden_size)
+    projected = _grouped(step, projected, down, pairs, spec.hidden_size, width)
+    weighted = ops.mul(eng, projected, weights, "experts")
+    weighted = ops.gather(eng, weighted, eng.empty(pairs, INT64, "router"), weighted.numel, "experts")
+    result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
+    del weighted, projected, bias, sorted_ids, order, chosen
     if spec.shared is not None:
         shared = mlp(step, held, spec.shared, x)
         if spec.shared_gate is not None:
@@ -188,13 +185,22 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     return result
 
 
-def _gate_experts(step: Step, spec: Experts, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) * up; gpt_oss clamps both and writes its swish out."""
+def _gathered_bias(step: Step, spec: Experts, experts: Tensor, width: int) -> Tensor | None:
+    """The bias of every chosen expert, a row a pair; it is added in place."""
+    if not spec.bias:
+        return None
+    return step.eng.empty(experts.numel * width, step.unquantized_dtype, "experts")
+
+
+def _gate_experts(step: Step, spec: Experts, fused: Tensor, half: Size) -> Tensor:
+    """act(gate) * up; gpt_oss takes every other column, clamps both and writes its swish out."""
     eng = step.eng
     if spec.activation != "clamped_swiglu":
+        gate, up = ops.split(eng, fused, (half, half))
         return ops.mul(eng, ops.pointwise(eng, gate, spec.activation), up, "experts")
-    gate = ops.pointwise(eng, gate, "clamp")
-    up = ops.pointwise(eng, up, "clamp")
+    gate, up = ops.narrow(eng, fused, half), ops.narrow(eng, fused, half)
+    gate = ops.clamp(eng, gate, 1)
+    up = ops.clamp(eng, up, 2)
     glu = ops.mul(eng, gate, ops.pointwise(eng, ops.scale(eng, gate, "experts"), "sigmoid", False), "experts")
     return ops.mul(eng, ops.shift(eng, up, "experts"), glu, "experts")
 
@@ -254,20 +260,18 @@ def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     return ops.cast(eng, top, logits.dtype, "router") if step.model.model_type in ROUTERS_IN_LOGITS_DTYPE else top
 
 
-def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, bias: bool = False) -> Tensor:
-    """torch grouped_mm over experts: one product per expert, in the weight's dtype; a bias is gathered per row first.
+def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int) -> Tensor:
+    """torch grouped_mm over experts: one product per expert, in the weight's dtype.
 
     It is not on autocast's lists; transformers casts the input (integrations/moe.py _grouped_mm). The backward makes
     the weight's gradient first.
     """
     eng = step.eng
     x, w = ops.cast(eng, x, weight.dtype, "experts"), weight
-    gathered = eng.empty(rows * n, x.dtype, "experts") if bias else None
     out = eng.empty(rows * n, x.dtype, "experts")
     number = w.numel // (n * k)
     each = rows / number  # tokens of one expert, were all chosen equally often
     eng.matmul("matmul", x.dtype, each, n, k, number)
-    del gathered
     need_x, need_w = x.requires_grad, w.requires_grad
     x_numel, w_numel, dtype = x.numel, w.numel, x.dtype
 
@@ -281,17 +285,6 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, 
 
     saved = ((x,) if need_w else ()) + ((w,) if need_x else ())
     eng.link(out, (x, w), backward, saved)
-    return out
-
-
-def _unsorted(step: Step, x: Tensor) -> Tensor:
-    """Undo the sort by expert: an index copy."""
-    out = ops.unary(step.eng, x, "experts")
-    step.eng.link(
-        out,
-        (x,),
-        lambda node, grads: [ops.scattered(step.eng, ops._grad(grads), ops._grad(grads).numel, "experts_grad")],
-    )
     return out
 
 

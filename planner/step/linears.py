@@ -254,7 +254,7 @@ def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor | None)
     first = ops.mul(eng, ops.shift(eng, ratio), base, "dora_mul")
     second = ops.scale(eng, ops.mul(eng, ratio, lora_result, "dora_mul"), "lora_scale")
     out = ops.add(eng, first, second, "dora_add")
-    del weight, delta
+    del first, second, weight, delta
     return out
 
 

@@ -15,7 +15,7 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import always_masks, needs_window_mask, runs_eager
+from planner.step.attention import ROTATES_HALVES, always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT
 from planner.step.engine import FP32, INT64, Record, Tensor
@@ -405,6 +405,7 @@ class _Run:
         spec = model.layers[0].attention
         if spec.position == "rope":
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
+            width = width // 2 if model.model_type in ROTATES_HALVES else width
             numel = step.seq * width
             self.position_ids = eng.empty(step.seq, INT64, "positions")
             angles = eng.empty(numel // 2, FP32, "rotary_tables")
