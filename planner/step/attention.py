@@ -20,24 +20,32 @@ REPEATS_BEFORE_FLASH = (4, 48)
 """Before: flash attention got key/value heads repeated to all query heads (modeling_mistral.py v4.45.2)."""
 
 
-FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
-"""Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
+FP32_TABLES = ("ernie4_5", "olmo", "olmo2", "olmo3")
+"""Model types whose rotary embedding leaves cos and sin in fp32 (models/olmo2/modeling_olmo2.py): so are products with
+them, and apply_rotary_pos_emb casts both results back at its end; ernie4_5 casts q and k in each product itself."""
+
+FP32_ROTARY = ("cohere", "cohere2")
+"""Model types whose apply_rotary_pos_emb casts q and k to fp32 first, and back at its end (modeling_cohere.py)."""
+
+INTERLEAVES_TABLES = ("ernie4_5", "glm", "glm4", "helium")
+"""Model types that copy cos and sin in every layer, each entry twice (models/glm/modeling_glm.py)."""
 
 
 def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Self-attention module: projections, positions, kernel, output projection; `finish` is what follows inside it."""
     spec = _heads_after_projection(step, held.spec.attention)
-    arg, fused = x, None
+    arg = x
+    named: tuple[Tensor, ...] = ()
     if spec.kind == "mla":
         q, k, v = _project_mla(step, held, x)
     else:
-        fused, q, k, v = _project(step, held, spec, x)
+        named, q, k, v = _project(step, held, spec, x)
     out, names = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
     if finish is not None:
         result = finish(result)
-    del arg, out, fused, q, k, v, names  # names of the module's frame
+    del arg, out, named, q, k, v, names  # names of the module's frame
     return result
 
 
@@ -48,14 +56,14 @@ def _heads_after_projection(step: Step, spec: Attention) -> Attention:
     return spec
 
 
-Projected = tuple["Tensor | None", Tensor, Tensor, Tensor]
-"""A fused projection where the module's frame names it to the end, and q, k, v."""
+Projected = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]
+"""What the module's frame names to its end beside q, k, v; and those."""
 
 
 def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Projected:
     """q, k, v from separate or fused projections, with their norms and rotary."""
     eng, t = step.eng, step.tokens
-    named: Tensor | None = None
+    named: tuple[Tensor, ...] = ()
     sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
     group = [held.linears[p.name] for p in spec.projections]
     if len(group) > 1 and _fuses_lora(step, group):
@@ -64,11 +72,16 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         fused = linears.forward(step, held.linears[spec.projections[0].name], x)
         if _caches_keys(step):
             step.cache.append((eng.layer, fused.view()))
+        if spec.clips_qkv:
+            fused = ops.clamp(eng, fused, 2)
         if step.model.model_type in SLICES and not step.train.uses_own_modules:
             q, k, v = _sliced(step, held.spec.attention, fused)
-            named = fused
+            named = (fused,)
         else:
             q, k, v = ops.split(eng, fused, sizes)
+        if step.model.model_type == "codegen":  # its splits lie in four parts: each is copied (modeling_codegen.py)
+            named = (fused,)
+            q, k, v = ops.contiguous(eng, q, "split"), ops.contiguous(eng, k, "split"), ops.contiguous(eng, v, "split")
         del fused
     else:
         late = spec.qk_norm_after_rope
@@ -77,15 +90,17 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
             q = ops.scale(eng, q, "query")
         k = _projected_norm(step, held, None if late else spec.k_norm, linears.forward(step, group[1], x))
         v = linears.forward(step, group[2], x)
+        if spec.clips_qkv:
+            q, k, v = (ops.clamp_in_place(eng, y) for y in (q, k, v))
     if len(group) == 1 and not spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
     if spec.position == "rope":
-        part = spec.rotary_dim or spec.head_dim
-        rest = spec.head_dim - part
-        q_turned = rotary(step, q, t * spec.num_heads * part, t * spec.num_heads * rest)
-        k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest)
-        q, k = q_turned, k_turned
+        if step.model.model_type in eager.ROTATES_TOKENS_FIRST:
+            q, k, parts = _rotate_tokens_first(step, spec, q, k)
+            named += parts
+        else:
+            q, k = _rotate(step, spec, q, k)
     if spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
@@ -321,38 +336,77 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     return out
 
 
-def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
-    """apply_rotary_pos_emb for one of q, k: x*cos + rotate_half(x)*sin, with a pass-through part when partial."""
-    eng = step.eng
+def _rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb on q and k."""
+    eng, t, kind = step.eng, step.tokens, step.model.model_type
+    assert step.cos_sin is not None
+    source, tables = q.dtype, step.cos_sin
+    fused = step.train.kernels in ("unsloth", "fms-fused", "liger")
+    if kind in INTERLEAVES_TABLES and not fused:
+        tables = ops.unary(eng, tables[0], "rotary"), ops.unary(eng, tables[1], "rotary")
+    if kind in FP32_ROTARY and not fused:
+        q, k = ops.cast(eng, q, FP32, "rotary"), ops.cast(eng, k, FP32, "rotary")
+    part = spec.rotary_dim or spec.head_dim
+    rest = spec.head_dim - part
+    q_turned = rotary(step, q, t * spec.num_heads * part, t * spec.num_heads * rest, tables)
+    k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest, tables)
+    if kind not in (*FP32_ROTARY, *FP32_TABLES):
+        return q_turned, k_turned
+    return ops.cast(eng, q_turned, source, "rotary"), ops.cast(eng, k_turned, source, "rotary")
+
+
+def _rotate_tokens_first(
+    step: Step, spec: Attention, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """gptj and codegen: k first, each with its own copies of the tables; the frame names every part."""
+    eng, t = step.eng, step.tokens
     assert step.cos_sin is not None
     cos, sin = step.cos_sin
+    part = spec.rotary_dim or spec.head_dim
+    rest = spec.head_dim - part
+
+    def turned(x: Tensor, heads: int) -> Tensor:
+        tables = ops.unary(eng, cos, "rotary"), ops.unary(eng, sin, "rotary")
+        return rotary(step, ops.narrow(eng, x, t * heads * part), t * heads * part, 0, tables)
+
+    k_turned = turned(k, spec.num_kv_heads)
+    q_turned = turned(q, spec.num_heads)
+    key = ops.cat_half(eng, k_turned, ops.narrow(eng, k, t * spec.num_kv_heads * rest), "rotary")
+    query = ops.cat_half(eng, q_turned, ops.narrow(eng, q, t * spec.num_heads * rest), "rotary")
+    return query, key, (q, k, q_turned, k_turned)
+
+
+def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x*cos + rotate_half(x)*sin for one of q, k, with a pass-through part when partial."""
+    eng = step.eng
+    tables = tables or step.cos_sin
+    assert tables is not None
+    cos, sin = tables
     if step.train.kernels in ("unsloth", "fms-fused", "liger"):
         return _fused_rotary(step, x)
     if step.model.model_type in ROTATES_HALVES:
         return _rotary_halves(step, x)
     kept: Tensor | None = None
-    source = x.dtype
-    wide = step.model.model_type in FP32_ROTARY
-    if wide:
-        x = ops.cast(eng, x, FP32, "rotary")
     if not (isinstance(rest, int) and rest == 0):
         full = x
         x = ops.narrow(eng, full, rotated)
         kept = ops.narrow(eng, full, rest)
         del full
-    first = ops.mul(eng, x, cos, "rotary")
+    dtype = cos.dtype if step.model.model_type == "ernie4_5" else x.dtype
+    first = ops.mul(eng, ops.cast(eng, x, dtype, "rotary"), cos, "rotary")
     half = x.numel // 2
     x1, x2 = ops.narrow(eng, x, half), ops.narrow(eng, x, half)
     turned = ops.cat_half(eng, ops.negate(eng, x2), x1, "rotary")
+    turned = ops.cast(eng, turned, dtype, "rotary")
     second = ops.mul(eng, turned, sin, "rotary")
     del turned, x1, x2
     out = ops.add(eng, first, second, "rotary")
     del first, second
     if kept is not None:
         out = ops.cat_half(eng, out, kept, "rotary")
-    elif step.model.model_type == "phi3":
+    elif step.model.model_type in eager.JOINS_NOTHING:
         out = ops.contiguous(eng, out, "rotary")
-    return ops.cast(eng, out, source, "rotary") if wide else out
+    return out
 
 
 ROTATES_HALVES = ("gpt_oss",)

@@ -62,12 +62,12 @@ def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
     arg = x
     written = spec.activation if not step.train.uses_own_modules else ""
     if written == "gelu_new":  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
-        cube = ops.pointwise(eng, ops.autocast_fp32(eng, x), "gelu_new")
-        inner = ops.scale(eng, ops.add(eng, x, ops.scale(eng, cube, "gelu_new"), "gelu_new"), "gelu_new")
-        del cube
-        curve = ops.shift(eng, ops.pointwise(eng, inner, "gelu_new", False), "gelu_new")
-        del inner
-        out = ops.mul(eng, ops.scale(eng, x, "gelu_new"), curve, "gelu_new")
+        half = ops.scale(eng, x, "gelu_new")
+        inner = ops.add(eng, x, ops.scale(eng, ops.power(eng, x, "gelu_new"), "gelu_new"), "gelu_new")
+        inner = ops.scale(eng, inner, "gelu_new")
+        inner = ops.pointwise(eng, inner, "gelu_new", False)
+        out = ops.mul(eng, half, ops.shift(eng, inner, "gelu_new"), "gelu_new")
+        del half, inner
     elif written == "gelu_fast":  # FastGELUActivation: 0.5 * x * (1 + tanh(x * c * (1 + 0.044715 * x * x)))
         half, inner = ops.scale(eng, x, "gelu"), ops.scale(eng, x, "gelu")
         ratio = ops.shift(eng, ops.mul(eng, ops.scale(eng, x, "gelu"), x, "gelu"), "gelu")
@@ -84,7 +84,7 @@ def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
     elif written == "bloom_gelu":
         out = _bloom_gelu(step, x)
     elif spec.activation == "relu2":  # torch.square is on autocast's fp32 list: the result is fp32 there
-        out = ops.square(eng, ops.pointwise(eng, x, "relu", False))
+        out = ops.power(eng, ops.pointwise(eng, x, "relu", False), "relu2")
     elif spec.activation == "xielu":
         out = _xielu(step, x)
     else:

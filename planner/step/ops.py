@@ -136,6 +136,20 @@ def clamp(eng: Engine, x: Tensor, bounds: int) -> Tensor:
     return out
 
 
+def clamp_in_place(eng: Engine, x: Tensor) -> Tensor:
+    """x.clamp_(low, high): keeps a copy of what x was."""
+    kept = unary(eng, x, "clamp") if eng.needs_grad(x) else x
+    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        masks = [eng.empty(_grad(grads).numel, "int8", "clamp_grad") for _ in range(2)]
+        return [_last(unary(eng, _grad(grads), "clamp_grad"), *masks)]
+
+    out = x.view()
+    eng.link(out, (x,), backward, (kept,))
+    return out
+
+
 def contiguous(eng: Engine, x: Tensor, op: str = "contiguous") -> Tensor:
     """A copy of a strided tensor."""
     out = unary(eng, x, op)
@@ -288,19 +302,24 @@ def _larger(a: Tensor, b: Tensor) -> bool:
 
 
 def square(eng: Engine, x: Tensor) -> Tensor:
-    """x.pow(2) in fp32 (on autocast's fp32 list); the backward holds pow(x, 1), 2 * that, and the product."""
+    """x.pow(2) of a norm."""
+    return power(eng, x, "pow")
+
+
+def power(eng: Engine, x: Tensor, op: str) -> Tensor:
+    """x.pow(n) in fp32 (on autocast's fp32 list); the backward holds pow(x, n - 1), n * that, and the product."""
     x = autocast_fp32(eng, x)
-    out = unary(eng, x, "pow")
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        base = node.saved[0]
-        power = unary(eng, base, "pow_grad")
-        twice = unary(eng, power, "pow_grad")
-        out = unary(eng, twice, "pow_grad")
-        del power, twice
+        lower = unary(eng, node.saved[0], f"{op}_grad")
+        times = unary(eng, lower, f"{op}_grad")
+        out = unary(eng, times, f"{op}_grad")
+        del lower, times
         return [out]
 
-    eng.link(out, (x,), backward, (x,))
+    made = eng.begin((x,), backward, (x,))
+    out = unary(eng, x, op)
+    eng.finish(made, out)
     return out
 
 

@@ -15,7 +15,7 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import ROTATES_HALVES, always_masks, needs_window_mask, runs_eager
+from planner.step.attention import FP32_TABLES, ROTATES_HALVES, always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT
 from planner.step.engine import FP32, INT64, Record, Tensor
@@ -132,7 +132,8 @@ class _Run:
         self.head: linears.LinearWeights | None = None
         self.position_ids: Tensor | None = None
         self.window_mask: Tensor | None = None
-        self.other_mask: Tensor | None = None
+        self.masks: dict[bool, Tensor] = {}
+        """4-D masks: of layers that see everything (False), of those with a window (True)."""
         self.input_leaf: Tensor | None = None
 
     def all(self) -> Program:
@@ -344,7 +345,10 @@ class _Run:
 
     def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
-        arguments = (step.cos_sin, step.mask, step.alibi, self.position_ids, self.window_mask, self.other_mask)
+        spec = held.spec.attention
+        window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
+        mask = self.masks.get(self._masks_window(held))
+        arguments = (step.cos_sin, mask, step.alibi, self.position_ids, window)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             step.cos_sin, step.mask, step.alibi = arguments[:3]
@@ -410,6 +414,7 @@ class _Run:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
             angles = eng.empty(numel // 2, FP32, "rotary_tables")
             both = eng.empty(numel, FP32, "rotary_tables")
+            dtype = FP32 if model.model_type in FP32_TABLES else dtype
             cos = ops.unary(eng, both, "rotary_tables")
             cos = ops.cast(eng, ops.scale(eng, cos, "rotary_tables"), dtype, "rotary_tables")
             sin = ops.unary(eng, both, "rotary_tables")
@@ -422,16 +427,18 @@ class _Run:
             self._alibi(spec, dtype)
         if spec.position == "alibi" and model.model_type == "falcon" and not step.train.uses_own_modules:
             # ALiBi is written into the mask (modeling_falcon.py), one for every head
-            step.mask = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
+            self.masks[False] = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
         elif eager or (step.train.padded and step.train.attention == "sdpa"):
             # made from the embedding's output; later norms and projections may have another dtype
             kind = self.embedding.dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
-            # one mask for layers that see everything, one for those with a window
-            for _ in {bool(held.spec.attention.sliding_window) for held in self.weights}:
-                self.other_mask = step.mask
-                step.mask = eng.empty(entries, kind, "attention_mask")
+            for windowed in {self._masks_window(held) for held in self.weights}:
+                self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
+
+    def _masks_window(self, held: LayerWeights) -> bool:
+        """Whether a layer takes the mask of a window; gpt_neo's local layers add their own buffer to the common one."""
+        return bool(held.spec.attention.sliding_window) and self.step.model.model_type != "gpt_neo"
 
     def _alibi(self, spec: Attention, dtype: str) -> None:
         """The bias of every head and key: of the longest row in fp32 (mpt), or of every row of the batch."""
