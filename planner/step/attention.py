@@ -20,7 +20,7 @@ REPEATS_BEFORE_FLASH = (4, 48)
 """Before: flash attention got key/value heads repeated to all query heads (modeling_mistral.py v4.45.2)."""
 
 
-FP32_TABLES = ("ernie4_5", "olmo", "olmo2", "olmo3")
+FP32_TABLES = ("codegen", "ernie4_5", "olmo", "olmo2", "olmo3")
 """Model types whose rotary embedding leaves cos and sin in fp32 (models/olmo2/modeling_olmo2.py): so are products with
 them, and apply_rotary_pos_emb casts both results back at its end; ernie4_5 casts q and k in each product itself."""
 
@@ -97,7 +97,9 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         k = _projected_norm(step, held, spec.k_norm, k)
     if spec.position == "rope":
         if step.model.model_type in eager.ROTATES_TOKENS_FIRST:
+            source = v.dtype
             q, k, parts = _rotate_tokens_first(step, spec, q, k)
+            q, k = ops.cast(eng, q, source, "rotary"), ops.cast(eng, k, source, "rotary")  # codegen's tables are fp32
             named += parts
         else:
             q, k = _rotate(step, spec, q, k)

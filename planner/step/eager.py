@@ -67,6 +67,8 @@ def _standard(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
         q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     scores = _scores(step, spec, q, k, (heads_first, copied or (heads_first and groups == 1)))
+    if spec.scores_fp32 and step.model.model_type in ROTATES_TOKENS_FIRST:
+        del q, k  # their casts have no names
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")

@@ -531,7 +531,7 @@ class Engine:
         return counts
 
     def _evaluate(self, node: Node, grads: Grads) -> list[Tensor | None]:
-        """Run one node: its inputs die when it returns, then its saved tensors, then outputs are validated."""
+        """Run one node and validate its outputs; its inputs and its saved tensors die after that."""
         if node.leaf is not None:
             self._accumulate_leaf(node.leaf, grads, node.is_parameter)
             return []
@@ -540,6 +540,8 @@ class Engine:
             frame.recompute()
         assert node.backward is not None
         results = list(node.backward(node, grads))
+        if frame is not None:
+            node.saved = ()  # a checkpoint hands its tensors out: they die with the call (checkpoint.py unpack_hook)
         for slot, result in enumerate(results):  # validate_outputs runs before the inputs are gone
             if result is not None and node.edges[slot] is not None:
                 results[slot] = self._validate(result, node.numels[slot], node.dtypes[slot])

@@ -65,8 +65,8 @@ def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
         half = ops.scale(eng, x, "gelu_new")
         inner = ops.add(eng, x, ops.scale(eng, ops.power(eng, x, "gelu_new"), "gelu_new"), "gelu_new")
         inner = ops.scale(eng, inner, "gelu_new")
-        inner = ops.pointwise(eng, inner, "gelu_new", False)
-        out = ops.mul(eng, half, ops.shift(eng, inner, "gelu_new"), "gelu_new")
+        inner = ops.shift(eng, ops.pointwise(eng, inner, "gelu_new", False), "gelu_new")
+        out = ops.mul(eng, half, inner, "gelu_new")
         del half, inner
     elif written == "gelu_fast":  # FastGELUActivation: 0.5 * x * (1 + tanh(x * c * (1 + 0.044715 * x * x)))
         half, inner = ops.scale(eng, x, "gelu"), ops.scale(eng, x, "gelu")
@@ -155,11 +155,18 @@ def _xielu(step: Step, x: Tensor) -> Tensor:
     return out
 
 
+SHARED_FIRST = ("qwen2_moe",)
+"""Model types that run the shared expert before the router (models/qwen2_moe/modeling_qwen2_moe.py)."""
+
+
 def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """A mixture of experts: router, sorted tokens, grouped products, weighted sum (integrations/moe.py)."""
     eng, t = step.eng, step.tokens
     arg = x
     pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
+    shared = (
+        mlp(step, held, spec.shared, x) if spec.shared is not None and step.model.model_type in SHARED_FIRST else None
+    )
     weights = _route(step, held, spec, x)
     sorted_ids, order = eng.empty(pairs, INT64, "router"), eng.empty(pairs, INT64, "router")
     chosen = ops.gather(eng, x, eng.empty(pairs, INT64, "router"), pairs * spec.hidden_size, "experts")
@@ -176,7 +183,7 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
     del weighted, projected, bias, sorted_ids, order, chosen
     if spec.shared is not None:
-        shared = mlp(step, held, spec.shared, x)
+        shared = mlp(step, held, spec.shared, x) if shared is None else shared
         if spec.shared_gate is not None:
             logits = linears.forward(step, held.linears[spec.shared_gate.name], x)
             shared = ops.mul(eng, ops.pointwise(eng, logits, "sigmoid", False), shared, "experts")
@@ -231,7 +238,7 @@ def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor
 
 
 ROUTERS_IN_HIDDEN_DTYPE = ("gpt_oss", "granitemoe")
-ROUTERS_IN_LOGITS_DTYPE = ("qwen2_moe", "qwen3_moe", "olmoe")
+ROUTERS_IN_LOGITS_DTYPE = ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe")
 """Model types whose router casts the fp32 top-k weights back (models/*/modeling_*.py, classes *TopKRouter)."""
 
 

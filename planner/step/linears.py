@@ -40,11 +40,12 @@ class LinearWeights:
 class LayerWeights:
     """The tensors of one decoder layer, by module name."""
 
-    __slots__ = ("expert_adapters", "experts", "linears", "norms", "router", "spec")
+    __slots__ = ("buffer", "expert_adapters", "experts", "linears", "norms", "router", "spec")
 
     def __init__(self, spec: Layer) -> None:
         self.spec = spec
         self.linears: dict[str, LinearWeights] = {}
+        self.buffer: Tensor | None = None
         self.norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.experts: list[Tensor] = []
         self.router: Tensor | None = None

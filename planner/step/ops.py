@@ -399,6 +399,9 @@ def dropout(eng: Engine, x: Tensor, p: float, op: str = "dropout") -> Tensor:
 
 def cat_half(eng: Engine, first: Tensor, second: Tensor, op: str = "cat") -> Tensor:
     """torch.cat of two tensors: saves nothing; the backward narrows into views."""
+    if eng.autocast:  # cat is on autocast's list of promotions
+        wide = promote(first.dtype, second.dtype)
+        first, second = cast(eng, first, wide, op), cast(eng, second, wide, op)
     out = eng.empty(first.numel + second.numel, promote(first.dtype, second.dtype), op)
     eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
     numels = (first.numel, second.numel)

@@ -34,6 +34,9 @@ SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
 MASK_BUFFERS = ("gpt_bigcode",)
 """Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
 
+LAYER_BUFFERS = ("gpt_neo",)
+"""Model types that keep such a mask in every layer (modeling_gpt_neo.py)."""
+
 
 LONGEST_PATTERN = 12
 """Layers of the longest repeating pattern that is looked for (sliding, ..., full: 2 to 8 in published models)."""
@@ -222,6 +225,8 @@ class _Run:
                 held.norms[spec_norm.name] = self._norm(spec_norm)
         if layer.experts is not None:
             self._load_experts(held)
+        if self.step.model.model_type in LAYER_BUFFERS:
+            held.buffer = self.eng.empty(self.step.model.max_position_embeddings**2, "int8", "weight")
         return held
 
     def _load_experts(self, held: LayerWeights) -> None:
@@ -399,15 +404,15 @@ class _Run:
 
     def _drop_positions(self) -> None:
         """Rotary tables and masks live in the model's forward frame, or with the checkpoints that need them again."""
-        self.step.cos_sin = self.step.mask = self.step.alibi = self.position_ids = self.window_mask = (
-            self.other_mask
-        ) = None
+        self.step.cos_sin = self.step.mask = self.step.alibi = None
+        self.position_ids = self.window_mask = None
+        self.masks.clear()
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
         step, eng, model = self.step, self.eng, self.step.model
         spec = model.layers[0].attention
-        if spec.position == "rope":
+        if spec.position == "rope" or model.model_type == "falcon":  # falcon makes them beside ALiBi too
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
             width = width // 2 if model.model_type in ROTATES_HALVES else width
             numel = step.seq * width
