@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from planner.model import Norm
 from planner.step import ops
-from planner.step.attention import Finish, attention
+from planner.step.attention import attention
 from planner.step.context import Step
 from planner.step.eager import DROPOUT
 from planner.step.engine import Tensor
-from planner.step.feed_forward import experts, mlp
+from planner.step.feed_forward import Finish, experts, mlp
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
 

@@ -96,7 +96,10 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     else:
         held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
     held.dtype = train.base_dtype
-    if spec.bias:
+    if spec.bias and held.kind in ("nf4", "fp4"):
+        # Linear4bit's first forward leaves it in the compute dtype (bitsandbytes nn/modules.py)
+        held.bias = eng.parameter(spec.out_features, train.quantization.compute_dtype, "weight")
+    elif spec.bias:
         held.bias = step.weight(spec.out_features)
     return held
 

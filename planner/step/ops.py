@@ -525,11 +525,11 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", scales
         results: list[Tensor | None] = [None, None]
         for side in (0, 1) if scales else (1, 0):
             if needs[side]:
-                results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
+                result = eng.empty(numels[side], dtype, f"{op}_grad")
                 rows, columns, inner = ((m, k, n), (k, n, m))[side]
                 eng.matmul("bmm", dtype, rows, columns, inner, batch)
-                if scales:
-                    results[side] = unary(eng, results[side], f"{op}_grad")
+                results[side] = unary(eng, result, f"{op}_grad") if scales else result
+                del result
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))

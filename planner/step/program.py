@@ -18,7 +18,7 @@ from planner.step import layers, linears, losses, ops
 from planner.step.attention import FP32_TABLES, ROTATES_HALVES, always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT
-from planner.step.engine import FP32, INT64, Record, Tensor
+from planner.step.engine import FP32, INT64, Record, Size, Tensor
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
 from planner.step.optimizers import OptimizerState
@@ -33,6 +33,9 @@ SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 MASK_BUFFERS = ("gpt_bigcode",)
 """Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
+
+TABLES_BY_WINDOW = ("gemma3_text", "olmo3")
+"""Model types with rotary tables of their own for layers with a window (modeling_gemma3.py)."""
 
 LAYER_BUFFERS = ("gpt_neo",)
 """Model types that keep such a mask in every layer (modeling_gpt_neo.py)."""
@@ -135,6 +138,8 @@ class _Run:
         self.head: linears.LinearWeights | None = None
         self.position_ids: Tensor | None = None
         self.window_mask: Tensor | None = None
+        self.rotary: dict[bool, tuple[Tensor, Tensor]] = {}
+        """Rotary tables; of layers with a window (True) apart where the class has two sets."""
         self.masks: dict[bool, Tensor] = {}
         """4-D masks: of layers that see everything (False), of those with a window (True)."""
         self.input_leaf: Tensor | None = None
@@ -327,9 +332,8 @@ class _Run:
     def _decode(self) -> Tensor:
         step, eng, model = self.step, self.eng, self.step.model
         eng.enter("embedding")
-        embeds = self._embed()
-        self._positions(embeds.dtype)
-        hidden = embeds
+        hidden, names = self._embed()
+        self._positions(hidden.dtype)
         outputs: tuple[Tensor, Tensor | None] = (hidden, None)
         for unit, held in zip(self.stack.units, self.weights, strict=True):
             if unit != eng.layer:
@@ -343,17 +347,18 @@ class _Run:
         if model.final_norm is not None:
             spec = model.final_norm
             hidden = norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
-        del embeds, outputs
+        del names, outputs
         if not self._reenters():
             self._drop_positions()
         return hidden
 
     def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
+        step, eng, model, mode = self.step, self.eng, self.step.model, self.step.train.gradient_checkpointing
         spec = held.spec.attention
         window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
         mask = self.masks.get(self._masks_window(held))
-        arguments = (step.cos_sin, mask, step.alibi, self.position_ids, window)
+        tables = self.rotary.get(model.model_type in TABLES_BY_WINDOW and bool(spec.sliding_window))
+        arguments = (tables, mask, step.alibi, self.position_ids, window)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             step.cos_sin, step.mask, step.alibi = arguments[:3]
@@ -370,7 +375,8 @@ class _Run:
             return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
         return eng.checkpoint(forward, hidden, mode == "offload")
 
-    def _embed(self) -> Tensor:
+    def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The first layer's input, and what the model's frame names until the last layer: embeddings as looked up."""
         step, eng, model = self.step, self.eng, self.step.model
         assert self.embedding is not None
         width = model.token_embedding.width
@@ -385,18 +391,19 @@ class _Run:
             self.input_leaf = eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
         if model.embedding_scale and model.model_type not in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
+        names = [out]
         for projection in self.projections[:1]:
             out = linears.base_forward(step, projection, out)
         if model.position_embedding is not None:
             places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
             out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
-            del places
+            names.append(places)
         if model.embedding_dropout:
             out = ops.dropout(eng, out, DROPOUT, "embedding_dropout")
         if model.embedding_norm is not None:
             spec = model.embedding_norm
             out = norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
-        return out
+        return out, tuple(names)
 
     def _reenters(self) -> bool:
         """Whether the checkpoints are nodes of the graph, which keep their arguments until the loss is gone."""
@@ -407,6 +414,7 @@ class _Run:
         self.step.cos_sin = self.step.mask = self.step.alibi = None
         self.position_ids = self.window_mask = None
         self.masks.clear()
+        self.rotary.clear()
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
@@ -417,15 +425,10 @@ class _Run:
             width = width // 2 if model.model_type in ROTATES_HALVES else width
             numel = step.seq * width
             self.position_ids = eng.empty(step.seq, INT64, "positions")
-            angles = eng.empty(numel // 2, FP32, "rotary_tables")
-            both = eng.empty(numel, FP32, "rotary_tables")
-            dtype = FP32 if model.model_type in FP32_TABLES else dtype
-            cos = ops.unary(eng, both, "rotary_tables")
-            cos = ops.cast(eng, ops.scale(eng, cos, "rotary_tables"), dtype, "rotary_tables")
-            sin = ops.unary(eng, both, "rotary_tables")
-            sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
-            step.cos_sin = (cos, sin)
-            del angles, both
+            kind = FP32 if model.model_type in FP32_TABLES else dtype
+            windows = {bool(held.spec.attention.sliding_window) for held in self.weights}
+            for windowed in windows if model.model_type in TABLES_BY_WINDOW else {False}:
+                self.rotary[windowed] = self._rotary_tables(numel, kind)
         assert self.embedding is not None
         eager, entries = runs_eager(step, spec), step.batch * step.seq * step.seq
         if spec.position == "alibi":
@@ -440,6 +443,17 @@ class _Run:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
+
+    def _rotary_tables(self, numel: Size, dtype: str) -> tuple[Tensor, Tensor]:
+        eng = self.eng
+        angles = eng.empty(numel // 2, FP32, "rotary_tables")
+        both = eng.empty(numel, FP32, "rotary_tables")
+        cos = ops.unary(eng, both, "rotary_tables")
+        cos = ops.cast(eng, ops.scale(eng, cos, "rotary_tables"), dtype, "rotary_tables")
+        sin = ops.unary(eng, both, "rotary_tables")
+        sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
+        del angles, both
+        return cos, sin
 
     def _masks_window(self, held: LayerWeights) -> bool:
         """Whether a layer takes the mask of a window; gpt_neo's local layers add their own buffer to the common one."""
