@@ -19,18 +19,18 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | N
     eng, t = step.eng, step.tokens
     arg = x
     if not spec.gated:
-        hidden = _activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
+        hidden = activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
     elif spec.gate is not None and step.train.kernels in ("liger", "unsloth"):
         hidden = _fused_swiglu(step, held, spec, x)
     elif spec.gate is not None:
-        gate = _activate(step, spec, linears.forward(step, held.linears[spec.gate.name], x))
+        gate = activate(step, spec, linears.forward(step, held.linears[spec.gate.name], x))
         up = linears.forward(step, held.linears[spec.up.name], x)
         hidden = ops.mul(eng, gate, up, "mlp")
         del gate, up
     else:
         fused = linears.forward(step, held.linears[spec.up.name], x)
         gate, up = ops.split(eng, fused, (t * spec.intermediate_size, t * spec.intermediate_size))
-        hidden = ops.mul(eng, up, _activate(step, spec, gate), "mlp")
+        hidden = ops.mul(eng, up, activate(step, spec, gate), "mlp")
         del fused, gate, up
     out = linears.forward(step, held.linears[spec.down.name], hidden)
     if finish is not None:
@@ -56,7 +56,7 @@ def _fused_swiglu(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tenso
     return out
 
 
-def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
+def activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
     """The activation function: one fused kernel, or the forms that transformers writes out (activations.py)."""
     eng = step.eng
     arg = x

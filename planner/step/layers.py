@@ -8,12 +8,12 @@ a module runs.
 from __future__ import annotations
 
 from planner.model import Norm
-from planner.step import ops
+from planner.step import linears, ops
 from planner.step.attention import attention
 from planner.step.context import Step
 from planner.step.eager import DROPOUT
 from planner.step.engine import Tensor
-from planner.step.feed_forward import Finish, experts, mlp
+from planner.step.feed_forward import Finish, activate, experts, mlp
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
 
@@ -64,10 +64,28 @@ def _sequential_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
         x = _layer_norm(step, held, spec.input_norm, x)
     residual = x
     x = x if late else _layer_norm(step, held, spec.pre_mlp_norm, x)
-    x = _feed_forward(step, held, x)
+    if step.model.model_type in INLINES_MLP and not step.train.uses_own_modules:
+        given = [x]
+        x = residual
+        x = _inlined_mlp(step, held, given)
+    else:
+        x = _feed_forward(step, held, x)
     x = _layer_norm(step, held, spec.post_mlp_norm, x)
     x = ops.add(eng, residual, _branch(step, held, x), "residual")
     return _layer_norm(step, held, spec.pre_mlp_norm, x) if late else x
+
+
+INLINES_MLP = ("opt",)
+"""Model types whose layer calls fc1 and fc2 itself: fc1's input loses its name when fc1 is done (modeling_opt.py)."""
+
+
+def _inlined_mlp(step: Step, held: LayerWeights, given: list[Tensor]) -> Tensor:
+    spec = held.spec.mlp
+    assert spec is not None
+    hidden = linears.forward(step, held.linears[spec.up.name], given[0])
+    given.clear()
+    hidden = activate(step, spec, hidden)
+    return linears.forward(step, held.linears[spec.down.name], hidden)
 
 
 NAMES_ATTENDED = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "llama4_text", "mpt", "stablelm")

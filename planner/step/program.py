@@ -260,7 +260,8 @@ class _Run:
         else:
             held.weight = self.eng.parameter(model.head.weight_elements, step.embedding_dtype, "weight")
         if model.head.bias and held.bias is None:
-            held.bias = self.eng.parameter(model.head.out_features, step.embedding_dtype, "weight")
+            create = step.trainable if trainable else self.eng.parameter
+            held.bias = create(model.head.out_features, step.embedding_dtype, "weight")
         return held
 
     def _quantizes_head(self) -> bool:
@@ -382,9 +383,7 @@ class _Run:
         width = model.token_embedding.width
         out = eng.empty(step.tokens * width, self.embedding.dtype, "embedding")
         eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
-        if self.embedding.requires_grad:
-            table, dtype = self.embedding.numel, self.embedding.dtype
-            eng.link(out, (self.embedding,), lambda node, grads: [eng.empty(table, dtype, "embedding_grad")])
+        self._link_table(out, self.embedding)
         if model.embedding_scale and model.model_type in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
@@ -396,6 +395,7 @@ class _Run:
             out = linears.base_forward(step, projection, out)
         if model.position_embedding is not None:
             places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
+            self._link_table(places, self.tables[1])
             out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
             names.append(places)
         if model.embedding_dropout:
@@ -404,6 +404,11 @@ class _Run:
             spec = model.embedding_norm
             out = norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
         return out, tuple(names)
+
+    def _link_table(self, out: Tensor, table: Tensor) -> None:
+        """The gradient of a trainable table is as large as the table (embedding_dense_backward)."""
+        eng, numel, dtype = self.eng, table.numel, table.dtype
+        eng.link(out, (table,), lambda node, grads: [eng.empty(numel, dtype, "embedding_grad")])
 
     def _reenters(self) -> bool:
         """Whether the checkpoints are nodes of the graph, which keep their arguments until the loss is gone."""
