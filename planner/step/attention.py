@@ -368,7 +368,7 @@ def _rotate_tokens_first(
     rest = spec.head_dim - part
 
     def turned(x: Tensor, heads: int) -> Tensor:
-        tables = ops.unary(eng, cos, "rotary"), ops.unary(eng, sin, "rotary")
+        tables = eng.empty(step.seq * part, cos.dtype, "rotary"), eng.empty(step.seq * part, sin.dtype, "rotary")
         return rotary(step, ops.narrow(eng, x, t * heads * part), t * heads * part, 0, tables)
 
     k_turned = turned(k, spec.num_kv_heads)
@@ -410,6 +410,9 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
         out = ops.contiguous(eng, out, "rotary")
     return out
 
+
+HALF_TABLES = ("codegen", "gpt_oss", "gptj")
+"""Model types whose rotary tables hold each angle once."""
 
 ROTATES_HALVES = ("gpt_oss",)
 """Model types that rotate both halves apart and join them (models/gpt_oss/modeling_gpt_oss.py _apply_rotary_emb)."""

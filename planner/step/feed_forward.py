@@ -7,7 +7,7 @@ from collections.abc import Callable
 from planner.model import Experts, Mlp
 from planner.step import linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, Engine, Grads, Node, Size, Tensor
 from planner.step.linears import LayerWeights
 
 Finish = Callable[[Tensor], Tensor]
@@ -63,11 +63,9 @@ def activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
     written = spec.activation if not step.train.uses_own_modules else ""
     if written == "gelu_new":  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
         half = ops.scale(eng, x, "gelu_new")
-        inner = ops.add(eng, x, ops.scale(eng, ops.power(eng, x, "gelu_new"), "gelu_new"), "gelu_new")
-        inner = ops.scale(eng, inner, "gelu_new")
-        inner = ops.shift(eng, ops.pointwise(eng, inner, "gelu_new", False), "gelu_new")
-        out = ops.mul(eng, half, inner, "gelu_new")
-        del half, inner
+        curve = _new_curve(eng, x)
+        out = ops.mul(eng, half, curve, "gelu_new")
+        del half, curve
     elif written == "gelu_fast":  # FastGELUActivation: 0.5 * x * (1 + tanh(x * c * (1 + 0.044715 * x * x)))
         half, inner = ops.scale(eng, x, "gelu"), ops.scale(eng, x, "gelu")
         ratio = ops.shift(eng, ops.mul(eng, ops.scale(eng, x, "gelu"), x, "gelu"), "gelu")
@@ -91,6 +89,16 @@ def activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
         out = ops.pointwise(eng, x, spec.activation, spec.activation != "relu")
     del arg
     return out
+
+
+def _new_curve(eng: Engine, x: Tensor) -> Tensor:
+    """1 + tanh(c * (x + 0.044715 * x^3)): no pass has a name, each dies when the next exists."""
+    op = "gelu_new"
+    cube = ops.scale(eng, ops.power(eng, x, op), op)
+    inner = [ops.add(eng, x, cube, op)]
+    del cube
+    tanh = [ops.pointwise(eng, ops.scale(eng, inner.pop(), op), op, False)]
+    return ops.shift(eng, tanh.pop(), op)
 
 
 def _bloom_gelu(step: Step, x: Tensor) -> Tensor:
@@ -297,8 +305,8 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int) 
 
 def _sum_pairs(step: Step, x: Tensor, numel: Size, dtype: str) -> Tensor:
     """Sum each token's experts; the expanded gradient is written out to be reshaped."""
-    eng, pairs = step.eng, x.numel
-    out = eng.empty(numel, x.dtype, "experts")
+    eng, pairs, source = step.eng, x.numel, x.dtype
+    out = eng.empty(numel, FP32 if eng.autocast else source, "experts")  # sum is on autocast's fp32 list
     eng.kernel("reduce", x.dtype, x.nbytes + out.nbytes)
-    eng.link(out, (x,), lambda node, grads: [eng.empty(pairs, ops._grad(grads).dtype, "experts_grad")])
+    eng.link(out, (x,), lambda node, grads: [eng.empty(pairs, source, "experts_grad")])
     return ops.cast(eng, out, dtype, "experts")

@@ -15,9 +15,9 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import FP32_TABLES, ROTATES_HALVES, always_masks, needs_window_mask, runs_eager
+from planner.step.attention import FP32_TABLES, HALF_TABLES, always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
-from planner.step.eager import BOOLEAN_MASKS, DROPOUT
+from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
 from planner.step.engine import FP32, INT64, Record, Size, Tensor
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
@@ -177,6 +177,10 @@ class _Run:
         self.tables = loaded
         self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm,) if n is not None}
         self.projections = [linears.load_base(step, p, False) for p in model.embedding_projections]
+        if model.model_type in ROTATES_TOKENS_FIRST:  # GPTJRotaryEmbedding.embed_positions
+            spec = model.layers[0].attention
+            entries = model.max_position_embeddings * (spec.rotary_dim or spec.head_dim)
+            self.buffer = self.eng.empty(entries, FP32, "weight")
         if model.model_type in MASK_BUFFERS:
             self.buffer = self.eng.empty(model.max_position_embeddings**2, "int8", "weight")
         self._count(-1)
@@ -427,7 +431,7 @@ class _Run:
         spec = model.layers[0].attention
         if spec.position == "rope" or model.model_type == "falcon":  # falcon makes them beside ALiBi too
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
-            width = width // 2 if model.model_type in ROTATES_HALVES else width
+            width = width // 2 if model.model_type in HALF_TABLES else width
             numel = step.seq * width
             self.position_ids = eng.empty(step.seq, INT64, "positions")
             kind = FP32 if model.model_type in FP32_TABLES else dtype
