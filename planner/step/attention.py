@@ -209,7 +209,7 @@ def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKerne
         return "flash"  # a CPU has one fused kernel, for every dtype and mask (cpu/FlashAttentionKernel.cpp)
     if _broadcasts_heads(step, spec):
         return "math"
-    masked = step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
+    masked = _masked(step, spec)
     return cuda_rules.sdpa_kernel(
         dtype, has_mask=masked, head_dim=spec.head_dim, v_head_dim=spec.v_head_dim or spec.head_dim, arch=step.arch,
         grouped=_passes_groups(spec, masked),
@@ -230,6 +230,10 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
     if runs_eager(step, spec):
         out, names = eager.eager(step, spec, q, k, v, source)
     else:
+        if _repeats_heads(step, spec):  # before autocast casts them (integrations/sdpa_attention.py)
+            k, v = eager.repeat_heads(step, spec, k), eager.repeat_heads(step, spec, v)
+            spec = replace(spec, num_kv_heads=spec.num_heads)
+        named = (k, v)
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
             q, k, v = (ops.cast(eng, t, _flash_dtype(step), "flash_cast") for t in (q, k, v))
@@ -242,8 +246,21 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
             out = _flash(step, spec, q, k, v)
             if eager.leads_with_heads(step, spec) and step.train.attention == "sdpa":
                 out = ops.contiguous(eng, out, "attention")
+        del named
     del arg
     return out, names
+
+
+def _repeats_heads(step: Step, spec: Attention) -> bool:
+    """Whether SDPA gets key/value heads repeated to all query heads; falcon calls it with what it has."""
+    if step.train.attention != "sdpa" or not step.arch.sdpa_kernels or spec.num_kv_heads == spec.num_heads:
+        return False
+    return not _broadcasts_heads(step, spec) and not _passes_groups(spec, _masked(step, spec))
+
+
+def _masked(step: Step, spec: Attention) -> bool:
+    """Whether SDPA gets a 4-D mask."""
+    return step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
 
 
 def runs_eager(step: Step, spec: Attention) -> bool:
@@ -313,14 +330,9 @@ def _flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 
 def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Memory-efficient attention: key/value heads repeated where SDPA takes no groups, a 4-D mask kept as bias."""
+    """Memory-efficient attention: a 4-D mask is kept as a bias."""
     eng = step.eng
-    masked = step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
-    kv_heads = spec.num_kv_heads
-    arg = (k, v)
-    if not _passes_groups(spec, masked):
-        kv_heads = spec.num_heads
-        k, v = eager.repeat_heads(step, spec, k), eager.repeat_heads(step, spec, v)
+    masked, kv_heads = _masked(step, spec), spec.num_kv_heads
     mask: Tensor | None = None
     if masked and step.mask is not None and step.model.model_type == "falcon" and spec.position == "alibi":
         mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")  # ALiBi is in it: a bias already
@@ -329,13 +341,11 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     v_dim = spec.v_head_dim or spec.head_dim
     b, s, heads = step.batch, step.seq, spec.num_heads
     buffers = cuda_rules.efficient_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim, ITEMSIZE[q.dtype])
-    out = ops.fused_attention(
+    return ops.fused_attention(
         eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * cuda_rules.round_up(s, 32),
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="efficient_attention",
         mask=mask,
     )  # fmt: skip
-    del arg
-    return out
 
 
 def _rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,10 @@ def _named_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 def _parallel_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     eng, spec = step.eng, held.spec
     residual = x
+    if step.model.model_type == "gpt_neox":  # norms without names: each output dies with its branch
+        attended = _branch(step, held, attention(step, held, _layer_norm(step, held, spec.input_norm, x)))
+        fed = _branch(step, held, _feed_forward(step, held, _layer_norm(step, held, spec.pre_mlp_norm, x)))
+        return ops.add(eng, ops.add(eng, fed, attended, "residual"), residual, "residual")
     normed = _layer_norm(step, held, spec.input_norm, x)
     falcon = step.model.model_type == "falcon" and not step.train.uses_own_modules
     second = _layer_norm(step, held, spec.pre_mlp_norm, x) if falcon and spec.pre_mlp_norm else normed
