@@ -389,12 +389,10 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
     if spec.scores_fp32:
         q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
-    q = _folded(step, q, heads_first)
-    k = _folded(step, k, copied or (heads_first and groups == 1))
-    v = _folded(step, v, copied)
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.bmm(eng, q, k, score_shape, "scores")
+    k_copied = copied or (heads_first and groups == 1)
+    scores = ops.bmm(eng, _folded(step, q, heads_first), _folded(step, k, k_copied), score_shape, "scores")
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
@@ -412,7 +410,7 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     if step.model.model_type in RETURNS_PROBABILITIES:
         step.probabilities = probs
     step.unused_probabilities = probs
-    out = ops.bmm(eng, probs, v, value_shape, "attention")
+    out = ops.bmm(eng, probs, _folded(step, v, copied), value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out, arg
     return held

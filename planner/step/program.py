@@ -148,16 +148,23 @@ class _Run:
             self._drop_positions()
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
-        del loss, kept
-        if self.input_leaf is not None:  # dies with the graph: a leaf and its node hold each other
-            self.input_leaf.node = self.input_leaf.grad = None
-            self.input_leaf = None
+        del loss
+        if not kept:
+            self._drop_input_leaf()
         self._drop_positions()
         state.run_step()
+        del kept
+        self._drop_input_leaf()
         record = self.eng.record
         record.close()
         total = state.parameter_count()
         return Program(record, total, self.stack.first)
+
+    def _drop_input_leaf(self) -> None:
+        """The embeddings made a leaf, and their gradient, die with the graph: a leaf and its node hold each other."""
+        if self.input_leaf is not None:
+            self.input_leaf.node = self.input_leaf.grad = None
+            self.input_leaf = None
 
     # --- load -------------------------------------------------------------------------------------------------
 
