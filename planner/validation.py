@@ -231,7 +231,14 @@ def _quantization_options(row: Row, stack: str) -> dict[str, Any]:
     }
     if row["quantization"] not in ("", "none"):
         options["quantized_modules"] = row["quantized_modules"]
-        if row["base_dtype"]:  # the column says how the unquantized weights lie: nothing is left to a preparation
+        if (
+            row["base_dtype"] == "fp32"
+            and row["quantization"] in stacks.BNB
+            and row["compute_dtype"] in ("bf16", "fp16")
+        ):
+            # a 4-bit base computed in 16 bit beside fp32 weights is what PEFT's preparation leaves of a 16-bit model
+            options.update(base_dtype=row["compute_dtype"], kbit_preparation=True)
+        elif row["base_dtype"]:  # the column says how the unquantized weights lie: nothing is left to a preparation
             options["kbit_preparation"] = False
         if stack == "fms" and _FMS_PLAIN_PREPARATION in row["notes"]:
             options["fp32_norms_only"] = True

@@ -195,11 +195,23 @@ class _Run:
             self.outer_norms[model.final_norm.name] = self._norm(model.final_norm)
         self.head = self._load_head(trainable)
         self._count(-1)
+        self._prepare()
         if train.lora:
             self._load_adapters(adapted)
         if step.arch.blas_workspaces:
             workspace = cuda_rules.cublas_workspace_bytes(step.arch.capability)
             self.workspaces = [self.eng.workspace(workspace, "cublas") for _ in range(cuda_rules.cublas_handles())]
+
+    def _prepare(self) -> None:
+        """prepare_model_for_kbit_training: one parameter after the other (peft utils/other.py)."""
+        before = -2
+        for layer, held in self.step.widened:
+            if layer != before:
+                self._begin("load", layer)
+            before = layer
+            self.step.widen(held)
+        if self.step.widened:
+            self._begin("load", -1)
 
     def _begin(self, phase: str, layer: int) -> None:
         self.eng.enter(phase, layer)
@@ -212,7 +224,7 @@ class _Run:
         dtype = self.step.embedding_dtype
         if trainable:
             return self.step.trainable(elements, dtype, "weight", factors)
-        return self.eng.parameter(elements, dtype, "weight")
+        return self.step.frozen(elements, dtype)
 
     def _norm(self, spec: Norm) -> tuple[Tensor | None, Tensor | None]:
         step, dtype = self.step, self.step.norm_dtype
@@ -222,8 +234,7 @@ class _Run:
         def make(wanted: bool) -> Tensor | None:
             if not wanted:
                 return None
-            create = step.trainable if trainable else step.eng.parameter
-            return create(elements, dtype, "weight")
+            return step.trainable(elements, dtype, "weight") if trainable else step.frozen(elements, dtype)
 
         return make(spec.weight), make(spec.bias)
 
@@ -264,9 +275,9 @@ class _Run:
         elif self._quantizes_head():
             held = linears.load_base(step, model.head, False)
         else:
-            held.weight = self.eng.parameter(model.head.weight_elements, step.embedding_dtype, "weight")
+            held.weight = step.frozen(model.head.weight_elements, step.embedding_dtype)
         if model.head.bias and held.bias is None:
-            held.bias = self.eng.parameter(model.head.out_features, step.embedding_dtype, "weight")
+            held.bias = step.frozen(model.head.out_features, step.embedding_dtype)
         return held
 
     def _quantizes_head(self) -> bool:
