@@ -57,6 +57,8 @@ class Settings:
     """Go on although others use the GPU (bursts are marked)."""
     most: int = 0
     """At most so many bursts; 0: as many as the budget allows."""
+    seed: int | None = None
+    """Of the grid's mixed draws; None: the grid's own."""
     job: str = ""
     """Hash of the one job that is measured (`measurements.request_key`); empty: a grid."""
 
@@ -92,8 +94,9 @@ def run(
     gpu = _open(folder, device, settings)
     own = workers or (Forking() if device.kind == "cpu" else Spawning())
     state = _State(folder, device, gpu, settings, own, report)
+    source = bursts if bursts is not None else grid.bursts(gpu, settings.check, settings.seed)
     try:
-        for number, burst in enumerate(bursts if bursts is not None else grid.bursts(gpu, settings.check), start=1):
+        for number, burst in enumerate(source, start=1):
             if not state.next(number, burst):
                 break
     finally:
@@ -120,6 +123,7 @@ def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
                 "check": settings.check,
                 "budget_s": settings.budget_s,
                 "job": settings.job,
+                "seed": settings.seed,
             }
         )
         return gpu
@@ -130,6 +134,8 @@ def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
             f"{folder.path} holds a run of {header['device']['name']} "
             f"({'checking' if header.get('check') else 'fitting'} grid); name another --out"
         )
+    if header.get("seed") != settings.seed:
+        raise InvalidInput(f"{folder.path} holds a run drawn with --seed {header.get('seed')}; name another --out")
     if header.get("job", "") != settings.job:
         raise InvalidInput(f"{folder.path} holds a run of another job or of a grid; name another --out")
     return gpu

@@ -254,15 +254,12 @@ _CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
 CPU_ATTENTION_HIGH = 4.0
 """Upper bound of a CPU's attention rate over its product rate."""
 
+MICROBENCHMARK_ERROR = 0.05
+"""Relative standard error of a rate that was published for the card itself: assumed."""
+
 _OLD_DEQUANTIZE = {(6, 0): 1.7, (7, 5): 1.5, (8, 0): 1.7, (9, 0): 1.7}
 """Compute capability -> how much slower 4-bit dequantization was before bitsandbytes 0.48 (PR 1747: 1.36 to 2.07
 times on P100, A100, H100; 1.25 to 1.8 on T4; elsewhere 1.3 to 1.6 for small sizes only)."""
-
-
-THROTTLES_W = 75
-"""Boards up to this power lower their clocks under sustained load (Jia et al. 2019 on the T4's 70 W): a short
-microbenchmark says less about training there. The error of 0.2 was set after the T4 rows had been seen: it moves
-intervals and what an anchor carries (11.8 % over sources; 12.05 % with 0.05), no uncalibrated prediction."""
 
 
 def priors(gpu: Gpu) -> Coefficients:
@@ -287,9 +284,8 @@ def priors(gpu: Gpu) -> Coefficients:
         if measured and nominal:
             base = items[name]
             share = min(measured / nominal, 1.0)
-            error = share * (0.2 if 0 < gpu.tdp_w <= THROTTLES_W else 0.05)
             items[name] = Coefficient(
-                name=name, value=share, standard_error=error, unit=base.unit, low=base.low, high=base.high,
+                name=name, value=share, standard_error=MICROBENCHMARK_ERROR * share, unit=base.unit, low=base.low, high=base.high,
                 origin="microbenchmark", source=f"measured on {gpu.name} (data/gpus.json)",
             )  # fmt: skip
     return Coefficients(items)
