@@ -129,17 +129,17 @@ def compressed(run: Record) -> Record:
         segment = run.segments[kernel.segment]
         key = (
             segment.phase, min(segment.layer, 0), kernel.op, kernel.dtype, kernel.flops, kernel.bytes, kernel.count,
-            kernel.shape, kernel.recomputed,
+            kernel.shape, kernel.recomputed, kernel.layout,
         )  # fmt: skip
         sums[key] = sums.get(key, 0) + segment.repeat
     out = Record()
     places: dict[tuple[Any, ...], int] = {}
-    for (phase, layer, op, dtype, flops, moved, count, shape, again), times in sums.items():
+    for (phase, layer, op, dtype, flops, moved, count, shape, again, layout), times in sums.items():
         where = (phase, layer, times)
         if where not in places:
             places[where] = len(out.segments)
             out.segments.append(Segment(phase, layer, int(times), 0))
-        out.kernels.append(Kernel(op, dtype, flops, moved, count, places[where], shape, again))
+        out.kernels.append(Kernel(op, dtype, flops, moved, count, places[where], shape, again, layout))
     return out
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate import grid
+from calibrate.burst import timed_steps
 from calibrate.device import Device
 from calibrate.measurements import FINISHED, RunFolder, device_gpu
 from calibrate.workers import Forking, Spawning, Workers, result_of
@@ -158,7 +159,6 @@ class _State:
         self.folder, self.device, self.gpu = folder, device, gpu
         self.settings, self.workers, self.report = settings, workers, report
         self.timed = STEPS[device.kind]
-        self.steps = WARMUP + self.timed + OTHER_STEPS
         self.began = time.monotonic()
         self.stored = folder.results()
         self.done = sum(1 for s in self.stored.values() if s["result"].get("status") in FINISHED)
@@ -177,7 +177,8 @@ class _State:
             return True
         if self.settings.most and self.started >= self.settings.most:
             return False
-        steps = grid.step_seconds(burst, self.gpu, self.coefficients) * self.steps
+        each = grid.step_seconds(burst, self.gpu, self.coefficients)
+        steps = each * (WARMUP + OTHER_STEPS + timed_steps(self.timed, each * self.slowness))
         spent = time.monotonic() - self.began
         left = self.settings.budget_s - spent
         if left <= 0 or (self.started and self.beside + steps * self.slowness > left):
@@ -200,10 +201,11 @@ class _State:
 
     def _learn(self, result: dict[str, Any], predicted_s: float) -> None:
         """Correct the guesses of a burst's time by what it took."""
-        timed, wall = sum(result.get("steps_s", ())), float(result.get("worker_s", 0.0))
+        spent = list(result.get("steps_s", ()))
+        timed, wall = sum(spent), float(result.get("worker_s", 0.0))
         if result.get("status") != "ok" or not timed:
             return
-        steps = timed / self.timed * self.steps
+        steps = timed / len(spent) * (len(spent) + WARMUP + OTHER_STEPS)
         self.slowness = 0.5 * self.slowness + 0.5 * steps / predicted_s
         self.beside = 0.5 * self.beside + 0.5 * max(wall - steps, 0.0)
 

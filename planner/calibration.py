@@ -137,7 +137,10 @@ def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | Non
     usable = sorted((c for c in candidates if c.formula_version == FORMULA_VERSION), key=lambda c: c.created)
     own = [c for c in usable if matches(c, gpu)]
     if own:
-        return Selection(own[-1].coefficients, own[-1], _stack_notes(own[-1], versions))
+        newest = own[-1].coefficients
+        # a coefficient that came with a later release is at its prior
+        filled = Coefficients({**priors(gpu), **newest}, newest.formula_error, newest.label)
+        return Selection(filled, own[-1], _stack_notes(own[-1], versions))
     others = [c for c in usable if (c.device.get("kind") == "cpu") == (gpu.vendor == CPU)]
     if not others:
         return Selection(priors(gpu), None, ())
@@ -189,6 +192,7 @@ def _stack_notes(calibration: Calibration, versions: Versions | None) -> tuple[s
 _FRACTION = ("share of the data sheet's rate", 0.01, 1.0)
 _MATMUL = ("share of the reached matrix-product rate", 0.01, 1.0)
 _SECONDS = ("s", 0.0, 1e-2)
+_PORTABLE = ("ratio to the rate of x @ weight.T", 0.02, 20.0)
 _BYTES = "share of the reached bandwidth"
 
 # name, value, standard error, (unit, low, high), origin, source
@@ -227,6 +231,10 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
     ("launch_optimizer", 15e-6, 8e-6, _SECONDS, "assumed", "Python of the optimizer per kernel"),
     ("framework_step", 6e-3, 4e-3, ("s", 0.0, 1.0), "assumed",
      "data collation, logging and callbacks per optimizer step of a training loop"),
+    ("portable_nn", 0.3, 0.2, _PORTABLE, "assumed",
+     "grad @ weight in 16 bits on a CPU without AVX-512: BlasKernel.cpp gemm_notrans_"),
+    ("portable_tn", 2.0, 1.0, _PORTABLE, "assumed",
+     "grad.T @ x in 16 bits on a CPU without AVX-512: BlasKernel.cpp gemm_transb_"),
     ("compiled_traffic", 0.45, 0.15, ("share of eager element-wise traffic", 0.05, 1.0), "assumed",
      "torch.compile fuses element-wise chains: what is left is the chains' ends"),
     ("host_link", 22e9, 5e9, ("bytes/s", 1e9, 5e11), "assumed", "pinned copies over PCIe 4.0 x16"),
@@ -277,6 +285,7 @@ def priors(gpu: Gpu) -> Coefficients:
             high = CPU_ATTENTION_HIGH if name.startswith(("flash_f", "flash_b", "efficient")) else base.high
             items[name] = replace(base, value=value, standard_error=error, high=high, origin="assumed", source=source)
         return Coefficients(items)
+    items = {name: item for name, item in items.items() if not name.startswith("portable")}
     for name, measured, nominal in (
         ("matmul", gpu.measured_matmul_flops_per_s, max(gpu.bf16_flops_per_s, gpu.fp16_flops_per_s)),
         ("bandwidth", gpu.measured_bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),
@@ -285,8 +294,8 @@ def priors(gpu: Gpu) -> Coefficients:
             base = items[name]
             share = min(measured / nominal, 1.0)
             items[name] = Coefficient(
-                name=name, value=share, standard_error=MICROBENCHMARK_ERROR * share, unit=base.unit, low=base.low, high=base.high,
-                origin="microbenchmark", source=f"measured on {gpu.name} (data/gpus.json)",
+                name=name, value=share, standard_error=MICROBENCHMARK_ERROR * share, unit=base.unit, low=base.low,
+                high=base.high, origin="microbenchmark", source=f"measured on {gpu.name} (data/gpus.json)",
             )  # fmt: skip
     return Coefficients(items)
 

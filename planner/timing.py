@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from planner.calibration import Coefficients, old_dequantize_factor
 from planner.hardware import Gpu
 from planner.records import record
-from planner.step.engine import FP32, ITEMSIZE, Kernel, Record, Shape
+from planner.step.engine import FP32, ITEMSIZE, Kernel, Layout, Record, Shape
 from planner.training import TrainingSpec
 
 Number = Any
@@ -29,6 +29,9 @@ TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
 """Output tiles a product may be cut into (CUTLASS and cuBLAS ship these for 16-bit operands)."""
 SPLITS = (1, 2, 4, 8, 16, 32)
 """Into how many parts the inner dimension may be cut when there are fewer tiles than multiprocessors."""
+
+PORTABLE_VECTORS = ("avx2", "avx", "unknown")
+"""Vector units of CPUs without 16-bit products in oneDNN."""
 
 _PRODUCTS = {"matmul": "matrix products", "lora": "adapters", "bmm": "attention"}
 _FUSED = ("flash_attention", "efficient_attention")
@@ -178,11 +181,11 @@ class Rates:
         share = [r / (r + half) for r in reuse]
         return tuple((*tile, s / share[0]) for tile, s in zip(TILES, share, strict=True))
 
-    def matmul_s(self, shape: Shape, dtype: str) -> tuple[Number, Number]:
+    def matmul_s(self, shape: Shape, dtype: str, layout: Layout = "nt") -> tuple[Number, Number]:
         """(arithmetic, memory) seconds of a product, cut into whole tiles that fill whole waves of multiprocessors."""
         batch, m, n, k = shape
         if self.gpu.synchronous:
-            return self._cpu_matmul_s(shape, dtype)
+            return self._cpu_matmul_s(shape, dtype, layout)
         rate = self.product(dtype) / self.multiprocessors
         best: Number = None
         for rows, columns, relative in self._tiles:
@@ -198,7 +201,7 @@ class Rates:
         moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
         return best, moved / self.bytes_per_s
 
-    def _cpu_matmul_s(self, shape: Shape, dtype: str) -> tuple[Number, Number]:
+    def _cpu_matmul_s(self, shape: Shape, dtype: str, layout: Layout) -> tuple[Number, Number]:
         """The same on a CPU, whose kernels take any number of rows: each side costs as if it were a little longer.
 
         One thread of MKL and oneDNN follows m / (m + 14) from 16 to 320 rows (measured on the development machine).
@@ -207,7 +210,18 @@ class Rates:
         edge = self.c["tile_reuse_half"]
         work = 2.0 * batch * (m + edge) * (n + edge) * (k + self.c["matmul_k_half"])
         moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
-        return work / self.product(dtype), moved / self.bytes_per_s
+        rate = self.product(dtype)
+        if layout != "nt" and self.portable(dtype):
+            rate = rate * self.c[f"portable_{layout}"]
+        return work / rate, moved / self.bytes_per_s
+
+    def portable(self, dtype: str) -> bool:
+        """Whether products of `dtype` run in torch's own loops on a CPU, whose speed depends on the operands' layout.
+
+        oneDNN takes 16-bit products only with AVX-512 (at::mkldnn_bf16_device_check); what is left is
+        aten/src/ATen/native/cpu/BlasKernel.cpp.
+        """
+        return self.gpu.synchronous and not self.simt(dtype) and self.gpu.architecture in PORTABLE_VECTORS
 
     def attention_s(self, kernel: Kernel, tokens_per_row: Number) -> Number:
         """Arithmetic seconds of a fused attention kernel; its FLOPs count the causal half only."""
@@ -226,7 +240,7 @@ class Rates:
         """Seconds of one recorded kernel."""
         latency = self.c["kernel_latency"] * kernel.count
         if kernel.shape is not None:
-            compute, memory = self.matmul_s(kernel.shape, kernel.dtype)
+            compute, memory = self.matmul_s(kernel.shape, kernel.dtype, kernel.layout)
             return _Price(compute, memory, latency)
         if kernel.op.startswith(_FUSED):
             return _Price(self.attention_s(kernel, tokens_per_row), kernel.bytes / self.bytes_per_s, latency)
@@ -315,7 +329,7 @@ class Sums:
             self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
 
     def _price(self, kernel: Kernel) -> _Price:
-        key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count)
+        key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count, kernel.layout)
         found = self.known.get(key)
         if found is None:
             found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
@@ -389,7 +403,10 @@ class Sums:
 def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
     """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
     if kernel.shape is not None:
-        return ("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)
+        own = [("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)]
+        if kernel.layout != "nt" and rates.portable(kernel.dtype):
+            own.append((f"portable_{kernel.layout}", bound))
+        return tuple(own)
     if kernel.op.startswith(_FUSED):
         if kernel.dtype == FP32:
             return (("efficient_fp32", 1.0),)
