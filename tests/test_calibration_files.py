@@ -173,3 +173,23 @@ def test_a_calibration_narrows_the_interval() -> None:
     assert fitted.step_s is not None
     assert fitted.step_s.high / fitted.step_s.low < plain.high / plain.low
     assert fitted.device.expected == fitted.reserved.expected + 2
+
+
+def test_a_chosen_file_serves_its_card_among_several(folder: Path) -> None:
+    calibration_files.write(made(A100, created="2026-05-01", matmul=0.5))
+    path = calibration_files.write(made(matmul=0.61))
+    found = calibration_files.select_each([H100, A100, T4], str(path))
+    assert found[H100.gpu_id].coefficients.value("matmul") == 0.61
+    assert found[A100.gpu_id].coefficients.value("matmul") == 0.5
+    assert found[T4.gpu_id].borrowed
+    assert all(s.calibration is None for s in calibration_files.select_each([H100, T4], "none").values())
+    with pytest.raises(InvalidInput, match="none of the cards"):
+        calibration_files.select_each([A100, T4], str(path))
+
+
+def test_a_coefficient_that_came_later_is_at_its_prior() -> None:
+    old = made()
+    items = {name: c for name, c in old.coefficients.items() if name != "dequantize"}
+    found = select(H100, [replace(old, coefficients=Coefficients(items, 0.04, "old"))]).coefficients
+    assert found["dequantize"] == priors(H100)["dequantize"]
+    assert (found.value("matmul"), found.formula_error, found.label) == (0.6, 0.04, "old")
