@@ -81,7 +81,8 @@ def test_qlora_needs_less_than_lora_less_than_full(stack: str) -> None:
     """For every catalogue model of a billion parameters and more, at 1 x 512 with checkpointing.
 
     The exceptions are bitsandbytes' own: it converts neither FalconLinear nor fused experts, so a 4-bit falcon is a
-    16-bit one, and k-bit preparation then widens what was left to fp32.
+    16-bit one, and k-bit preparation then widens what was left to fp32. A third of Qwen-1_8B are tables that the
+    preparation widens too, and its own loss runs in the dtype of the logits.
     """
     for name in large_models():
         spec = model(name)
@@ -92,6 +93,8 @@ def test_qlora_needs_less_than_lora_less_than_full(stack: str) -> None:
         unconverted = spec.model_type == "falcon" or any(layer.experts for layer in spec.layers)
         if unconverted and stack == "peft-loop":
             assert qlora > lora, name
+        elif name == "Qwen/Qwen-1_8B" and stack == "peft-loop":
+            assert lora < qlora < 1.05 * lora
         elif spec.model_type != "falcon":
             assert qlora < lora, name
 

@@ -30,6 +30,9 @@ ROTATES_TOKENS_FIRST = ("gptj", "codegen")
 RETURNS_PROBABILITIES = ("bloom", "mpt", "falcon", "gpt_neo")
 """Model types whose decoder layer returns the attention probabilities (models/bloom/modeling_bloom.py BloomBlock)."""
 
+OWN_CODE = "qwen"
+"""First-generation Qwen: modeling_qwen.py comes with the checkpoint, and this file follows it where it differs."""
+
 DROPOUT = 0.1
 """The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
 
@@ -190,7 +193,9 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
     eng = step.eng
     arg = (q, k, v)
     has_sdpa = spec.has_sdpa(step.train.versions.transformers)
-    if spec.sinks and (step.train.attention == "eager" or not has_sdpa):
+    if step.model.model_type == OWN_CODE:
+        out = _unpadded_flash(step, spec, q, k, v) if step.train.attention == "flash2" else _masked(step, spec, q, k, v)
+    elif spec.sinks and (step.train.attention == "eager" or not has_sdpa):
         out = _eager_sinks(step, spec, q, k, v)
     elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not has_sdpa):
         falcon = step.model.model_type == "falcon" and spec.position == "rope"
@@ -319,6 +324,60 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     return out
 
 
+def _unpadded_flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashSelfAttention of modeling_qwen.py: more than one row is packed for the kernel and spread out again.
+
+    Trainers always pass an attention mask, so rows are packed even where none is shorter.
+    """
+    eng = step.eng
+    arg = (q, k, v)
+    several = step.batch > 1
+    if several:
+        k, q, v = (ops.scale(eng, t, "unpad") for t in (k, q, v))
+    out = _flash(step, spec, q, k, v)
+    if several:
+        out = ops.scale(eng, out, "pad")
+    del arg
+    return out
+
+
+def _masked(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """QWenAttention without flash-attn, torch 2: every layer makes its causal mask and hands SDPA an additive one."""
+    eng, s, b = step.eng, step.seq, step.batch
+    arg = (q, k, v)
+    ones = eng.empty(s * s, "int8", "attention_mask")
+    causal = eng.empty(s * s, "int8", "attention_mask")  # torch.tril of it
+    del ones
+    inverse = eng.empty(s * s, "int8", "attention_mask")
+    mask = eng.empty(b * s * s, step.train.base_dtype, "attention_mask")
+    del inverse
+    bias = mask
+    if step.arch.sdpa_kernels and not _aligned(s):
+        spread = spec.num_heads if step.arch.torch < SPREADS_BEFORE_PADDING else 1
+        bias = eng.empty(b * spread * s * cuda_rules.round_up(s, MASK_ALIGNMENT), mask.dtype, "attention_bias")
+    buffers = cuda_rules.efficient_backward_workspace(
+        b, s, s, spec.num_heads, spec.num_kv_heads, spec.head_dim, ITEMSIZE[q.dtype]
+    )
+    rows = b * spec.num_heads * cuda_rules.round_up(s, 32)
+    out = ops.fused_attention(
+        eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=rows,
+        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="efficient_attention",
+        mask=bias,
+    )  # fmt: skip
+    del arg, causal, mask, bias
+    return out
+
+
+MASK_ALIGNMENT = 16
+"""SDPA pads a mask whose rows are no multiple of this (ATen/native/transformers/attention.cpp preprocess_mask)."""
+SPREADS_BEFORE_PADDING = (2, 2)
+"""Before: it expands the mask to all heads first, so the padded copy is written out for each of them (v2.1)."""
+
+
+def _aligned(length: Size) -> bool:
+    return not isinstance(length, int) or length % MASK_ALIGNMENT == 0
+
+
 def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """eager_attention_forward: whole score matrices, softmax in fp32, cast back."""
     eng = step.eng
@@ -330,12 +389,10 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
     if spec.scores_fp32:
         q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
-    q = _folded(step, q, heads_first)
-    k = _folded(step, k, copied or (heads_first and groups == 1))
-    v = _folded(step, v, copied)
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.bmm(eng, q, k, score_shape, "scores", "nt")
+    k_copied = copied or (heads_first and groups == 1)
+    scores = ops.bmm(eng, _folded(step, q, heads_first), _folded(step, k, k_copied), score_shape, "scores", "nt")
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
@@ -353,7 +410,7 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     if step.model.model_type in RETURNS_PROBABILITIES:
         step.probabilities = probs
     step.unused_probabilities = probs
-    out = ops.bmm(eng, probs, v, value_shape, "attention")
+    out = ops.bmm(eng, probs, _folded(step, v, copied), value_shape, "attention")
     held = ops.contiguous(eng, out, "attention")
     del out, arg
     return held
@@ -425,10 +482,13 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
         return _fused_rotary(step, x)
     kept: Tensor | None = None
     source = x.dtype
-    wide = step.model.model_type in FP32_ROTARY
+    own = step.model.model_type == OWN_CODE
+    wide = step.model.model_type in FP32_ROTARY or own
     if wide:
         x = ops.cast(eng, x, FP32, "rotary")
-    if not (isinstance(rest, int) and rest == 0):
+    if own and step.train.attention == "flash2":
+        return ops.cast(eng, _triton_rotary(step, x), source, "rotary")
+    if own or not (isinstance(rest, int) and rest == 0):  # its own code appends the rest even where there is none
         full = x
         x = ops.narrow(eng, full, rotated)
         kept = ops.narrow(eng, full, rest)
@@ -446,6 +506,19 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
     elif step.model.model_type == "phi3":
         out = ops.contiguous(eng, out, "rotary")
     return ops.cast(eng, out, source, "rotary") if wide else out
+
+
+def _triton_rotary(step: Step, x: Tensor) -> Tensor:
+    """flash-attn's ApplyRotaryEmb out of place: a new tensor; the backward clones the gradient first (2.3.4)."""
+    eng = step.eng
+    out = ops.unary(eng, x, "rotary")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        cloned = ops.unary(eng, ops._grad(grads), "rotary_grad")
+        return [ops.unary(eng, cloned, "rotary_grad")]
+
+    eng.link(out, (x,), backward)
+    return out
 
 
 def _fused_rotary(step: Step, x: Tensor) -> Tensor:

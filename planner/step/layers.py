@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from planner.model import Norm
 from planner.step import ops
-from planner.step.attention import DROPOUT, attention
+from planner.step.attention import DROPOUT, OWN_CODE, attention
 from planner.step.context import Step
 from planner.step.engine import Tensor
 from planner.step.feed_forward import experts, mlp
@@ -22,7 +22,10 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     spec = held.spec
     arg = x
     try:
-        out = _parallel_layer(step, held, x) if spec.parallel else _sequential_layer(step, held, x)
+        if step.model.model_type == OWN_CODE:
+            out = _qwen_layer(step, held, x)
+        else:
+            out = _parallel_layer(step, held, x) if spec.parallel else _sequential_layer(step, held, x)
     finally:  # a recomputation may stop early
         step.unused_probabilities = None
     del arg
@@ -63,6 +66,19 @@ def _sequential_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     x = _layer_norm(step, held, spec.post_mlp_norm, x)
     x = ops.add(eng, residual, _branch(step, held, x), "residual")
     return _layer_norm(step, held, spec.pre_mlp_norm, x) if late else x
+
+
+def _qwen_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
+    """QWenBlock.forward: the usual order, but every result keeps a name until the layer returns."""
+    eng, spec = step.eng, held.spec
+    normed = _layer_norm(step, held, spec.input_norm, x)
+    attended = attention(step, held, normed)
+    summed = ops.add(eng, attended, x, "residual")
+    normed = _layer_norm(step, held, spec.pre_mlp_norm, summed)
+    fed = _feed_forward(step, held, normed)
+    out = ops.add(eng, summed, fed, "residual")
+    del normed, attended, fed
+    return out
 
 
 def _parallel_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:

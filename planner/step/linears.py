@@ -40,7 +40,7 @@ class LinearWeights:
 class LayerWeights:
     """The tensors of one decoder layer, by module name."""
 
-    __slots__ = ("expert_adapters", "experts", "linears", "norms", "router", "spec")
+    __slots__ = ("buffer", "expert_adapters", "experts", "linears", "norms", "router", "spec")
 
     def __init__(self, spec: Layer) -> None:
         self.spec = spec
@@ -48,6 +48,8 @@ class LayerWeights:
         self.norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.experts: list[Tensor] = []
         self.router: Tensor | None = None
+        self.buffer: Tensor | None = None
+        """What the class registers in every layer beside its parameters."""
         self.expert_adapters: dict[str, tuple[Tensor, Tensor]] = {}
         """Fused parameter -> its (A, B), stacked over the experts (peft lora.ParamWrapper)."""
 

@@ -410,15 +410,22 @@ def linear(
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [None, None, None]
-        if need_b:
-            results[2] = eng.empty(n, dtype, "bias_grad")
-            eng.kernel("reduce", dtype, _grad(grads).nbytes)
-        if need_x:
-            results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
-            eng.matmul(kind, dtype, m, k, n, layout="nn")
+
+        def of_input() -> None:
+            if need_x:
+                results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
+                eng.matmul(kind, dtype, m, k, n, layout="nn")
+
+        if b is not None:
+            of_input()
         if need_w:
             results[1] = eng.empty(w_numel, dtype, "weight_grad")
             eng.matmul(kind, dtype, n, k, m, layout="tn")
+        if b is None:
+            of_input()
+        if need_b:
+            results[2] = eng.empty(n, dtype, "bias_grad")
+            eng.kernel("reduce", dtype, _grad(grads).nbytes)
         return results
 
     made = eng.begin((x, w, b), backward, tuple(saved))
@@ -444,7 +451,7 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", layout
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [None, None]
-        for side in (0, 1):
+        for side in (1, 0):  # derivatives in the order of their names: mat2, self
             if needs[side]:
                 results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
                 rows, columns, inner = ((m, k, n), (k, n, m))[side]

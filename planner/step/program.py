@@ -15,7 +15,7 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import BOOLEAN_MASKS, DROPOUT, always_masks, needs_window_mask
+from planner.step.attention import BOOLEAN_MASKS, DROPOUT, OWN_CODE, always_masks, needs_window_mask
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.linears import LayerWeights
@@ -33,6 +33,9 @@ SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
 MASK_BUFFERS = ("gpt_bigcode",)
 """Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
 
+
+LOGN_POSITIONS = 32767
+"""Elements of the logn_tensor buffer that every attention of first-generation Qwen holds (modeling_qwen.py)."""
 
 LONGEST_PATTERN = 12
 """Layers of the longest repeating pattern that is looked for (sliding, ..., full: 2 to 8 in published models)."""
@@ -133,6 +136,7 @@ class _Run:
         self.window_mask: Tensor | None = None
         self.other_mask: Tensor | None = None
         self.input_leaf: Tensor | None = None
+        self.buffers: list[Tensor] = []
 
     def all(self) -> Program:
         self._load()
@@ -144,16 +148,23 @@ class _Run:
             self._drop_positions()
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
-        del loss, kept
-        if self.input_leaf is not None:  # dies with the graph: a leaf and its node hold each other
-            self.input_leaf.node = self.input_leaf.grad = None
-            self.input_leaf = None
+        del loss
+        if not kept:
+            self._drop_input_leaf()
         self._drop_positions()
         state.run_step()
+        del kept
+        self._drop_input_leaf()
         record = self.eng.record
         record.close()
         total = state.parameter_count()
         return Program(record, total, self.stack.first)
+
+    def _drop_input_leaf(self) -> None:
+        """The embeddings made a leaf, and their gradient, die with the graph: a leaf and its node hold each other."""
+        if self.input_leaf is not None:
+            self.input_leaf.node = self.input_leaf.grad = None
+            self.input_leaf = None
 
     # --- load -------------------------------------------------------------------------------------------------
 
@@ -170,7 +181,10 @@ class _Run:
         self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm,) if n is not None}
         self.projections = [linears.load_base(step, p, False) for p in model.embedding_projections]
         if model.model_type in MASK_BUFFERS:
-            self.buffer = self.eng.empty(model.max_position_embeddings**2, "int8", "weight")
+            self.buffers = [self.eng.empty(model.max_position_embeddings**2, "int8", "weight")]
+        if model.model_type == OWN_CODE:  # RotaryEmbedding caches cos and sin of twice the longest row so far
+            width = model.layers[0].attention.head_dim
+            self.buffers = [self.eng.empty(2 * step.seq * width, FP32, "rotary_tables") for _ in range(2)]
         self._count(-1)
         for unit, layer in zip(self.stack.units, self.stack.layers, strict=True):
             self._begin("load", unit)
@@ -215,6 +229,8 @@ class _Run:
 
     def _load_layer(self, layer: Layer, adapted: set[str]) -> LayerWeights:
         held = LayerWeights(layer)
+        if self.step.model.model_type == OWN_CODE:
+            held.buffer = self.eng.empty(LOGN_POSITIONS, self.step.train.base_dtype, "weight")
         for spec in layer.linears:
             held.linears[spec.name] = linears.load_base(self.step, spec, spec.name in adapted)
         for spec_norm in (*layer.attention.norms, *layer.norms):
@@ -392,6 +408,13 @@ class _Run:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
         step, eng, model = self.step, self.eng, self.step.model
         spec = model.layers[0].attention
+        if model.model_type == OWN_CODE:
+            self.position_ids = eng.empty(step.seq, INT64, "positions")
+            step.cos_sin = (
+                self.buffers[0].view(step.seq * spec.head_dim),
+                self.buffers[1].view(step.seq * spec.head_dim),
+            )
+            return
         if spec.position == "rope":
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
             numel = step.seq * width
