@@ -121,6 +121,10 @@ class Selection(NamedTuple):
         """Measured device memory beyond reserved, where this very card was measured."""
         return self.calibration.context_bytes if self.calibration is not None and not self.borrowed else None
 
+    def card(self, gpu: Gpu) -> Gpu:
+        """The card with its measured context, where there is one."""
+        return gpu if self.context_bytes is None else replace(gpu, context_bytes=self.context_bytes)
+
 
 BORROWED_ERROR = 0.10
 """Relative standard error added to a dimensionless coefficient that was measured on another card: assumed."""

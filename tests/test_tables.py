@@ -272,7 +272,7 @@ def test_a_replay_that_limits_is_named() -> None:
     above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 9088}))
     after = predict.predict(model, above, catalog.gpu("rtx-4090"))
     assert after.verdict == "too close to call"
-    assert after.allocated.high < catalog.gpu("rtx-4090").free_bytes - predict.CONTEXT_BYTES[2]
+    assert after.allocated.high < catalog.gpu("rtx-4090").rooms[2]
 
 
 def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

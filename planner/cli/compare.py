@@ -177,7 +177,7 @@ def _predicted(label: str, text: str, model: str | None, gpu: str | None, given:
     if card is None:
         return Compared(label, predict(spec, training), resolved)
     chosen = calibration_files.select(card, calibration, training.versions)
-    found = predict(spec, training, card, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
+    found = predict(spec, training, chosen.card(card), coefficients=chosen.coefficients)
     return Compared(label, found, resolved)
 
 

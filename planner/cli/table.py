@@ -166,6 +166,7 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job:
     values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu", "vram")}
     wanted = {**dict.fromkeys(COST), **costs}
     chosen = calibration_files.select_each(cards, costs.get("calibration"))
+    cards = tuple(chosen[card.gpu_id].card(card) for card in cards)
     prices = card_prices(cards, lambda card: price_of(card, wanted))
     data = costs.get("data") or {"data_files": ()}
     if data["data_files"]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.errors import one_line
-from planner.hardware import CPU, Gpu
+from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.memory import Moment
-from planner.predict import CONTEXT_BYTES, Prediction
+from planner.predict import Prediction
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
@@ -69,7 +69,7 @@ def components(answer: Answer) -> tuple[Component, ...]:
     if cache > 0:
         parts.append(Component("allocator cache", cache, "reserved", "computed"))
     beyond = p.device.expected - p.reserved.expected
-    origin = "assumed" if beyond == CONTEXT_BYTES[1] else "fitted"
+    origin = "assumed" if p.gpu is None or p.gpu.context_bytes == CONTEXT_BYTES else "fitted"
     return (*parts, Component(context_name(p.gpu), beyond, "device", origin))
 
 
