@@ -286,12 +286,28 @@ def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coeff
     return sums.result(coefficients)
 
 
+def phase_seconds(
+    run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients
+) -> tuple[dict[str, Number], Number]:
+    """Seconds of each of PARTS (of one micro batch, and of the optimizer) and of the whole step, and nothing else.
+
+    What a fit asks for thousands of times: the same sums as `step_time`, without its ledger.
+    """
+    sums = Sums(Rates(gpu, coefficients, training), training, explained=False)
+    for kernel in run.kernels:
+        sums.add(kernel, run)
+    whole = sums.whole_step(coefficients)
+    return sums.parts(whole), whole.total
+
+
 class Sums:
     """Seconds, FLOPs, bytes and launches added up by part of the step and by class of operation."""
 
-    def __init__(self, rates: Rates, training: TrainingSpec) -> None:
+    def __init__(self, rates: Rates, training: TrainingSpec, explained: bool = True) -> None:
+        """`explained`: keep what the ledger, the bounds and the interval need."""
         self.rates = rates
         self.training = training
+        self.explained = explained
         self.device = dict.fromkeys(PARTS, 0.0)
         self.host = dict.fromkeys(PARTS, 0.0)
         self.flops = dict.fromkeys(PARTS, 0.0)
@@ -316,6 +332,8 @@ class Sums:
         launches = kernel.count * self.rates.launched(kernel) * times
         self.device[part] += seconds * times
         self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
+        if not self.explained:
+            return
         self.flops[part] += kernel.flops * times
         steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
@@ -352,14 +370,20 @@ class Sums:
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
         return WholeStep(device, host, wait, total, spread, shares)
 
+    def parts(self, whole: WholeStep) -> dict[str, Number]:
+        """Seconds of each part: its kernels, and its share of the waiting for the host."""
+        host = _maximum(whole.host, 1e-12)
+        return {p: self.device[p] + whole.wait * self.host[p] / host for p in PARTS}
+
     def result(self, coefficients: Coefficients) -> StepTime:
         """Put the sums together."""
         steps = self.accumulation
         micro = ("forward", "recomputation", "backward")
-        device, host, wait, total, spread, shares = self.whole_step(coefficients)
+        whole = self.whole_step(coefficients)
+        device, host, wait, total, spread, shares = whole
         overhead = self.rates.c["framework_step"]
         lower = _maximum(_maximum(self.compute, self.memory), host)
-        parts = {p: self.device[p] + wait * self.host[p] / _maximum(host, 1e-12) for p in PARTS}
+        parts = self.parts(whole)
         return StepTime(
             forward_s=parts["forward"],
             recomputation_s=parts["recomputation"],
