@@ -12,20 +12,16 @@ from typing import Any, Literal
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, Selection, priors
 from planner.dataset.orders import Orders
-from planner.hardware import CPU, Gpu
+from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.records import record
 from planner.step import program, sequence
 from planner.step.engine import Record
 from planner.training import TrainingSpec
-from planner.units import GiB, MiB
+from planner.units import GiB
 
 Verdict = Literal["fits", "does not fit", "too close to call"]
 Origin = Literal["known", "computed", "assumed", "fitted"]
-
-CONTEXT_BYTES = (128 * MiB, 350 * MiB, 640 * MiB)
-"""CUDA context of a PyTorch process, low/expected/high: assumed. It holds the driver's state and the kernels that
-were loaded (lazily since CUDA 11.7), so it grows with the number of libraries and differs between drivers."""
 
 WORTH_SAYING = 1.03
 """Reserved memory with rows of unequal length over that with equal ones from which on a warning says so."""
@@ -121,14 +117,12 @@ def predict(
     *,
     warnings: tuple[str, ...] = (),
     coefficients: Coefficients | None = None,
-    context_bytes: tuple[int, int, int] | None = None,
     orders: Orders | None = None,
 ) -> Prediction:
     """Predict the memory of one training step and, with a GPU, whether the run fits and how long a step takes.
 
     Args:
         coefficients: of the time model; the card's priors by default.
-        context_bytes: low, expected and high device memory beyond reserved; by default assumed.
         orders: in which micro batches of unequal length arrive, the longest being `training.seq_len`; None: they are
             equally long.
 
@@ -150,7 +144,7 @@ def predict(
             warnings = (*warnings, _about_orders(reserved, equal))
     if gpu is not None and gpu.vendor == CPU:
         reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
-    device = reserved.shifted(context_bytes or CONTEXT_BYTES)
+    device = reserved.shifted(gpu.context_bytes if gpu is not None else CONTEXT_BYTES)
     return Prediction(
         model=model,
         training=training,
@@ -171,7 +165,7 @@ def predict_on(model: ModelSpec, training: TrainingSpec, gpu: Gpu, chosen: Selec
     """Predict with a card's calibration (None: its priors)."""
     if chosen is None:
         return predict(model, training, gpu)
-    return predict(model, training, gpu, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
+    return predict(model, training, chosen.card(gpu), coefficients=chosen.coefficients)
 
 
 def _time(
@@ -263,7 +257,7 @@ def allocator_ranges(
         expected=peak,
         high=max(int(peak * (1 + share)), replayed.peak_allocated + small),
     )
-    limit = gpu.free_bytes - CONTEXT_BYTES[1] if gpu else 0
+    limit = gpu.rooms[1] if gpu else 0
     unlimited = expected
     if gpu and expected > limit:
         # A process that meets the limit gives its cached segments back and tries again before it fails.
@@ -274,7 +268,7 @@ def allocator_ranges(
             ran_out = True
     high = max(int(unlimited * (1 + share + FRAGMENTATION)), allocated.high)
     if gpu and not ran_out and allocated.high <= limit:
-        high = max(expected, min(high, gpu.free_bytes - CONTEXT_BYTES[2]))  # the cache cannot outgrow the card
+        high = max(expected, min(high, gpu.rooms[2]))  # the cache cannot outgrow the card
     reserved = Range(low=min(allocated.low, expected), expected=expected, high=high)
     return allocated, reserved, ran_out
 
@@ -285,10 +279,9 @@ FRAGMENTATION = 0.05
 
 def verdict_for(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
     """Whether the live memory fits beside the context; the cache shrinks when the card is full."""
-    limits = [gpu.free_bytes - context for context in CONTEXT_BYTES]
-    if allocated.low > limits[0] or (ran_out and allocated.expected > limits[1]):
+    if allocated.low > gpu.rooms[0] or (ran_out and allocated.expected > gpu.rooms[1]):
         return "does not fit"
-    if ran_out or allocated.high > limits[2]:
+    if ran_out or allocated.high > gpu.rooms[2]:
         return "too close to call"
     return "fits"
 
@@ -365,4 +358,4 @@ def _int(value: Any) -> int:
     return int(value.max()) if hasattr(value, "max") else int(value)
 
 
-__all__ = ["CONTEXT_BYTES", "GiB", "Prediction", "Range", "Verdict", "architecture", "predict", "uncertainty"]
+__all__ = ["GiB", "Prediction", "Range", "Verdict", "architecture", "predict", "uncertainty"]

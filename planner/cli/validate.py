@@ -107,8 +107,8 @@ class _Glue:
             return predict(spec, training, None, orders=_orders(lengths, training))
         chosen = calibration_files.select(card, self.calibration, training.versions)
         return predict(
-            spec, training, card, warnings=chosen.notes, coefficients=chosen.coefficients,
-            context_bytes=chosen.context_bytes, orders=_orders(lengths, training),
+            spec, training, chosen.card(card), warnings=chosen.notes, coefficients=chosen.coefficients,
+            orders=_orders(lengths, training),
         )  # fmt: skip
 
     def capacity(self, gpu_id: str) -> int | None:

@@ -252,7 +252,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
     scaled = ops.scale(eng, q, "attention")
     keys, values = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
-    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), score_shape, "scores")
+    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), score_shape, "scores", "nt")
     scores = ops.add(eng, scores, mask, "scores", scores_numel)
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
@@ -392,7 +392,7 @@ def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
     k_copied = copied or (heads_first and groups == 1)
-    scores = ops.bmm(eng, _folded(step, q, heads_first), _folded(step, k, k_copied), score_shape, "scores")
+    scores = ops.bmm(eng, _folded(step, q, heads_first), _folded(step, k, k_copied), score_shape, "scores", "nt")
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
@@ -436,7 +436,7 @@ def _eager_falcon(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, 
     groups = spec.num_heads // spec.num_kv_heads
     numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.bmm(eng, q, ops.expand_copy(eng, k, groups), score_shape, "scores")
+    scores = ops.bmm(eng, q, ops.expand_copy(eng, k, groups), score_shape, "scores", "nt")
     scores = ops.scale_in_place(eng, scores)
     assert step.mask is not None
     scores = ops.cast(eng, ops.add(eng, scores, step.mask, "scores", numel), source, "softmax_cast")
@@ -457,7 +457,7 @@ def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -
     rows = step.batch * spec.num_heads * step.seq
     scores_numel = rows * step.seq
     score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores"), "scores")
+    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores", "nt"), "scores")
     assert step.mask is not None
     scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
     sink = eng.empty(rows, scores.dtype, "scores")

@@ -305,7 +305,7 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         if held.dtype != grad.dtype:
             weight = ops.unary(eng, weight, "dequantize", grad.dtype)
         result = eng.empty(numel, grad.dtype, "linear_4bit_grad")
-        eng.matmul("matmul", dtype, m, k, n)
+        eng.matmul("matmul", dtype, m, k, n, layout="nn")
         del weight
         return [result]
 
@@ -360,7 +360,7 @@ def _backward_8bit(step: Step, spec: Linear, numel: Size, dtype: str) -> Tensor:
     eng = step.eng
     weight = _dequantize_8bit(step, spec, dtype)
     result = eng.empty(numel, dtype, "linear_8bit_grad")
-    eng.matmul("matmul", dtype, step.tokens, spec.in_features, spec.out_features)
+    eng.matmul("matmul", dtype, step.tokens, spec.in_features, spec.out_features, layout="nn")
     del weight
     return result
 
@@ -410,7 +410,7 @@ def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         weight = eng.empty(spec.weight_elements, dtype, "dequantize")
         eng.kernel("dequantize", dtype, spec.weight_elements // 2 + weight.nbytes, count=2)
         result = eng.empty(numel, dtype, "linear_gptq_grad")
-        eng.matmul("matmul", dtype, m, k, n)
+        eng.matmul("matmul", dtype, m, k, n, layout="nn")
         del weight
         return [result]
 

@@ -9,7 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.step.engine import BF16, FP16, FP32, INT64, ITEMSIZE, Engine, Grads, Node, Shape, Size, Tensor
+from planner.step.engine import (
+    BF16,
+    FP16,
+    FP32,
+    INPUT_GRAD,
+    INT64,
+    ITEMSIZE,
+    Engine,
+    Grads,
+    Layout,
+    Node,
+    Shape,
+    Size,
+    Tensor,
+)
 
 _HALF = (BF16, FP16)
 
@@ -400,13 +414,13 @@ def linear(
         def of_input() -> None:
             if need_x:
                 results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
-                eng.matmul(kind, dtype, m, k, n)
+                eng.matmul(kind, dtype, m, k, n, layout="nn")
 
         if b is not None:
             of_input()
         if need_w:
             results[1] = eng.empty(w_numel, dtype, "weight_grad")
-            eng.matmul(kind, dtype, n, k, m)
+            eng.matmul(kind, dtype, n, k, m, layout="tn")
         if b is None:
             of_input()
         if need_b:
@@ -422,7 +436,7 @@ def linear(
     return out
 
 
-def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm") -> Tensor:
+def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", layout: Layout = "nn") -> Tensor:
     """`shape` (batch, m, n, k): batched matrix product of two activations, both saved."""
     batch, m, n, k = shape
     out_numel = batch * m * n
@@ -441,12 +455,13 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm") -> Ten
             if needs[side]:
                 results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
                 rows, columns, inner = ((m, k, n), (k, n, m))[side]
-                eng.matmul("bmm", dtype, rows, columns, inner, batch)
+                lies: Layout = "tn" if side else INPUT_GRAD[layout]
+                eng.matmul("bmm", dtype, rows, columns, inner, batch, layout=lies)
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))
     out = eng.empty(out_numel, a.dtype, op)
-    eng.matmul("bmm", a.dtype, m, n, k, batch)
+    eng.matmul("bmm", a.dtype, m, n, k, batch, layout=layout)
     eng.finish(made, out)
     return out
 
