@@ -146,9 +146,9 @@ def test_of_equal_blocks_the_lowest_address_is_taken():
     for block in reversed(blocks):
         assert block is not None
         one.free(block)
-    assert one.malloc(20 * MIB) is not None
-    assert blocks[0] is not None
-    assert not blocks[0].free
+    assert [block.address for block in blocks if block] == sorted((b.address for b in blocks if b), reverse=True)
+    taken = one.malloc(20 * MIB)
+    assert taken is blocks[2]  # of the newest segment
 
 
 def test_free_neighbours_merge():
