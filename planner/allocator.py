@@ -93,6 +93,8 @@ class Settings:
     large_segment: int = LARGE_SEGMENT
     capacity: int = 0
     """Bytes the process may reserve; 0: no limit."""
+    rising: bool = False
+    """Segments at rising addresses instead of falling ones."""
 
     def __post_init__(self) -> None:
         divisions = self.roundup_power2_divisions
@@ -147,7 +149,7 @@ class CachingAllocator:
         """Requests for which cached segments were given back."""
         self._free: tuple[list[int], list[int]] = ([], [])  # per pool: size << 80 | address, sorted
         self._by_address: dict[int, Block] = {}
-        self._lowest_address = _TOP
+        self._lowest_address, self._highest_address = _TOP, 0
         self._fine = self.settings.expandable_segments
         """Large blocks are split down to 512 bytes too."""
         self._limit = self.settings.max_split_size
@@ -266,6 +268,9 @@ class CachingAllocator:
         wanted = segment_bytes(size, self.settings.large_segment)
         if not self._reserve(wanted):
             return None
+        if self.settings.rising:
+            self._highest_address += wanted + _SEGMENT_GAP
+            return Block(self._highest_address - wanted, wanted, pool)
         self._lowest_address -= wanted + _SEGMENT_GAP
         return Block(self._lowest_address, wanted, pool)
 

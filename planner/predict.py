@@ -260,17 +260,28 @@ def allocator_ranges(
     limit = gpu.rooms[1] if gpu else 0
     unlimited = expected
     if gpu and expected > limit:
-        # A process that meets the limit gives its cached segments back and tries again before it fails.
-        settings = allocator.Settings(capacity=max(limit - small_reserved, 1))
-        try:
-            expected = allocator.replay(events, settings).peak_reserved + small_reserved
-        except allocator.OutOfMemory:
-            ran_out = True
+        found = _within(events, max(limit - small_reserved, 1))
+        ran_out = found is None
+        expected = unlimited if found is None else found + small_reserved
     high = max(int(unlimited * (1 + share + FRAGMENTATION)), allocated.high)
     if gpu and not ran_out and allocated.high <= limit:
         high = max(expected, min(high, gpu.rooms[2]))  # the cache cannot outgrow the card
     reserved = Range(low=min(allocated.low, expected), expected=expected, high=high)
     return allocated, reserved, ran_out
+
+
+def _within(events: list[tuple[int, int]], capacity: int) -> int | None:
+    """Peak reserved bytes of a process that may have `capacity`; None if that is too little.
+
+    A process that meets its limit gives its cached segments back and tries again before it fails. Whether enough of
+    them are whole then depends on where the driver puts segments: one layout that works is taken for an answer.
+    """
+    for rising in (False, True):
+        try:
+            return allocator.replay(events, allocator.Settings(capacity=capacity, rising=rising)).peak_reserved
+        except allocator.OutOfMemory:
+            continue
+    return None
 
 
 FRAGMENTATION = 0.05
