@@ -310,10 +310,9 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         return [result]
 
     eng.link(out, (x,), backward, (x,) if release < KEEPS_NO_INPUT else (), hooked=False)
-    del x
-    out = ops.cast(eng, out, source, "input_dtype_cast")
-    del arg
-    return out
+    converted = ops.cast(eng, out, source, "input_dtype_cast")
+    del x, out, arg  # names of the module's frame
+    return converted
 
 
 def _dequantize_first(step: Step, held: LinearWeights, dtype: str) -> list[Storage]:
