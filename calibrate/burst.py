@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -26,6 +27,10 @@ from planner.errors import InvalidInput, PlannerError, one_line
 PROTOCOL = 1
 """Version of request and result."""
 PHASES = ("forward", "backward", "optimizer")
+LEAST_STEPS = 4
+"""Timed steps that every burst runs, however long they take."""
+ENOUGH_S = 8.0
+"""Seconds of timed steps after which a burst asks for no more."""
 
 OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("attention", "flash_fwd", "flash_bwd", "fmha")),
@@ -87,6 +92,11 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", "")),
         "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def timed_steps(most: int, step_s: float) -> int:
+    """How many steps a burst of such steps will time."""
+    return min(most, max(LEAST_STEPS, math.ceil(ENOUGH_S / max(step_s, 1e-9))))
 
 
 def _is_memory(message: str) -> bool:
@@ -198,7 +208,11 @@ class _Burst:
         """The steps that count: no profiler, no reading but the clock; peaks around all of them."""
         self.device.reset_peak()
         before, wall = self.device.state(), time.perf_counter()
-        timed = [self._timed(step) for _ in range(int(self.request.get("steps", 5)))]
+        timed: list[tuple[float, float, list[float]]] = []
+        while len(timed) < int(self.request.get("steps", 5)):
+            if len(timed) >= LEAST_STEPS and time.perf_counter() - wall >= ENOUGH_S:
+                break
+            timed.append(self._timed(step))
         wall, after = time.perf_counter() - wall, self.device.state()
         self._mark("steady step")
         self.found["steps_s"] = [seconds for seconds, _, _ in timed]

@@ -74,9 +74,10 @@ class Point:
     kernels: Record
     gpu: Gpu
 
-    def price(self, coefficients: Coefficients) -> timing.StepTime:
-        """Seconds under these coefficients; a burst has no training framework around it."""
-        return timing.step_time(self.kernels, self.training, self.gpu, coefficients)
+    def price(self, coefficients: Coefficients) -> tuple[dict[str, float], float]:
+        """Seconds of the parts and of the step under these coefficients, without a training framework around it."""
+        parts, total = timing.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
+        return parts, float(total) - self.overhead_s(coefficients)
 
     def overhead_s(self, coefficients: Coefficients) -> float:
         """Seconds in `price` of a training framework that this run did not have."""
@@ -86,16 +87,16 @@ class Point:
 
     def predicted(self, coefficients: Coefficients) -> list[float]:
         """Seconds to compare with `measured`: phases where they were timed, else the step."""
-        time = self.price(coefficients)
+        parts, total = self.price(coefficients)
         if self.measurement.phases_s is None:
-            return [float(time.step_s.expected) - self.overhead_s(coefficients)]
+            return [total]
         steps = self.training.gradient_accumulation_steps
-        backward = (time.backward_s + time.recomputation_s) * steps
-        return [float(time.forward_s) * steps, float(backward), float(time.optimizer_s)]
+        backward = (parts["backward"] + parts["recomputation"]) * steps
+        return [parts["forward"] * steps, backward, parts["optimizer"]]
 
     def step_s(self, coefficients: Coefficients) -> float:
         """Predicted seconds of the whole step."""
-        return float(self.price(coefficients).step_s.expected) - self.overhead_s(coefficients)
+        return self.price(coefficients)[1]
 
     @property
     def measured(self) -> list[float]:
@@ -129,17 +130,17 @@ def compressed(run: Record) -> Record:
         segment = run.segments[kernel.segment]
         key = (
             segment.phase, min(segment.layer, 0), kernel.op, kernel.dtype, kernel.flops, kernel.bytes, kernel.count,
-            kernel.shape, kernel.recomputed,
+            kernel.shape, kernel.recomputed, kernel.layout,
         )  # fmt: skip
         sums[key] = sums.get(key, 0) + segment.repeat
     out = Record()
     places: dict[tuple[Any, ...], int] = {}
-    for (phase, layer, op, dtype, flops, moved, count, shape, again), times in sums.items():
+    for (phase, layer, op, dtype, flops, moved, count, shape, again, layout), times in sums.items():
         where = (phase, layer, times)
         if where not in places:
             places[where] = len(out.segments)
             out.segments.append(Segment(phase, layer, int(times), 0))
-        out.kernels.append(Kernel(op, dtype, flops, moved, count, places[where], shape, again))
+        out.kernels.append(Kernel(op, dtype, flops, moved, count, places[where], shape, again, layout))
     return out
 
 

@@ -257,12 +257,15 @@ def _in_fp16(training: TrainingSpec) -> TrainingSpec:
 # --- within the budget ---------------------------------------------------------------------------------------------
 
 
-def bursts(gpu: Gpu, check: bool = False) -> Iterator[Burst]:
-    """The grid of a device, in order, with repeats, without end: the harness stops when the budget is used."""
-    on_cpu = gpu.synchronous
-    if check:
-        return with_repeats(cpu_check() if on_cpu else gpu_check(gpu))
-    return with_repeats(cpu_grid() if on_cpu else gpu_grid(gpu))
+def bursts(gpu: Gpu, check: bool = False, seed: int | None = None) -> Iterator[Burst]:
+    """The grid of a device, in order, with repeats, without end: the harness stops when the budget is used.
+
+    `seed` draws other mixed bursts than the usual ones.
+    """
+    draw = {} if seed is None else {"seed": seed}
+    if gpu.synchronous:
+        return with_repeats(cpu_check(**draw) if check else cpu_grid(**draw))
+    return with_repeats(gpu_check(gpu, **draw) if check else gpu_grid(gpu, **draw))
 
 
 def exactly(model: str, config: Mapping[str, Any], training: TrainingSpec) -> Iterator[Burst]:

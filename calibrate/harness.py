@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate import grid
+from calibrate.burst import timed_steps
 from calibrate.device import Device
 from calibrate.measurements import FINISHED, RunFolder, device_gpu
 from calibrate.workers import Forking, Spawning, Workers, result_of
@@ -57,6 +58,8 @@ class Settings:
     """Go on although others use the GPU (bursts are marked)."""
     most: int = 0
     """At most so many bursts; 0: as many as the budget allows."""
+    seed: int | None = None
+    """Of the grid's mixed draws; None: the grid's own."""
     job: str = ""
     """Hash of the one job that is measured (`measurements.request_key`); empty: a grid."""
 
@@ -92,8 +95,9 @@ def run(
     gpu = _open(folder, device, settings)
     own = workers or (Forking() if device.kind == "cpu" else Spawning())
     state = _State(folder, device, gpu, settings, own, report)
+    source = bursts if bursts is not None else grid.bursts(gpu, settings.check, settings.seed)
     try:
-        for number, burst in enumerate(bursts if bursts is not None else grid.bursts(gpu, settings.check), start=1):
+        for number, burst in enumerate(source, start=1):
             if not state.next(number, burst):
                 break
     finally:
@@ -120,6 +124,7 @@ def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
                 "check": settings.check,
                 "budget_s": settings.budget_s,
                 "job": settings.job,
+                "seed": settings.seed,
             }
         )
         return gpu
@@ -130,6 +135,8 @@ def _open(folder: RunFolder, device: Device, settings: Settings) -> Gpu:
             f"{folder.path} holds a run of {header['device']['name']} "
             f"({'checking' if header.get('check') else 'fitting'} grid); name another --out"
         )
+    if header.get("seed") != settings.seed:
+        raise InvalidInput(f"{folder.path} holds a run drawn with --seed {header.get('seed')}; name another --out")
     if header.get("job", "") != settings.job:
         raise InvalidInput(f"{folder.path} holds a run of another job or of a grid; name another --out")
     return gpu
@@ -152,7 +159,6 @@ class _State:
         self.folder, self.device, self.gpu = folder, device, gpu
         self.settings, self.workers, self.report = settings, workers, report
         self.timed = STEPS[device.kind]
-        self.steps = WARMUP + self.timed + OTHER_STEPS
         self.began = time.monotonic()
         self.stored = folder.results()
         self.done = sum(1 for s in self.stored.values() if s["result"].get("status") in FINISHED)
@@ -171,7 +177,8 @@ class _State:
             return True
         if self.settings.most and self.started >= self.settings.most:
             return False
-        steps = grid.step_seconds(burst, self.gpu, self.coefficients) * self.steps
+        each = grid.step_seconds(burst, self.gpu, self.coefficients)
+        steps = each * (WARMUP + OTHER_STEPS + timed_steps(self.timed, each * self.slowness))
         spent = time.monotonic() - self.began
         left = self.settings.budget_s - spent
         if left <= 0 or (self.started and self.beside + steps * self.slowness > left):
@@ -194,10 +201,11 @@ class _State:
 
     def _learn(self, result: dict[str, Any], predicted_s: float) -> None:
         """Correct the guesses of a burst's time by what it took."""
-        timed, wall = sum(result.get("steps_s", ())), float(result.get("worker_s", 0.0))
+        spent = list(result.get("steps_s", ()))
+        timed, wall = sum(spent), float(result.get("worker_s", 0.0))
         if result.get("status") != "ok" or not timed:
             return
-        steps = timed / self.timed * self.steps
+        steps = timed / len(spent) * (len(spent) + WARMUP + OTHER_STEPS)
         self.slowness = 0.5 * self.slowness + 0.5 * steps / predicted_s
         self.beside = 0.5 * self.beside + 0.5 * max(wall - steps, 0.0)
 

@@ -123,7 +123,7 @@ def trace(
     """
     arch = arch or Architecture()
     # A collection in mid-step would make release times depend on the process's history; steps leave no tensor cycles.
-    gc.collect()
+    # None is made before it either: walking what the libraries have imported takes as long as tracing a layer.
     gc.disable()
     try:
         refuse_unsupported(training)

@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from calibrate import flops
+
+_DEVICE = torch.ops.prim.device.default
+_META = torch.device("meta")
 
 COPIES = ("aten._to_copy", "aten.clone")
 """Operations whose result holds the values of their first argument."""
@@ -115,14 +119,14 @@ class Tracker(TorchDispatchMode):
         self._ignoring = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # more than half of all calls: not passed on
+            return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         kwargs = kwargs or {}
         known = self._names.get(func)
         if known is None:
             known = self._names[func] = str(func).removesuffix(".default"), flops.formula(func)
         name, formula = known
-        if name.startswith(
-            ("prim.", "profiler.")
-        ):  # questions about tensors: no memory, and more than half of all calls
+        if name.startswith(("prim.", "profiler.")):  # questions about tensors: no memory
             return func(*args, **kwargs)
         hidden = self._synthetic(func, args, kwargs) if self._synthetic is not None and not self._ignoring else ()
         late = name in self._late_ops

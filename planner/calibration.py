@@ -121,6 +121,10 @@ class Selection(NamedTuple):
         """Measured device memory beyond reserved, where this very card was measured."""
         return self.calibration.context_bytes if self.calibration is not None and not self.borrowed else None
 
+    def card(self, gpu: Gpu) -> Gpu:
+        """The card with its measured context, where there is one."""
+        return gpu if self.context_bytes is None else replace(gpu, context_bytes=self.context_bytes)
+
 
 BORROWED_ERROR = 0.10
 """Relative standard error added to a dimensionless coefficient that was measured on another card: assumed."""
@@ -137,7 +141,10 @@ def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | Non
     usable = sorted((c for c in candidates if c.formula_version == FORMULA_VERSION), key=lambda c: c.created)
     own = [c for c in usable if matches(c, gpu)]
     if own:
-        return Selection(own[-1].coefficients, own[-1], _stack_notes(own[-1], versions))
+        newest = own[-1].coefficients
+        # a coefficient that came with a later release is at its prior
+        filled = Coefficients({**priors(gpu), **newest}, newest.formula_error, newest.label)
+        return Selection(filled, own[-1], _stack_notes(own[-1], versions))
     others = [c for c in usable if (c.device.get("kind") == "cpu") == (gpu.vendor == CPU)]
     if not others:
         return Selection(priors(gpu), None, ())
@@ -189,6 +196,7 @@ def _stack_notes(calibration: Calibration, versions: Versions | None) -> tuple[s
 _FRACTION = ("share of the data sheet's rate", 0.01, 1.0)
 _MATMUL = ("share of the reached matrix-product rate", 0.01, 1.0)
 _SECONDS = ("s", 0.0, 1e-2)
+_PORTABLE = ("ratio to the rate of x @ weight.T", 0.02, 20.0)
 _BYTES = "share of the reached bandwidth"
 
 # name, value, standard error, (unit, low, high), origin, source
@@ -227,6 +235,10 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
     ("launch_optimizer", 15e-6, 8e-6, _SECONDS, "assumed", "Python of the optimizer per kernel"),
     ("framework_step", 6e-3, 4e-3, ("s", 0.0, 1.0), "assumed",
      "data collation, logging and callbacks per optimizer step of a training loop"),
+    ("portable_nn", 0.3, 0.2, _PORTABLE, "assumed",
+     "grad @ weight in 16 bits on a CPU without AVX-512: BlasKernel.cpp gemm_notrans_"),
+    ("portable_tn", 2.0, 1.0, _PORTABLE, "assumed",
+     "grad.T @ x in 16 bits on a CPU without AVX-512: BlasKernel.cpp gemm_transb_"),
     ("compiled_traffic", 0.45, 0.15, ("share of eager element-wise traffic", 0.05, 1.0), "assumed",
      "torch.compile fuses element-wise chains: what is left is the chains' ends"),
     ("host_link", 22e9, 5e9, ("bytes/s", 1e9, 5e11), "assumed", "pinned copies over PCIe 4.0 x16"),
@@ -254,15 +266,12 @@ _CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
 CPU_ATTENTION_HIGH = 4.0
 """Upper bound of a CPU's attention rate over its product rate."""
 
+MICROBENCHMARK_ERROR = 0.05
+"""Relative standard error of a rate that was published for the card itself: assumed."""
+
 _OLD_DEQUANTIZE = {(6, 0): 1.7, (7, 5): 1.5, (8, 0): 1.7, (9, 0): 1.7}
 """Compute capability -> how much slower 4-bit dequantization was before bitsandbytes 0.48 (PR 1747: 1.36 to 2.07
 times on P100, A100, H100; 1.25 to 1.8 on T4; elsewhere 1.3 to 1.6 for small sizes only)."""
-
-
-THROTTLES_W = 75
-"""Boards up to this power lower their clocks under sustained load (Jia et al. 2019 on the T4's 70 W): a short
-microbenchmark says less about training there. The error of 0.2 was set after the T4 rows had been seen: it moves
-intervals and what an anchor carries (11.8 % over sources; 12.05 % with 0.05), no uncalibrated prediction."""
 
 
 def priors(gpu: Gpu) -> Coefficients:
@@ -280,6 +289,7 @@ def priors(gpu: Gpu) -> Coefficients:
             high = CPU_ATTENTION_HIGH if name.startswith(("flash_f", "flash_b", "efficient")) else base.high
             items[name] = replace(base, value=value, standard_error=error, high=high, origin="assumed", source=source)
         return Coefficients(items)
+    items = {name: item for name, item in items.items() if not name.startswith("portable")}
     for name, measured, nominal in (
         ("matmul", gpu.measured_matmul_flops_per_s, max(gpu.bf16_flops_per_s, gpu.fp16_flops_per_s)),
         ("bandwidth", gpu.measured_bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),
@@ -287,10 +297,9 @@ def priors(gpu: Gpu) -> Coefficients:
         if measured and nominal:
             base = items[name]
             share = min(measured / nominal, 1.0)
-            error = share * (0.2 if 0 < gpu.tdp_w <= THROTTLES_W else 0.05)
             items[name] = Coefficient(
-                name=name, value=share, standard_error=error, unit=base.unit, low=base.low, high=base.high,
-                origin="microbenchmark", source=f"measured on {gpu.name} (data/gpus.json)",
+                name=name, value=share, standard_error=MICROBENCHMARK_ERROR * share, unit=base.unit, low=base.low,
+                high=base.high, origin="microbenchmark", source=f"measured on {gpu.name} (data/gpus.json)",
             )  # fmt: skip
     return Coefficients(items)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,25 @@ def select(gpu: Gpu, choice: str | None = None, versions: Versions | None = None
             "choose a calibration of this card (loraplan calibrate list) or --calibration none"
         )
     return select_from(gpu, [chosen], versions)
+
+
+def select_each(cards: Iterable[Gpu], choice: str | None = None) -> dict[str, Selection]:
+    """The coefficients for several cards, by id: a chosen file serves the card it was fitted on.
+
+    Raises:
+        PlannerError: the chosen file cannot be read, or belongs to none of the cards.
+    """
+    listed = list(cards)
+    if choice is None or choice == "none":
+        return {card.gpu_id: select(card, choice) for card in listed}
+    chosen = find(choice)
+    check_formula(chosen)
+    if not any(matches(chosen, card) for card in listed):
+        raise InvalidInput(
+            f"{one_line(choice)} was fitted on {chosen.label}, which is none of the cards; "
+            "choose a calibration of one of them (loraplan calibrate list) or --calibration none"
+        )
+    return {card.gpu_id: select_from(card, [chosen]) if matches(chosen, card) else select(card) for card in listed}
 
 
 def check_formula(calibration: Calibration) -> None:

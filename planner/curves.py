@@ -82,10 +82,6 @@ class StepCost:
         self.shortest, self.longest = max(1, shortest), prediction.training.seq_len
         self.step_s = time.optimizer_s + time.overhead_s
         """Seconds of an optimizer step beside its micro batches."""
-        device, reserved = prediction.device, prediction.reserved
-        self.context = (
-            device.low - reserved.low, device.expected - reserved.expected, device.high - reserved.high,
-        )  # fmt: skip
         self._curves: dict[int, Curve] = {}
         self._memory = Curve(grid(self.shortest, self.longest, FEW_POINTS), self._device_bytes)
 
@@ -127,5 +123,5 @@ class StepCost:
         if length == self.longest:
             return (float(self.prediction.device.expected),)
         training = replace(self.training, seq_len=length)
-        found = predict(self.model, training, self.gpu, coefficients=self.time.coefficients, context_bytes=self.context)
+        found = predict(self.model, training, self.gpu, coefficients=self.time.coefficients)
         return (float(found.device.expected),)

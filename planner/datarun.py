@@ -8,6 +8,7 @@ from planner import cost
 from planner.curves import StepCost
 from planner.dataset.batches import Batching, Padding, longest_batch, seen_lengths
 from planner.dataset.lengths import Lengths
+from planner.dataset.orders import Orders, orders
 from planner.dataset.scan import Scan
 from planner.errors import InvalidInput
 from planner.predict import Prediction
@@ -29,6 +30,10 @@ class DataRun:
     totals: Totals | None = None
     """One whole run, where the card's rates are known."""
     epochs: float = 1.0
+
+    def orders(self) -> Orders | None:
+        """Orders in which micro batches of unequal length arrive; None where none outgrows the first."""
+        return orders(self.seen, self.batching)
 
     @property
     def waste(self) -> float:

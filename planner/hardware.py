@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from planner.errors import InvalidInput
 from planner.records import record
+from planner.units import MiB
 
 CPU = "CPU"
 """Vendor of a processor used as the device."""
+
+CONTEXT_BYTES = (128 * MiB, 350 * MiB, 640 * MiB)
+"""CUDA context of a PyTorch process, low/expected/high: assumed. It holds the driver's state and the kernels that
+were loaded (lazily since CUDA 11.7), so it grows with the number of libraries and differs between drivers."""
 
 
 @record
@@ -22,6 +27,8 @@ class Gpu:
     memory_basis: str = "reported"
     """Where memory_bytes comes from: reported (host), cloud-api, marketing (GB read as 10**9 bytes), user, nvml."""
     used_by_others_bytes: int = 0
+    context_bytes: tuple[int, int, int] = CONTEXT_BYTES
+    """Low, expected and high device memory of a process beyond what its allocator reserves."""
     compute_capability: tuple[int, int] | None = None
     bandwidth_bytes_per_s: float = 0.0
     fp32_flops_per_s: float = 0.0
@@ -47,6 +54,12 @@ class Gpu:
     def synchronous(self) -> bool:
         """Whether an operation returns when it is done (a CPU), instead of being queued (a GPU)."""
         return self.vendor == CPU
+
+    @property
+    def rooms(self) -> tuple[int, int, int]:
+        """What is left of `free_bytes` beside a small, an expected and a large context."""
+        small, expected, large = (self.free_bytes - context for context in self.context_bytes)
+        return small, expected, large
 
     @property
     def free_bytes(self) -> int:

@@ -16,7 +16,7 @@ from planner.calibration import Selection
 from planner.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import CONTEXT_BYTES, Prediction, Verdict, predict_on, uncertainty
+from planner.predict import Prediction, Verdict, predict_on, uncertainty
 from planner.training import TrainingSpec
 
 KEYS = ("micro_batch_size", "seq_len", "r")
@@ -51,7 +51,7 @@ def fit_probability(allocated_bytes: Any, share: float, gpu: Gpu) -> Any:
     The intervals of allocated memory (+- share) and of the CUDA context are read as 90 % intervals of independent
     normal distributions.
     """
-    low, expected, high = CONTEXT_BYTES
+    low, expected, high = gpu.context_bytes
     room = gpu.free_bytes - expected - allocated_bytes
     context = (high - low) / 2 / NINETY_PERCENT
     allocated = allocated_bytes * (share / NINETY_PERCENT)
@@ -69,6 +69,7 @@ def largest(
     Raises:
         InvalidInput: no such number, or a probability that is none.
     """
+    gpu = chosen.card(gpu) if chosen is not None else gpu
     cells, room = _room(model, training, gpu, {key: tuple(sorted(set(candidates)))}, probability)
     values = getattr(cells.axes, key)
     needed = NormalDist().inv_cdf(probability)

@@ -115,10 +115,9 @@ def _swept(
         numbers = {key: (sweep.number_of(training, key),) for key in sweep.NUMBERS}
         chosen = {member.gpu.gpu_id: member.chosen for member in members if member.chosen is not None}
         coefficients = {name: item.coefficients for name, item in chosen.items()}
-        contexts = {name: item.context_bytes for name, item in chosen.items() if item.context_bytes is not None}
         sweeper = sweep.Sweeper(model, sweep.Axes(**numbers), coefficients)
-        cells = sweeper.cells(training, [member.gpu for member in members])
-        judged = sweep.judge(model, cells, sweep.assumed_surplus(training), contexts)
+        cells = sweeper.cells(training, [m.chosen.card(m.gpu) if m.chosen is not None else m.gpu for m in members])
+        judged = sweep.judge(model, cells, sweep.assumed_surplus(training))
         runs += cells.runs
         per_step = training.micro_batch_size * training.gradient_accumulation_steps
         steps = cost.optimizer_steps(amount, per_step, per_step * training.seq_len)

@@ -11,20 +11,20 @@ from typing import Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, Selection, priors
-from planner.hardware import CPU, Gpu
+from planner.dataset.orders import Orders
+from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.records import record
 from planner.step import program, sequence
 from planner.step.engine import Record
 from planner.training import TrainingSpec
-from planner.units import GiB, MiB
+from planner.units import GiB
 
 Verdict = Literal["fits", "does not fit", "too close to call"]
 Origin = Literal["known", "computed", "assumed", "fitted"]
 
-CONTEXT_BYTES = (128 * MiB, 350 * MiB, 640 * MiB)
-"""CUDA context of a PyTorch process, low/expected/high: assumed. It holds the driver's state and the kernels that
-were loaded (lazily since CUDA 11.7), so it grows with the number of libraries and differs between drivers."""
+WORTH_SAYING = 1.03
+"""Reserved memory with rows of unequal length over that with equal ones from which on a warning says so."""
 
 STEPS = 2
 """Optimizer steps replayed: the first creates the state, the second meets the fragmentation the first left."""
@@ -117,24 +117,34 @@ def predict(
     *,
     warnings: tuple[str, ...] = (),
     coefficients: Coefficients | None = None,
-    context_bytes: tuple[int, int, int] | None = None,
+    orders: Orders | None = None,
 ) -> Prediction:
     """Predict the memory of one training step and, with a GPU, whether the run fits and how long a step takes.
 
     Args:
         coefficients: of the time model; the card's priors by default.
-        context_bytes: low, expected and high device memory beyond reserved; by default assumed.
+        orders: in which micro batches of unequal length arrive, the longest being `training.seq_len`; None: they are
+            equally long.
 
     Raises:
         PlannerError: for settings that exclude each other or that the model does not have.
     """
     run = program.run(model, training, architecture(gpu, training))
+    if orders is not None:
+        run, orders = _neediest(run, model, training, orders, gpu)
     breakdown = memory.breakdown(run.record, run.layer_names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
+    if orders:
+        equal = reserved
+        reserved, out_of_memory = _over_orders(
+            model, training, orders, (equal, out_of_memory), run.record, reasons, gpu
+        )
+        if reserved.expected > WORTH_SAYING * equal.expected:
+            warnings = (*warnings, _about_orders(reserved, equal))
     if gpu is not None and gpu.vendor == CPU:
         reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
-    device = reserved.shifted(context_bytes or CONTEXT_BYTES)
+    device = reserved.shifted(gpu.context_bytes if gpu is not None else CONTEXT_BYTES)
     return Prediction(
         model=model,
         training=training,
@@ -155,7 +165,7 @@ def predict_on(model: ModelSpec, training: TrainingSpec, gpu: Gpu, chosen: Selec
     """Predict with a card's calibration (None: its priors)."""
     if chosen is None:
         return predict(model, training, gpu)
-    return predict(model, training, gpu, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
+    return predict(model, training, chosen.card(gpu), coefficients=chosen.coefficients)
 
 
 def _time(
@@ -171,6 +181,63 @@ def _with_allocator(
 ) -> tuple[Range, Range, bool]:
     small = sequence.small_peak(record, allocator.SMALL_SIZE)
     return allocator_ranges(sequence.expand(record, STEPS, allocator.SMALL_SIZE), small, peak, reasons, gpu)
+
+
+def _neediest(
+    run: program.Program, model: ModelSpec, training: TrainingSpec, orders: Orders, gpu: Gpu | None
+) -> tuple[program.Program, Orders]:
+    """The program of the micro batch that needs most: the longest, or the next where kernels pad an odd length."""
+    other = program.run(model, replace(training, seq_len=orders.second), architecture(gpu, training))
+    if memory.peak_bytes(other.record) <= memory.peak_bytes(run.record):
+        return run, orders
+    last = orders.second
+    cut = (tuple((n, length) for n, length in order if length < last) for order in (orders.typical, orders.slow))
+    typical, slow = ((*order, (order[-1][0] + 1 if order else 0, last)) for order in cut)
+    return other, Orders(typical, slow, last)
+
+
+def _over_orders(
+    model: ModelSpec,
+    training: TrainingSpec,
+    orders: Orders,
+    equal: tuple[Range, bool],
+    record: Record,
+    reasons: tuple[tuple[str, float], ...],
+    gpu: Gpu | None,
+) -> tuple[Range, bool]:
+    """Reserved memory, and whether the card is too small, where micro batches differ in length.
+
+    Expected: the typical order; low: the longest micro batch first, as `equal`; high: the slowly growing order.
+    """
+    arch = architecture(gpu, training)
+    peak, small = memory.peak_bytes(record), sequence.small_peak(record, allocator.SMALL_SIZE)
+    known: dict[tuple[int, bool], Record] = {}
+
+    def record_of(length: int, held: bool) -> Record:
+        if (length, held) not in known:
+            one = replace(training, seq_len=length, gradient_accumulation_steps=1 + held)
+            known[length, held] = program.run(model, one, arch).record
+        return known[length, held]
+
+    accumulation = training.gradient_accumulation_steps
+    found = []
+    for order in (orders.typical, orders.slow):
+        if len(order) == 1:  # the longest comes first
+            found.append(equal)
+            continue
+        events = sequence.unequal(order, accumulation, record_of, allocator.SMALL_SIZE)
+        found.append(allocator_ranges(events, small, peak, reasons, gpu)[1:])
+    (typical, ran_out), (slow, _) = found
+    low, high = min(equal[0].low, typical.low), max(equal[0].high, typical.high, slow.high)
+    return Range(low=low, expected=typical.expected, high=high), ran_out
+
+
+def _about_orders(reserved: Range, equal: Range) -> str:
+    return (
+        f"rows of unequal length fragment PyTorch's cache: {reserved.expected / GiB:.1f} GiB are reserved when they "
+        f"come in a typical order, {equal.expected / GiB:.1f} GiB when the longest comes first; grouping by length, "
+        "packing or PYTORCH_ALLOC_CONF=expandable_segments:True avoids it"
+    )
 
 
 def allocator_ranges(
@@ -190,20 +257,31 @@ def allocator_ranges(
         expected=peak,
         high=max(int(peak * (1 + share)), replayed.peak_allocated + small),
     )
-    limit = gpu.free_bytes - CONTEXT_BYTES[1] if gpu else 0
+    limit = gpu.rooms[1] if gpu else 0
     unlimited = expected
     if gpu and expected > limit:
-        # A process that meets the limit gives its cached segments back and tries again before it fails.
-        settings = allocator.Settings(capacity=max(limit - small_reserved, 1))
-        try:
-            expected = allocator.replay(events, settings).peak_reserved + small_reserved
-        except allocator.OutOfMemory:
-            ran_out = True
+        found = _within(events, max(limit - small_reserved, 1))
+        ran_out = found is None
+        expected = unlimited if found is None else found + small_reserved
     high = max(int(unlimited * (1 + share + FRAGMENTATION)), allocated.high)
     if gpu and not ran_out and allocated.high <= limit:
-        high = max(expected, min(high, gpu.free_bytes - CONTEXT_BYTES[2]))  # the cache cannot outgrow the card
+        high = max(expected, min(high, gpu.rooms[2]))  # the cache cannot outgrow the card
     reserved = Range(low=min(allocated.low, expected), expected=expected, high=high)
     return allocated, reserved, ran_out
+
+
+def _within(events: list[tuple[int, int]], capacity: int) -> int | None:
+    """Peak reserved bytes of a process that may have `capacity`; None if that is too little.
+
+    A process that meets its limit gives its cached segments back and tries again before it fails. Whether enough of
+    them are whole then depends on where the driver puts segments: one layout that works is taken for an answer.
+    """
+    for rising in (False, True):
+        try:
+            return allocator.replay(events, allocator.Settings(capacity=capacity, rising=rising)).peak_reserved
+        except allocator.OutOfMemory:
+            continue
+    return None
 
 
 FRAGMENTATION = 0.05
@@ -212,10 +290,9 @@ FRAGMENTATION = 0.05
 
 def verdict_for(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
     """Whether the live memory fits beside the context; the cache shrinks when the card is full."""
-    limits = [gpu.free_bytes - context for context in CONTEXT_BYTES]
-    if allocated.low > limits[0] or (ran_out and allocated.expected > limits[1]):
+    if allocated.low > gpu.rooms[0] or (ran_out and allocated.expected > gpu.rooms[1]):
         return "does not fit"
-    if ran_out or allocated.high > limits[2]:
+    if ran_out or allocated.high > gpu.rooms[2]:
         return "too close to call"
     return "fits"
 
@@ -292,4 +369,4 @@ def _int(value: Any) -> int:
     return int(value.max()) if hasattr(value, "max") else int(value)
 
 
-__all__ = ["CONTEXT_BYTES", "GiB", "Prediction", "Range", "Verdict", "architecture", "predict", "uncertainty"]
+__all__ = ["GiB", "Prediction", "Range", "Verdict", "architecture", "predict", "uncertainty"]

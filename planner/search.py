@@ -14,7 +14,7 @@ from planner import memory
 from planner.errors import PlannerError
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import CONTEXT_BYTES, Prediction, Range, architecture, predict, uncertainty
+from planner.predict import Prediction, Range, architecture, predict, uncertainty
 from planner.step import program
 from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
 
@@ -75,7 +75,7 @@ class _Search:
         except PlannerError:
             return False
         share = sum(part for _, part in uncertainty(self.model, training))
-        return bool(peak * (1 + share) <= card.free_bytes - CONTEXT_BYTES[2])
+        return bool(peak * (1 + share) <= card.rooms[2])
 
     def confirmed(self, training: TrainingSpec, gpu: Gpu | None = None) -> Prediction | None:
         """The full prediction, if it says that the run fits and the budget of predictions is not spent."""

@@ -597,6 +597,10 @@ _FMS_STACK = Stack(
 )
 
 _SWIFT = "modelscope/ms-swift@8a27ae2"
+# 1.4.0 to 2.6.1 wrap torch.utils.checkpoint.checkpoint: without a word of the caller it is not reentrant. transformers
+# says reentrant from 4.38 on (modeling_utils.py gradient_checkpointing_enable), ms-swift 3.0 and later do themselves.
+_SWIFT_CHECKPOINT = f"{_SWIFT}:swift/llm/utils/model.py fix_gradient_checkpointing_warning"
+_BEFORE_PINNED_REENTRANT = ("transformers", (4, 38))
 _MS_SWIFT = Stack(
     "ms-swift",
     (
@@ -614,6 +618,7 @@ _MS_SWIFT = Stack(
         _d("adapter_dtype", "fp32", "ms-swift 1.5.2 swift/llm/utils/argument.py lora_dtype"),
         _d("lora_alpha", 32.0, f"{_SWIFT}:swift/llm/utils/argument.py"),
         _d("lora_dropout", 0.05, f"{_SWIFT}:swift/llm/utils/argument.py"),
+        _d("use_reentrant", False, _SWIFT_CHECKPOINT, before=_BEFORE_PINNED_REENTRANT),
         _d("gradient_accumulation_steps", 16, f"{_SWIFT}:swift/llm/utils/argument.py"),
         _d("gradient_checkpointing", "full", f"{_SWIFT}:swift/llm/utils/argument.py"),
         *_HF_TRAINER_HABITS,

@@ -19,7 +19,6 @@ from planner.errors import InvalidInput, MissingDependency, unknown
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import (
-    CONTEXT_BYTES,
     FRAGMENTATION,
     Verdict,
     architecture,
@@ -135,7 +134,7 @@ def replayed_surplus(model: ModelSpec, cells: Cells) -> Surplus:
 
     roomiest = max(range(len(cells.cards)), key=lambda number: cells.cards[number].free_bytes)
     peaks = cells.allocated_bytes[roomiest]
-    room = cells.cards[roomiest].free_bytes - CONTEXT_BYTES[1]
+    room = cells.cards[roomiest].rooms[1]
     fitting = np.where(peaks <= room, peaks, -1)
     place = np.unravel_index(fitting.argmax() if fitting.max() > 0 else peaks.argmin(), peaks.shape)
     training = at(cells, tuple(int(index) for index in place))
@@ -167,16 +166,12 @@ def at_place(training: TrainingSpec, axes: Axes, place: Sequence[int]) -> Traini
     )
 
 
-Context = tuple[int, int, int]
-"""Device memory beyond reserved: low, expected and high bytes."""
-
-
-def judge(model: ModelSpec, cells: Cells, surplus: Surplus, contexts: Mapping[str, Context] | None = None) -> Judged:
+def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
     """Estimate reserved and device memory from the surplus, and say what fits.
 
     The allocator is not replayed in every cell. What is allocated is exact, so "does not fit" is `predict`'s verdict.
     "fits" also wants room for the whole expected cache, which `predict` lets shrink: where only that is missing, this
-    says "too close to call" and `predict` may say "fits". `contexts`: measured, by GPU id; else assumed.
+    says "too close to call" and `predict` may say "fits".
     """
     import numpy as np
 
@@ -187,13 +182,12 @@ def judge(model: ModelSpec, cells: Cells, surplus: Surplus, contexts: Mapping[st
     expected = peak + (surplus.expected * above).astype(np.int64)
     high = np.maximum(((peak + surplus.high * above) * (1 + share + FRAGMENTATION)).astype(np.int64), most)
     free = np.array([card.free_bytes for card in cells.cards], dtype=np.int64).reshape(-1, 1, 1, 1, 1)
-    rooms = [free - context for context in CONTEXT_BYTES]
+    beyond = [np.array([card.context_bytes[i] for card in cells.cards]).reshape(free.shape) for i in range(3)]
+    rooms = [free - context for context in beyond]
     verdict = np.where((most > rooms[2]) | (expected > rooms[1]), 1, 0)
     verdict = np.where((low > rooms[0]) | (peak > rooms[1]), 2, verdict).astype(np.int8)
     reserved = np.where(peak <= rooms[1], np.minimum(expected, rooms[1]), expected)  # the cache cannot outgrow it
     high = np.where(most <= rooms[1], np.maximum(reserved, np.minimum(high, rooms[2])), high)
-    known = [(contexts or {}).get(card.gpu_id, CONTEXT_BYTES) for card in cells.cards]
-    beyond = [np.array([each[i] for each in known]).reshape(-1, 1, 1, 1, 1) for i in range(3)]
     device = reserved + beyond[1]
     return Judged(reserved, low + beyond[0], device, high + beyond[2], free - device, verdict, surplus)
 

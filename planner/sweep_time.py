@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from planner.calibration import Coefficients
 from planner.hardware import Gpu
-from planner.step.engine import Kernel, Record
+from planner.step.engine import Kernel, Layout, Record
 from planner.step.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
 from planner.timing import PARTS, Rates, Sums, WholeStep, part_of, shares_of
 from planner.training import TrainingSpec
@@ -209,16 +209,17 @@ class Clock:
             self.known[key] = ((), ())  # asked for once
             sizes = [np.asarray(value_of(size), dtype=np.float64) for size in kernel.shape or ()]
             shape = np.broadcast_shapes((1, 1), *(size.shape for size in sizes))
-            stacks.setdefault((kernel.dtype, shape), []).append((key, [np.broadcast_to(s, shape) for s in sizes]))
-        for (dtype, shape), members in stacks.items():
+            stack = stacks.setdefault((kernel.dtype, kernel.layout, shape), [])
+            stack.append((key, [np.broadcast_to(s, shape) for s in sizes]))
+        for (dtype, layout, shape), members in stacks.items():
             each = shape[0] * shape[1] * len(self.rates.each)
             for some in _pieces(members, max(MOST_ELEMENTS // each, 1)):
-                self._price_stack(dtype, some)
+                self._price_stack(dtype, layout, some)
 
-    def _price_stack(self, dtype: str, members: Sequence[tuple[Any, Any]]) -> None:
+    def _price_stack(self, dtype: str, layout: Layout, members: Sequence[tuple[Any, Any]]) -> None:
         np = self.grid.np
         sizes = [np.stack([values[i] for _, values in members])[:, None, :, :, None] for i in range(4)]
-        compute, memory = self.rates.matmul_s((sizes[0], sizes[1], sizes[2], sizes[3]), dtype)
+        compute, memory = self.rates.matmul_s((sizes[0], sizes[1], sizes[2], sizes[3]), dtype, layout)
         seconds, bound = np.maximum(compute, memory), (compute > memory) * 1.0
         for number, (key, _) in enumerate(members):
             self.known[key] = (seconds[number], bound[number])
@@ -230,7 +231,7 @@ def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _product_key(kernel: Kernel) -> Any:
-    return (kernel.dtype, *(_key(size) for size in kernel.shape or ()))
+    return (kernel.dtype, kernel.layout, *(_key(size) for size in kernel.shape or ()))
 
 
 def _key(size: Any) -> Any:
@@ -244,7 +245,7 @@ def kernel_groups(record: Record) -> list[Group]:
     for kernel in record.kernels:
         key = (
             kernel.segment, kernel.recomputed, kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops,
-            kernel.count,
+            kernel.count, kernel.layout,
         )  # fmt: skip
         counted[key] = counted.get(key, 0) + 1
         some[key] = kernel

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from planner.calibration import Coefficients, old_dequantize_factor
 from planner.hardware import Gpu
 from planner.records import record
-from planner.step.engine import FP32, ITEMSIZE, Kernel, Record, Shape
+from planner.step.engine import FP32, ITEMSIZE, Kernel, Layout, Record, Shape
 from planner.training import TrainingSpec
 
 Number = Any
@@ -29,6 +29,9 @@ TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
 """Output tiles a product may be cut into (CUTLASS and cuBLAS ship these for 16-bit operands)."""
 SPLITS = (1, 2, 4, 8, 16, 32)
 """Into how many parts the inner dimension may be cut when there are fewer tiles than multiprocessors."""
+
+PORTABLE_VECTORS = ("avx2", "avx", "unknown")
+"""Vector units of CPUs without 16-bit products in oneDNN."""
 
 _PRODUCTS = {"matmul": "matrix products", "lora": "adapters", "bmm": "attention"}
 _FUSED = ("flash_attention", "efficient_attention")
@@ -178,11 +181,11 @@ class Rates:
         share = [r / (r + half) for r in reuse]
         return tuple((*tile, s / share[0]) for tile, s in zip(TILES, share, strict=True))
 
-    def matmul_s(self, shape: Shape, dtype: str) -> tuple[Number, Number]:
+    def matmul_s(self, shape: Shape, dtype: str, layout: Layout = "nt") -> tuple[Number, Number]:
         """(arithmetic, memory) seconds of a product, cut into whole tiles that fill whole waves of multiprocessors."""
         batch, m, n, k = shape
         if self.gpu.synchronous:
-            return self._cpu_matmul_s(shape, dtype)
+            return self._cpu_matmul_s(shape, dtype, layout)
         rate = self.product(dtype) / self.multiprocessors
         best: Number = None
         for rows, columns, relative in self._tiles:
@@ -198,7 +201,7 @@ class Rates:
         moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
         return best, moved / self.bytes_per_s
 
-    def _cpu_matmul_s(self, shape: Shape, dtype: str) -> tuple[Number, Number]:
+    def _cpu_matmul_s(self, shape: Shape, dtype: str, layout: Layout) -> tuple[Number, Number]:
         """The same on a CPU, whose kernels take any number of rows: each side costs as if it were a little longer.
 
         One thread of MKL and oneDNN follows m / (m + 14) from 16 to 320 rows (measured on the development machine).
@@ -207,7 +210,18 @@ class Rates:
         edge = self.c["tile_reuse_half"]
         work = 2.0 * batch * (m + edge) * (n + edge) * (k + self.c["matmul_k_half"])
         moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
-        return work / self.product(dtype), moved / self.bytes_per_s
+        rate = self.product(dtype)
+        if layout != "nt" and self.portable(dtype):
+            rate = rate * self.c[f"portable_{layout}"]
+        return work / rate, moved / self.bytes_per_s
+
+    def portable(self, dtype: str) -> bool:
+        """Whether products of `dtype` run in torch's own loops on a CPU, whose speed depends on the operands' layout.
+
+        oneDNN takes 16-bit products only with AVX-512 (at::mkldnn_bf16_device_check); what is left is
+        aten/src/ATen/native/cpu/BlasKernel.cpp.
+        """
+        return self.gpu.synchronous and not self.simt(dtype) and self.gpu.architecture in PORTABLE_VECTORS
 
     def attention_s(self, kernel: Kernel, tokens_per_row: Number) -> Number:
         """Arithmetic seconds of a fused attention kernel; its FLOPs count the causal half only."""
@@ -226,7 +240,7 @@ class Rates:
         """Seconds of one recorded kernel."""
         latency = self.c["kernel_latency"] * kernel.count
         if kernel.shape is not None:
-            compute, memory = self.matmul_s(kernel.shape, kernel.dtype)
+            compute, memory = self.matmul_s(kernel.shape, kernel.dtype, kernel.layout)
             return _Price(compute, memory, latency)
         if kernel.op.startswith(_FUSED):
             return _Price(self.attention_s(kernel, tokens_per_row), kernel.bytes / self.bytes_per_s, latency)
@@ -272,12 +286,28 @@ def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coeff
     return sums.result(coefficients)
 
 
+def phase_seconds(
+    run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients
+) -> tuple[dict[str, Number], Number]:
+    """Seconds of each of PARTS (of one micro batch, and of the optimizer) and of the whole step, and nothing else.
+
+    What a fit asks for thousands of times: the same sums as `step_time`, without its ledger.
+    """
+    sums = Sums(Rates(gpu, coefficients, training), training, explained=False)
+    for kernel in run.kernels:
+        sums.add(kernel, run)
+    whole = sums.whole_step(coefficients)
+    return sums.parts(whole), whole.total
+
+
 class Sums:
     """Seconds, FLOPs, bytes and launches added up by part of the step and by class of operation."""
 
-    def __init__(self, rates: Rates, training: TrainingSpec) -> None:
+    def __init__(self, rates: Rates, training: TrainingSpec, explained: bool = True) -> None:
+        """`explained`: keep what the ledger, the bounds and the interval need."""
         self.rates = rates
         self.training = training
+        self.explained = explained
         self.device = dict.fromkeys(PARTS, 0.0)
         self.host = dict.fromkeys(PARTS, 0.0)
         self.flops = dict.fromkeys(PARTS, 0.0)
@@ -302,6 +332,8 @@ class Sums:
         launches = kernel.count * self.rates.launched(kernel) * times
         self.device[part] += seconds * times
         self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
+        if not self.explained:
+            return
         self.flops[part] += kernel.flops * times
         steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
@@ -315,7 +347,7 @@ class Sums:
             self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
 
     def _price(self, kernel: Kernel) -> _Price:
-        key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count)
+        key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count, kernel.layout)
         found = self.known.get(key)
         if found is None:
             found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
@@ -338,14 +370,20 @@ class Sums:
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
         return WholeStep(device, host, wait, total, spread, shares)
 
+    def parts(self, whole: WholeStep) -> dict[str, Number]:
+        """Seconds of each part: its kernels, and its share of the waiting for the host."""
+        host = _maximum(whole.host, 1e-12)
+        return {p: self.device[p] + whole.wait * self.host[p] / host for p in PARTS}
+
     def result(self, coefficients: Coefficients) -> StepTime:
         """Put the sums together."""
         steps = self.accumulation
         micro = ("forward", "recomputation", "backward")
-        device, host, wait, total, spread, shares = self.whole_step(coefficients)
+        whole = self.whole_step(coefficients)
+        device, host, wait, total, spread, shares = whole
         overhead = self.rates.c["framework_step"]
         lower = _maximum(_maximum(self.compute, self.memory), host)
-        parts = {p: self.device[p] + wait * self.host[p] / _maximum(host, 1e-12) for p in PARTS}
+        parts = self.parts(whole)
         return StepTime(
             forward_s=parts["forward"],
             recomputation_s=parts["recomputation"],
@@ -389,7 +427,10 @@ class Sums:
 def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
     """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
     if kernel.shape is not None:
-        return ("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)
+        own = [("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)]
+        if kernel.layout != "nt" and rates.portable(kernel.dtype):
+            own.append((f"portable_{kernel.layout}", bound))
+        return tuple(own)
     if kernel.op.startswith(_FUSED):
         if kernel.dtype == FP32:
             return (("efficient_fp32", 1.0),)

@@ -12,10 +12,10 @@ from typing import Any
 from planner import allocator
 from planner.cuda_rules import Architecture
 from planner.errors import InvalidInput
-from planner.hardware import Gpu
+from planner.hardware import CONTEXT_BYTES, Gpu
 from planner.memory import MemoryBreakdown, Moment, SegmentPeak
 from planner.model import ModelSpec, UnreadModel
-from planner.predict import CONTEXT_BYTES, Prediction, allocator_ranges, training_warnings, verdict_for
+from planner.predict import Prediction, allocator_ranges, training_warnings, verdict_for
 from planner.records import record
 from planner.training import TrainingSpec
 
@@ -183,7 +183,7 @@ def predict_traced(
         gpu=gpu,
         allocated=allocated,
         reserved=reserved,
-        device=reserved.shifted(CONTEXT_BYTES),
+        device=reserved.shifted(gpu.context_bytes if gpu is not None else CONTEXT_BYTES),
         breakdown=MemoryBreakdown(
             peak_allocated_bytes=peak.peak,
             moment=traced.moment,

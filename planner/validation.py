@@ -41,6 +41,21 @@ _NOTED: tuple[tuple[str, str], ...] = (
 # (trl 0.13.0 trainer/utils.py peft_module_casting_to_bf16; sharded weights are left alone).
 _FMS_PLAIN_PREPARATION = "baseline-peft-bnb"
 
+
+class RowLengths(NamedTuple):
+    """What a source says about the lengths of its rows, in tokens."""
+
+    mean: float
+    deviation: float
+    shortest: int
+    source: str
+
+
+# Where rows are neither packed nor padded to one length, reserved memory depends on the order in which they come.
+_ROW_LENGTHS: dict[str, RowLengths] = {
+    "ms-swift-2023": RowLengths(3234.4, 2547.5, 91, "modelscope/ms-swift@97e4d198b:docs/source/LLM/Benchmark.md"),
+}  # fmt: skip
+
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -124,7 +139,7 @@ class Report:
 
 
 def row_options(row: Row) -> dict[str, Any]:
-    """Map a table row to the option keys of `planner.stacks`, plus "stack".
+    """Map a table row to the option keys of `planner.stacks`, plus "stack" and "row_lengths".
 
     A filled cell is a given value and wins; an empty one is left to the framework's defaults.
 
@@ -150,6 +165,7 @@ def row_options(row: Row) -> dict[str, Any]:
         "optimizer": _optimizer(row, stack, versions),
         "compile": _flag(row, "compile"),
         "padded": _padded(row, stack),
+        "row_lengths": _row_lengths(row),
         **_quantization_options(row, stack),
         **_adapter_options(row),
     }
@@ -165,6 +181,9 @@ def row_flags(row: Row) -> tuple[str, ...]:
     if row["framework"] not in _LISTED:
         named = one_line(row["framework"], 40) or "not named"
         flags.append(f"framework {named}: scored with the habits of a transformers training loop")
+    lengths = _row_lengths(row)
+    if lengths is not None:
+        flags.append(f"rows come in a typical order of unknown lengths of this mean and deviation: {lengths.source}")
     if not row["seq_len"] and row["seq_len_max"]:
         flags.append(f"padded length unknown: scored at its upper bound {row['seq_len_max']}")
     return (*flags, *_assumed_releases(row))
@@ -212,7 +231,14 @@ def _quantization_options(row: Row, stack: str) -> dict[str, Any]:
     }
     if row["quantization"] not in ("", "none"):
         options["quantized_modules"] = row["quantized_modules"]
-        if row["base_dtype"]:  # the column says how the unquantized weights lie: nothing is left to a preparation
+        if (
+            row["base_dtype"] == "fp32"
+            and row["quantization"] in stacks.BNB
+            and row["compute_dtype"] in ("bf16", "fp16")
+        ):
+            # a 4-bit base computed in 16 bit beside fp32 weights is what PEFT's preparation leaves of a 16-bit model
+            options.update(base_dtype=row["compute_dtype"], kbit_preparation=True)
+        elif row["base_dtype"]:  # the column says how the unquantized weights lie: nothing is left to a preparation
             options["kbit_preparation"] = False
         if stack == "fms" and _FMS_PLAIN_PREPARATION in row["notes"]:
             options["fp32_norms_only"] = True
@@ -236,6 +262,11 @@ def _length(row: Row) -> int:
     if length is None:
         raise NotScored("no sequence length given")
     return length
+
+
+def _row_lengths(row: Row) -> RowLengths | None:
+    known = _ROW_LENGTHS.get(row["source"])
+    return known if row["packing"] == "false" and row["seq_len"] else None
 
 
 def _loss(row: Row) -> str:

@@ -48,7 +48,7 @@ def synthetic(
 ) -> Run:  # fmt: skip
     """Bursts that took what `truth` says, with relative noise on every phase (CPU) or step (GPU)."""
     rng = random.Random(seed)
-    gpu = CPU if device["kind"] == "cpu" else H100
+    gpu = processor.as_gpu(dict(device)) if device["kind"] == "cpu" else H100
     items = []
     for burst in bursts:
         empty = measurement(burst, device, {})

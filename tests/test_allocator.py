@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from planner import allocator
 from planner.allocator import CachingAllocator, OutOfMemory, Settings, parse_settings, replay
 from planner.errors import InvalidInput
+from planner.predict import _within
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 EXPANDABLE = Settings(expandable_segments=True)
@@ -146,9 +147,26 @@ def test_of_equal_blocks_the_lowest_address_is_taken():
     for block in reversed(blocks):
         assert block is not None
         one.free(block)
-    assert one.malloc(20 * MIB) is not None
-    assert blocks[0] is not None
-    assert not blocks[0].free
+    assert [block.address for block in blocks if block] == sorted((b.address for b in blocks if b), reverse=True)
+    taken = one.malloc(20 * MIB)
+    assert taken is blocks[2]  # of the newest segment
+
+
+def test_segments_may_lie_the_other_way_round():
+    one = CachingAllocator(Settings(rising=True))
+    blocks = [one.malloc(20 * MIB) for _ in range(3)]
+    addresses = [block.address for block in blocks if block]
+    assert addresses == sorted(addresses)
+    for block in blocks:
+        assert block is not None
+        one.free(block)
+    assert one.malloc(20 * MIB) is blocks[0]
+
+
+def test_out_of_memory_means_in_either_layout():
+    alive = [(number, 30 * MIB) for number in range(4)]
+    assert _within(alive, 120 * MIB) == 120 * MIB
+    assert _within(alive, 119 * MIB) is None
 
 
 def test_free_neighbours_merge():

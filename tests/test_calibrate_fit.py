@@ -12,7 +12,7 @@ pytest.importorskip("scipy")
 
 from calibrate import fit, grid
 from calibrate.measurements import merge
-from planner import timing
+from planner import processor, timing
 from planner.calibration import Calibration, priors
 from planner.errors import InvalidInput
 from planner.predict import architecture
@@ -186,3 +186,17 @@ def test_memory_is_compared_and_the_context_measured() -> None:
     assert rows[0]["predicted"]["allocated"] > gib
     assert fit.memory_summary(rows)["reserved"]["bursts"] == 1
     assert fit._context([item]) == (400 * 2**20,) * 3
+
+
+def test_a_cpu_without_avx512_has_a_rate_for_each_layout_of_16_bit_products() -> None:
+    facts = {**CPU_FACTS, "vector": "avx2", "name": "Old CPU @ 2.50GHz"}
+    gpu = processor.as_gpu(facts)
+    truth = changed(
+        gpu, {"matmul": 0.12, "matmul_fp32": 0.7, "portable_nn": 0.2, "bandwidth": 0.15, "launch_forward": 2e-5}
+    )  # fmt: skip
+    found = fit.fit([synthetic(cpu_bursts(44), facts, truth)])
+    apart = off_by(found, truth)
+    assert {"matmul", "matmul_fp32", "portable_nn"} <= apart.keys()
+    assert max(apart.values()) <= 3, apart
+    assert found.coefficients.value("portable_nn") == pytest.approx(0.2, rel=0.2)
+    assert "portable_nn" not in off_by(fit.fit([synthetic(cpu_bursts(44), CPU_FACTS, CPU_TRUTH)]), CPU_TRUTH)

@@ -13,7 +13,7 @@ from planner import calibration_files, catalog
 from planner.calibration import FORMULA_VERSION, Calibration, Coefficients, priors, select
 from planner.errors import InvalidInput, UnknownName
 from planner.hardware import Gpu
-from planner.predict import predict
+from planner.predict import predict, predict_on
 from planner.training import LoraSpec, TrainingSpec, Versions
 from tests.test_timing import LLAMA
 
@@ -168,8 +168,39 @@ def test_a_calibration_narrows_the_interval() -> None:
     training = TrainingSpec(method="lora", lora=LoraSpec(r=16), micro_batch_size=1, seq_len=2048)
     chosen = select(H100, [made()])
     plain = predict(LLAMA, training, H100).step_s
-    fitted = predict(LLAMA, training, H100, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
+    fitted = predict(LLAMA, training, chosen.card(H100), coefficients=chosen.coefficients)
     assert plain is not None
     assert fitted.step_s is not None
     assert fitted.step_s.high / fitted.step_s.low < plain.high / plain.low
     assert fitted.device.expected == fitted.reserved.expected + 2
+
+
+def test_a_chosen_file_serves_its_card_among_several(folder: Path) -> None:
+    calibration_files.write(made(A100, created="2026-05-01", matmul=0.5))
+    path = calibration_files.write(made(matmul=0.61))
+    found = calibration_files.select_each([H100, A100, T4], str(path))
+    assert found[H100.gpu_id].coefficients.value("matmul") == 0.61
+    assert found[A100.gpu_id].coefficients.value("matmul") == 0.5
+    assert found[T4.gpu_id].borrowed
+    assert all(s.calibration is None for s in calibration_files.select_each([H100, T4], "none").values())
+    with pytest.raises(InvalidInput, match="none of the cards"):
+        calibration_files.select_each([A100, T4], str(path))
+
+
+def test_a_coefficient_that_came_later_is_at_its_prior() -> None:
+    old = made()
+    items = {name: c for name, c in old.coefficients.items() if name != "dequantize"}
+    found = select(H100, [replace(old, coefficients=Coefficients(items, 0.04, "old"))]).coefficients
+    assert found["dequantize"] == priors(H100)["dequantize"]
+    assert (found.value("matmul"), found.formula_error, found.label) == (0.6, 0.04, "old")
+
+
+def test_a_measured_context_decides_the_verdict_too() -> None:
+    training = TrainingSpec(method="lora", lora=LoraSpec(r=8), seq_len=512)
+    need = predict(LLAMA, training).allocated
+    near = replace(T4, memory_bytes=need.high + 700 * 2**20)  # room beside the assumed context, not beside this one
+    assert predict(LLAMA, training, near).verdict == "fits"
+    large = made(T4, context_bytes=(900 * 2**20, 1000 * 2**20, 1100 * 2**20))
+    found = predict_on(LLAMA, training, near, select(near, [large]))
+    assert found.verdict == "does not fit"
+    assert found.device.expected - found.reserved.expected == 1000 * 2**20

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from planner import catalog, cuda_rules, memory, sources, stacks
+from planner import allocator, catalog, cuda_rules, memory, sources, stacks
 from planner.families import build_spec
 from planner.model import Linear, ModelSpec
 from planner.predict import predict
-from planner.step import linears, program
+from planner.step import linears, program, sequence
+from planner.step.engine import Record
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 TABLES = {"code", "state2.code", "offset"}
@@ -81,7 +82,8 @@ def test_qlora_needs_less_than_lora_less_than_full(stack: str) -> None:
     """For every catalogue model of a billion parameters and more, at 1 x 512 with checkpointing.
 
     The exceptions are bitsandbytes' own: it converts neither FalconLinear nor fused experts, so a 4-bit falcon is a
-    16-bit one, and k-bit preparation then widens what was left to fp32.
+    16-bit one, and k-bit preparation then widens what was left to fp32. A third of Qwen-1_8B are tables that the
+    preparation widens too, and its own loss runs in the dtype of the logits.
     """
     for name in large_models():
         spec = model(name)
@@ -92,6 +94,8 @@ def test_qlora_needs_less_than_lora_less_than_full(stack: str) -> None:
         unconverted = spec.model_type == "falcon" or any(layer.experts for layer in spec.layers)
         if unconverted and stack == "peft-loop":
             assert qlora > lora, name
+        elif name == "Qwen/Qwen-1_8B" and stack == "peft-loop":
+            assert lora < qlora < 1.05 * lora
         elif spec.model_type != "falcon":
             assert qlora < lora, name
 
@@ -120,6 +124,53 @@ def test_measured_t4_runs(name: str, quantized: bool, batch: int, length: int, m
     )  # fmt: skip
     predicted = memory.breakdown(program.run(model(name), training, T4).record).peak_allocated_bytes
     assert abs(predicted - measured) <= 0.001 * measured
+
+
+def t4_run(name: str, attention: str, quantized: bool, batch: int, length: int) -> Record:
+    """The record of one run of fitcheck-llm's scripts/measure.py (0.3.1) on a T4."""
+    training = TrainingSpec(
+        method="qlora" if quantized else "lora", lora=LoraSpec(r=32, target_modules=QKVO), kbit_preparation=quantized,
+        quantization=QuantizationSpec(kind="nf4", compute_dtype="fp16") if quantized else QuantizationSpec(),
+        autocast="none", base_dtype="fp16", optimizer="adamw", keeps_outputs=True, attention=attention,  # type: ignore[arg-type]
+        micro_batch_size=batch, seq_len=length,
+    )  # fmt: skip
+    return program.run(model(name), training, T4).record
+
+
+@pytest.mark.parametrize(
+    ("attention", "quantized", "phases"),
+    [  # the published peaks of forward, backward and optimizer in MiB
+        ("eager", True, (3793.33, 5297.27, 2336.75)),
+        ("eager", False, (5784.81, 6536.75, 3936.47)),
+        ("sdpa", True, (3777.33, 5281.27, 2336.75)),
+        ("sdpa", False, (5776.81, 6528.75, 3936.47)),
+    ],
+)
+def test_every_phase_of_measured_t4_runs(attention: str, quantized: bool, phases: tuple[float, ...]) -> None:
+    """SmolLM2-1.7B, 4 x 1024: the loop holds the outputs, and the graph behind them, until the optimizer has run."""
+    found = memory.breakdown(t4_run("HuggingFaceTB/SmolLM2-1.7B", attention, quantized, 4, 1024))
+    names = ("forward", "backward", "optimizer")
+    peaks = dict.fromkeys(names, 0)
+    for segment in found.segments:
+        name = segment.phase if segment.phase in names else "forward"
+        if segment.phase not in ("load", "state"):
+            peaks[name] = max(peaks[name], segment.bytes)
+    for name, published in zip(names, phases, strict=True):
+        assert abs(peaks[name] / 2**20 - published) < 0.05, name
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "allocated", "reserved"),
+    [("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1024, 3_447_543_808, 3_703_570_432),
+     ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 2048, 4_565_620_736, 4_924_112_896)],
+)  # fmt: skip
+def test_the_allocators_own_count_of_measured_t4_runs(name: str, length: int, allocated: int, reserved: int) -> None:
+    """Blocks that are not split count whole: the replay meets max_memory_allocated to 0.1 MiB, the walk to 3."""
+    record = t4_run(name, "sdpa", False, 2, length)
+    replayed = allocator.replay(sequence.expand(record, 2))
+    assert abs(replayed.peak_allocated - allocated) < 0.1 * 2**20
+    assert 0 < allocated - memory.peak_bytes(record) < 3 * 2**20
+    assert replayed.peak_reserved == pytest.approx(reserved, rel=0.003)
 
 
 def test_prediction_orders_its_three_numbers() -> None:

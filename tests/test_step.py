@@ -201,6 +201,38 @@ def test_a_tensor_dies_with_its_last_reference() -> None:
     assert eng.record.events == [(0, 20), (0, -20)]
 
 
+def test_gradients_of_products_come_in_the_order_of_their_names() -> None:
+    """mm and bmm: mat2 before self; addmm: mat1, mat2, self (tools/autograd, derivatives sorted by name)."""
+
+    def made(biased: bool) -> list[str]:
+        eng = Engine()
+        x, w = (eng.parameter(n, BF16, "leaf", trainable=True) for n in (6, 8))
+        bias = eng.parameter(4, BF16, "leaf", trainable=True) if biased else None
+        out = ops.linear(eng, x, w, 3, 4, 2, bias)
+        before = len(eng.record.ops)
+        eng.backward(out, eng.empty(out.numel, BF16, "grad"))
+        sizes = {12: "input", 16: "weight", 8: "bias"}
+        return [sizes[n] for i, n in eng.record.events if i > before and n > 0]
+
+    assert made(False) == ["weight", "input"]
+    assert made(True) == ["input", "weight", "bias"]
+    eng = Engine()
+    a, b = (eng.parameter(n, BF16, "leaf", trainable=True) for n in (6, 8))
+    out = ops.bmm(eng, a, b, (1, 3, 4, 2))
+    eng.backward(out, eng.empty(out.numel, BF16, "grad"))
+    assert [n for _, n in eng.record.events if n > 0][-2:] == [16, 12]
+
+
+def test_kbit_preparation_casts_what_was_loaded_in_16_bit() -> None:
+    """Every unquantized parameter is there twice for a moment, and its 16-bit block stays in the cache."""
+    record = program.run(model(), qlora(kbit_preparation=True), ARCH).record
+    load = [n for s in record.segments if s.phase == "load" for _, n in record.events[s.start : s.end]]
+    freed = sorted(-n for n in load if n < 0)
+    table = 2 * 32000 * 1024
+    assert freed[-2:] == [table, table]  # embeddings and head
+    assert load.index(2 * table) < load.index(-table)
+
+
 def test_backward_runs_later_nodes_first_and_frees_what_they_saved() -> None:
     eng = Engine()
     leaf = eng.parameter(8, "fp32", "w", trainable=True)

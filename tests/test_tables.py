@@ -272,7 +272,7 @@ def test_a_replay_that_limits_is_named() -> None:
     above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 9088}))
     after = predict.predict(model, above, catalog.gpu("rtx-4090"))
     assert after.verdict == "too close to call"
-    assert after.allocated.high < catalog.gpu("rtx-4090").free_bytes - predict.CONTEXT_BYTES[2]
+    assert after.allocated.high < catalog.gpu("rtx-4090").rooms[2]
 
 
 def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,3 +369,25 @@ def test_results_show_in_a_notebook() -> None:
     assert "allocated" in wanted._repr_html_()
     with pytest.raises(PlannerError, match="unknown setting"):
         sweep.sweep(model, training, catalog.gpu("l4"), {"colour": ["red"]})
+
+
+def test_tables_take_a_calibration_or_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "table", MODEL, "--gpu", "l4", "--calibration", "none", "--format", "csv")
+    assert code == 0 and len(out.splitlines()) == 2
+    for words in (("table", MODEL, "--gpu", "l4"), ("pick", MODEL, "--gpu", "l4"),
+                  ("compare", "--model", MODEL, "--gpu", "l4", "batch=1", "batch=2")):  # fmt: skip
+        code, _, err = run(capsys, *words, "--calibration", "cpu-xeon-2.8ghz")
+        assert code == 2 and "was fitted on Intel" in err, words
+
+
+def test_useful_tokens_cannot_exceed_the_length(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("fits", MODEL, "--gpu", "l4", "--seq-len", "512", "--rows", "100")
+    code, _, err = run(capsys, *words, "--mean-tokens", "513")
+    assert code == 2 and "a row has at most 512 tokens" in err
+    assert run(capsys, *words, "--mean-tokens", "512", "--no-changes")[0] == 0
+
+
+def test_a_cpu_has_a_process_and_no_cuda_context(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "fits", MODEL, "--gpu", "cpu", "--seq-len", "64", "--no-changes")
+    assert code in (0, 1)
+    assert "process" in out and "CUDA context" not in out and "nvidia-smi" not in out

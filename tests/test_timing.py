@@ -234,3 +234,18 @@ def test_frozen_weights_cost_no_weight_gradient() -> None:
     whole = 4 * frozen * tokens + 6 * adapters * tokens + attention
     assert time.model_flops < whole
     assert time.model_flops == pytest.approx(whole, rel=0.01)
+
+
+def test_layouts_of_products_matter_on_a_cpu_without_avx512_only() -> None:
+    from planner import processor
+    from tests.calibration_samples import CPU_FACTS
+
+    shape = (1, 256, 512, 384)
+    half = TrainingSpec(method="lora", lora=LoraSpec(r=8), autocast="bf16", base_dtype="bf16")
+    for vector, differ in (("avx2", True), ("avx512f", False)):
+        gpu = processor.as_gpu({**CPU_FACTS, "vector": vector})
+        rates = timing.Rates(gpu, priors(gpu), half)
+        forward, backward = (rates.matmul_s(shape, "bf16", layout)[0] for layout in ("nt", "nn"))
+        assert (backward > 2 * forward) is differ
+        assert rates.matmul_s(shape, "fp32", "nt") == rates.matmul_s(shape, "fp32", "nn")
+    assert not any(name.startswith("portable") for name in priors(A100))

@@ -101,10 +101,11 @@ def doctor(device: str, style: str) -> int:
 @click.option("--check", is_flag=True, help="Run shapes that the fitting grid does not have (calibrate validate).")
 @click.option("--share", is_flag=True, help="Go on although other processes use the GPU.")
 @click.option("--bursts", type=click.IntRange(1), help="At most so many bursts; with --from 2 by default.")
+@click.option("--seed", type=click.IntRange(0), help="Draw other mixed bursts than the usual ones.")
 @config_options
 def run(
     device: str, budget: str, out: Path | None, threads: int, check: bool, share: bool, bursts: int | None,
-    **given: Any,
+    seed: int | None, **given: Any,
 ) -> int:  # fmt: skip
     """Run bursts of real training steps, as many as the budget allows, each in a process of its own.
 
@@ -135,7 +136,7 @@ def run(
     opened = open_device(device, threads)
     settings = harness.Settings(
         device=opened.name, budget_s=parse_duration(budget), threads=threads, check=check or job is not None,
-        share=share, most=bursts or (JOB_BURSTS if job else 0),
+        share=share, most=bursts or (JOB_BURSTS if job else 0), seed=seed,
     )  # fmt: skip
     source = None
     if job is not None:

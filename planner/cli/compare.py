@@ -16,7 +16,7 @@ from planner.cli.from_config import (
     take_reading,
     with_job,
 )
-from planner.cli.options import Sectioned, Word, format_option, training_options
+from planner.cli.options import Sectioned, Word, calibration_option, format_option, training_options
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -31,6 +31,7 @@ MOST = 6
 @click.option("--model", metavar="MODEL", help="The model of every configuration that names none.")
 @click.option("--gpu", metavar="GPU", help="The card of every configuration that names none.")
 @click.option("--with", "rival", type=Word("other planner", ("entrenar",)), help="Its answer beside each of ours.")
+@calibration_option
 @format_option
 @training_options
 def compare(
@@ -143,7 +144,7 @@ def _predicted(label: str, text: str, model: str | None, gpu: str | None, given:
     from planner.predict import predict
     from planner.report.comparison import Compared
 
-    job, reading = given.pop("job"), given.pop("reading")
+    job, reading, calibration = given.pop("job"), given.pop("reading"), given.pop("calibration", None)
     words = text.split()
     files = tuple(word for word in words if is_config(word, several=True))
     if files:
@@ -175,8 +176,8 @@ def _predicted(label: str, text: str, model: str | None, gpu: str | None, given:
     resolved, training = configure(spec, stack or "custom", given, card=card)
     if card is None:
         return Compared(label, predict(spec, training), resolved)
-    chosen = calibration_files.select(card, None, training.versions)
-    found = predict(spec, training, card, coefficients=chosen.coefficients, context_bytes=chosen.context_bytes)
+    chosen = calibration_files.select(card, calibration, training.versions)
+    found = predict(spec, training, chosen.card(card), coefficients=chosen.coefficients)
     return Compared(label, found, resolved)
 
 

@@ -157,10 +157,10 @@ def answer_of(
     prediction = predict(
         loaded.spec,
         training,
-        card,
+        chosen.card(card) if chosen and card is not None else card,
         warnings=notes + (chosen.notes if chosen else ()),
         coefficients=chosen.coefficients if chosen else None,
-        context_bytes=chosen.context_bytes if chosen else None,
+        orders=run.orders() if run else None,
     )
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in ("fits", None):

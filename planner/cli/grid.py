@@ -86,11 +86,6 @@ class Run(NamedTuple):
         """Of the time model, by GPU id."""
         return {name: item.coefficients for name, item in self.chosen.items()}
 
-    @property
-    def contexts(self) -> dict[str, sweep.Context]:
-        """Measured CUDA contexts, by GPU id."""
-        return {name: item.context_bytes for name, item in self.chosen.items() if item.context_bytes is not None}
-
 
 class Problems:
     """Combinations that were left out, by reason."""
@@ -311,7 +306,7 @@ class Tabulator:
         for start in range(0, len(some.cards), each):
             cells = sweeper.cells(some.training, some.cards[start : start + each])
             surplus = self._surplus(some, cells)
-            yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus, self.run.contexts))
+            yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus))
 
     def _surplus(self, some: Combination, cells: sweep.Cells) -> sweep.Surplus:
         """The allocator's cache: one replay for a model and its choices, whatever the card; assumed in large grids."""

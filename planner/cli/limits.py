@@ -209,6 +209,7 @@ def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption:
 @click.option("--budget", type=Number(0, min_open=True), metavar="USD", help="Most it may cost.")
 @click.option("--provider", "providers", multiple=True, metavar="NAME", help="Only machines of these providers.")
 @click.option("--single", is_flag=True, help="Only machines with one card.")
+@calibration_option
 @format_option
 @data_options
 @training_options
@@ -280,6 +281,7 @@ def _candidates_of(
     from planner.pick import Candidate
     from planner.units import parse_count
 
+    calibration = given.pop("calibration", None)
     data, (tokens, epochs) = take(given), much
     if data["data_files"] and tokens is not None:
         raise Contradiction("--tokens and --data say the same thing twice; give one of them")
@@ -296,11 +298,11 @@ def _candidates_of(
     stack = training_settings(given)
     spec = load_model(model).spec
     run = apply(data, spec, stack or "custom", given)
+    chosen = calibration_files.select_each(cards, calibration)
     found = []
     for card in cards:
         _, training = configure(spec, stack or "custom", given, card=card)
-        chosen = calibration_files.select(card, None, training.versions)
-        found.append(Candidate(card, cost.cheapest(card, machines), training, chosen))
+        found.append(Candidate(card, cost.cheapest(card, machines), training, chosen[card.gpu_id]))
     if not found:
         raise InvalidInput("no candidate: no machine of these providers has a card of the catalogue")
     return spec, found, cost.Amount(tokens=parse_count(TOKENS if tokens is None else tokens)), run

@@ -53,6 +53,10 @@ def run_plan(
         return None, ("no hours and no cost: the card's rates are not known",)
     price = price_of(prediction.gpu, wanted)
     training = prediction.training
+    if amount.mean_tokens > training.seq_len:
+        raise InvalidInput(
+            f"--mean-tokens is {amount.mean_tokens:g}, but a row has at most {training.seq_len} tokens (--seq-len)"
+        )
     made = cost.plan(
         prediction.time, prediction.gpu, amount, micro_batch_size=training.micro_batch_size, seq_len=training.seq_len,
         price=price,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli.from_config import ShowKeys, config_options, show_keys
-from planner.cli.options import Sectioned, training_options
+from planner.cli.options import Sectioned, calibration_option, training_options
 
 if TYPE_CHECKING:
     from planner.report.comparison import Compared
@@ -25,6 +25,7 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 @click.option("-o", "--output", metavar="FILE", default="report.html", show_default=True, help="The HTML file.")
 @click.option("--figures", metavar="FOLDER", help="Write every figure as PNG and SVG too.")
 @click.option("--title", default="LoRA fine-tuning plan", help="The heading.")
+@calibration_option
 @training_options
 def report(
     configurations: tuple[str, ...], model: str | None, gpu: str | None, output: str, figures: str | None, title: str,

@@ -12,7 +12,7 @@ import click
 
 from planner.cli.data_options import data_options, take
 from planner.cli.from_config import ShowKeys, config_options, is_config, show_keys, take_job, take_reading
-from planner.cli.options import COST, TRAINING, Sectioned, Word
+from planner.cli.options import COST, TRAINING, Sectioned, Word, calibration_option
 from planner.outputs import whole_file
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def lists_of_settings(command: _Command) -> _Command:
 @click.option("--epochs", type=float, metavar="N", help="Passes over the rows (default 1).")
 @click.option("--mean-tokens", type=float, metavar="N", help="Useful tokens per row, where rows are padded.")
 @click.option("--price", type=float, metavar="USD", help="USD per hour, of every card.")
+@calibration_option
 @click.option("--format", "style", type=Word("format", STYLES), help="How to print; the suffix of -o decides too.")
 @click.option("-o", "--output", metavar="FILE", help="Write to a file.")
 @data_options
@@ -90,6 +91,7 @@ def table(
         style=chosen_style(style, output), output=output,
     )  # fmt: skip
     costs = {name: rest.pop(name) for name in ("tokens", "rows", "epochs", "mean_tokens", "price", "margin")}
+    costs["calibration"] = rest.pop("calibration")
     costs["data"] = take(rest)
     source, job = sources_of(take_reading(rest), rest)
     if isinstance(job, ShowKeys):
@@ -163,7 +165,8 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job:
     cards = tuple(with_margin(card, margin)[0] or card for card in cards)
     values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu", "vram")}
     wanted = {**dict.fromkeys(COST), **costs}
-    chosen = {card.gpu_id: calibration_files.select(card) for card in cards}
+    chosen = calibration_files.select_each(cards, costs.get("calibration"))
+    cards = tuple(chosen[card.gpu_id].card(card) for card in cards)
     prices = card_prices(cards, lambda card: price_of(card, wanted))
     data = costs.get("data") or {"data_files": ()}
     if data["data_files"]:

@@ -9,7 +9,10 @@ import click
 from planner.cli.options import Word, calibration_option, format_option
 
 if TYPE_CHECKING:
+    from planner.dataset.orders import Orders
     from planner.predict import Prediction
+    from planner.training import TrainingSpec
+    from planner.validation import RowLengths
 
 
 @click.command()
@@ -64,6 +67,18 @@ def validate(
     return 0 if report.comparisons or any(report.verdicts.values()) else 1
 
 
+def _orders(lengths: RowLengths | None, training: TrainingSpec) -> Orders | None:
+    """Orders in which rows of a source's lengths may come, cut to the run's."""
+    if lengths is None:
+        return None
+    from planner.dataset.batches import Batching
+    from planner.dataset.orders import drawn, orders
+
+    how = Batching(batch=training.micro_batch_size, limit=training.seq_len, padding="longest")
+    rows = drawn(lengths.mean, lengths.deviation, lengths.shortest).clipped(how.limit)
+    return orders(rows, how)
+
+
 class _Glue:
     """What turns a row's options into a prediction; models and cards are read once."""
 
@@ -84,15 +99,16 @@ class _Glue:
 
         given = dict(options)
         stack = given.pop("stack")
+        lengths: RowLengths | None = given.pop("row_lengths", None)
         spec = self._model(model_id)
         _, training = configure(spec, stack, given, lenient=True)
         card = self._card(gpu_id) if gpu_id else None
         if card is None:
-            return predict(spec, training, None)
+            return predict(spec, training, None, orders=_orders(lengths, training))
         chosen = calibration_files.select(card, self.calibration, training.versions)
         return predict(
-            spec, training, card, warnings=chosen.notes, coefficients=chosen.coefficients,
-            context_bytes=chosen.context_bytes,
+            spec, training, chosen.card(card), warnings=chosen.notes, coefficients=chosen.coefficients,
+            orders=_orders(lengths, training),
         )  # fmt: skip
 
     def capacity(self, gpu_id: str) -> int | None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.errors import one_line
+from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.memory import Moment
-from planner.predict import CONTEXT_BYTES, Prediction
+from planner.predict import Prediction
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
@@ -67,7 +68,14 @@ def components(answer: Answer) -> tuple[Component, ...]:
     cache = p.reserved.expected - p.allocated.expected
     if cache > 0:
         parts.append(Component("allocator cache", cache, "reserved", "computed"))
-    return (*parts, Component("CUDA context", CONTEXT_BYTES[1], "device", "assumed"))
+    beyond = p.device.expected - p.reserved.expected
+    origin = "assumed" if p.gpu is None or p.gpu.context_bytes == CONTEXT_BYTES else "fitted"
+    return (*parts, Component(context_name(p.gpu), beyond, "device", origin))
+
+
+def context_name(gpu: Gpu | None) -> str:
+    """What a process holds beside its tensors."""
+    return "process" if gpu is not None and gpu.vendor == CPU else "CUDA context"
 
 
 def model_name(answer: Answer) -> str:

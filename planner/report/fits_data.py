@@ -6,7 +6,17 @@ from typing import Any
 
 from planner.memory import CATEGORIES
 from planner.predict import Range
-from planner.report.answer import WORDS, Answer, card_words, components, peak_words, run_words, value_words, via_words
+from planner.report.answer import (
+    WORDS,
+    Answer,
+    card_words,
+    components,
+    context_name,
+    peak_words,
+    run_words,
+    value_words,
+    via_words,
+)
 from planner.report.tables import csv_text, escape, json_text, markdown
 from planner.report.time_text import PARTS, parts_of, run_block, run_data, time_data
 from planner.search import Change
@@ -140,8 +150,9 @@ def _csv(answer: Answer) -> str:
         "stack": answer.resolved.stack,
         **{key: _cell(key, value) for key, value in t.describe().items()},
     }
-    for name in (*CATEGORIES, "allocator cache", "CUDA context"):
+    for name in (*CATEGORIES, "allocator cache"):
         row[f"{name.replace(' ', '_').lower()}_bytes"] = sizes.get(name, 0)
+    row["cuda_context_bytes"] = sizes[context_name(p.gpu)]
     row.update(_time_cells(answer))
     row["warnings"] = "; ".join((*p.warnings, *answer.notes))
     return csv_text(list(row), [list(row.values())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from planner.errors import one_line
+from planner.hardware import CPU
 from planner.predict import Range
 from planner.report.answer import (
     WORDS,
@@ -25,6 +26,8 @@ _TOTALS = {
     "reserved": "max_memory_reserved",
     "device": "what nvidia-smi shows",
 }
+_CPU_TOTALS = {"allocated": "live tensors", "reserved": "the same: no cache", "device": "the whole process"}
+"""What the three numbers are on a CPU, whose memory is malloc's."""
 _ASSUMED = (
     "gradient_checkpointing", "optimizer", "loss", "attention", "autocast", "base_dtype", "kbit_preparation",
     "quantization", "double_quant", "r", "target_modules", "seq_len", "micro_batch_size",
@@ -87,7 +90,8 @@ def _ledger(answer: Answer) -> str:
     lines = []
     parts = components(answer)
     small = [part.name for part in parts if part.counter == "allocated" and part.nbytes < SMALL]
-    for counter, meaning in _TOTALS.items():
+    on_cpu = answer.prediction.gpu is not None and answer.prediction.gpu.vendor == CPU
+    for counter, meaning in (_CPU_TOTALS if on_cpu else _TOTALS).items():
         total: Range = getattr(answer.prediction, counter)
         for part in parts:
             if part.counter == counter and part.name not in small:

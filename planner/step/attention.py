@@ -31,6 +31,10 @@ INTERLEAVES_TABLES = ("ernie4_5", "glm", "glm4", "helium")
 """Model types that copy cos and sin in every layer, each entry twice (models/glm/modeling_glm.py)."""
 
 
+OWN_CODE = "qwen"
+"""First-generation Qwen: modeling_qwen.py comes with the checkpoint, and this file follows it where it differs."""
+
+
 def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Self-attention module: projections, positions, kernel, output projection; `finish` is what follows inside it."""
     spec = _heads_after_projection(step, held.spec.attention)
@@ -227,7 +231,10 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
     eng = step.eng
     arg = (q, k, v)
     names: tuple[Tensor, ...] = ()
-    if runs_eager(step, spec):
+    if step.model.model_type == OWN_CODE:
+        flash = step.train.attention == "flash2"
+        out = (_unpadded_flash if flash else _own_mask)(step, spec, q, k, v)
+    elif runs_eager(step, spec):
         out, names = eager.eager(step, spec, q, k, v, source)
     else:
         if _repeats_heads(step, spec):  # before autocast casts them (integrations/sdpa_attention.py)
@@ -287,7 +294,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
     scaled = ops.scale(eng, q, "attention")
     keys, values = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
-    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), score_shape, "scores")
+    scores = ops.bmm(eng, scaled, ops.scale(eng, keys, "attention"), score_shape, "scores", "nt")
     scores = ops.add(eng, scores, mask, "scores", scores_numel)
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
@@ -348,6 +355,60 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     )  # fmt: skip
 
 
+def _unpadded_flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashSelfAttention of modeling_qwen.py: more than one row is packed for the kernel and spread out again.
+
+    Trainers always pass an attention mask, so rows are packed even where none is shorter.
+    """
+    eng = step.eng
+    arg = (q, k, v)
+    several = step.batch > 1
+    if several:
+        k, q, v = (ops.scale(eng, t, "unpad") for t in (k, q, v))
+    out = _flash(step, spec, q, k, v)
+    if several:
+        out = ops.scale(eng, out, "pad")
+    del arg
+    return out
+
+
+def _own_mask(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """QWenAttention without flash-attn, torch 2: every layer makes its causal mask and hands SDPA an additive one."""
+    eng, s, b = step.eng, step.seq, step.batch
+    arg = (q, k, v)
+    ones = eng.empty(s * s, "int8", "attention_mask")
+    causal = eng.empty(s * s, "int8", "attention_mask")  # torch.tril of it
+    del ones
+    inverse = eng.empty(s * s, "int8", "attention_mask")
+    mask = eng.empty(b * s * s, step.train.base_dtype, "attention_mask")
+    del inverse
+    bias = mask
+    if step.arch.sdpa_kernels and not _aligned(s):
+        spread = spec.num_heads if step.arch.torch < SPREADS_BEFORE_PADDING else 1
+        bias = eng.empty(b * spread * s * cuda_rules.round_up(s, MASK_ALIGNMENT), mask.dtype, "attention_bias")
+    buffers = cuda_rules.efficient_backward_workspace(
+        b, s, s, spec.num_heads, spec.num_kv_heads, spec.head_dim, ITEMSIZE[q.dtype]
+    )
+    rows = b * spec.num_heads * cuda_rules.round_up(s, 32)
+    out = ops.fused_attention(
+        eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=rows,
+        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="efficient_attention",
+        mask=bias,
+    )  # fmt: skip
+    del arg, causal, mask, bias
+    return out
+
+
+MASK_ALIGNMENT = 16
+"""SDPA pads a mask whose rows are no multiple of this (ATen/native/transformers/attention.cpp preprocess_mask)."""
+SPREADS_BEFORE_PADDING = (2, 2)
+"""Before: it expands the mask to all heads first, so the padded copy is written out for each of them (v2.1)."""
+
+
+def _aligned(length: Size) -> bool:
+    return not isinstance(length, int) or length % MASK_ALIGNMENT == 0
+
+
 def _rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """apply_rotary_pos_emb on q and k."""
     eng, t, kind = step.eng, step.tokens, step.model.model_type
@@ -399,7 +460,13 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
     if step.model.model_type in ROTATES_HALVES:
         return _rotary_halves(step, x)
     kept: Tensor | None = None
-    if not (isinstance(rest, int) and rest == 0):
+    source = x.dtype
+    own = step.model.model_type == OWN_CODE
+    if own:
+        x = ops.cast(eng, x, FP32, "rotary")
+    if own and step.train.attention == "flash2":
+        return ops.cast(eng, _triton_rotary(step, x), source, "rotary")
+    if own or not (isinstance(rest, int) and rest == 0):  # its own code appends the rest even where there is none
         full = x
         x = ops.narrow(eng, full, rotated)
         kept = ops.narrow(eng, full, rest)
@@ -418,7 +485,7 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
         out = ops.cat_half(eng, out, kept, "rotary")
     elif step.model.model_type in eager.JOINS_NOTHING:
         out = ops.contiguous(eng, out, "rotary")
-    return out
+    return ops.cast(eng, out, source, "rotary") if own else out
 
 
 HALF_TABLES = ("codegen", "gpt_oss", "gptj")
@@ -438,6 +505,19 @@ def _rotary_halves(step: Step, x: Tensor) -> Tensor:
     first = ops.subtract(eng, ops.mul(eng, x1, cos, "rotary"), ops.mul(eng, x2, sin, "rotary"), "rotary")
     second = ops.add(eng, ops.mul(eng, x2, cos, "rotary"), ops.mul(eng, x1, sin, "rotary"), "rotary")
     return ops.cat_half(eng, first, second, "rotary")
+
+
+def _triton_rotary(step: Step, x: Tensor) -> Tensor:
+    """flash-attn's ApplyRotaryEmb out of place: a new tensor; the backward clones the gradient first (2.3.4)."""
+    eng = step.eng
+    out = ops.unary(eng, x, "rotary")
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        cloned = ops.unary(eng, ops._grad(grads), "rotary_grad")
+        return [ops.unary(eng, cloned, "rotary_grad")]
+
+    eng.link(out, (x,), backward)
+    return out
 
 
 def _fused_rotary(step: Step, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class Step:
     __slots__ = (
         "alibi", "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
         "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens", "train",
-        "unquantized_dtype", "unused_probabilities",
+        "unquantized_dtype", "unused_probabilities", "widened",
     )  # fmt: skip
 
     def __init__(
@@ -36,6 +36,8 @@ class Step:
         self.unquantized_dtype = FP32 if train.kbit_preparation else train.base_dtype
         self.embedding_dtype = self.unquantized_dtype
         self.norm_dtype = FP32 if train.fp32_norms_only else self.unquantized_dtype
+        self.widened: list[tuple[int, Tensor]] = []
+        """(layer, 16-bit parameter) that k-bit preparation is going to cast to fp32."""
         self.parameters: list[Tensor] = []
         """Trainable leaves, in creation order."""
         self.factors: list[Size] = []
@@ -77,4 +79,18 @@ class Step:
         """Allocate an unquantized base weight: frozen, or trainable in full fine-tuning."""
         if self.train.method == "full":
             return self.trainable(numel, self.unquantized_dtype, "weight", factors)
-        return self.eng.parameter(numel, self.unquantized_dtype, "weight")
+        return self.frozen(numel, self.unquantized_dtype)
+
+    def frozen(self, numel: Size, dtype: str) -> Tensor:
+        """Allocate a frozen base parameter; before k-bit preparation it lies in the dtype that was loaded."""
+        if not self.train.kbit_preparation:
+            return self.eng.parameter(numel, dtype, "weight")
+        held = self.eng.parameter(numel, self.train.base_dtype, "weight")
+        if held.dtype != FP32:
+            self.widened.append((self.eng.layer, held))
+        return held
+
+    def widen(self, held: Tensor) -> None:
+        """Cast a parameter to fp32 in place: the copy exists before the 16-bit one goes."""
+        held.storage = self.eng.empty(held.numel, FP32, "weight").storage
+        held.dtype = FP32

@@ -93,7 +93,7 @@ def _scores(step: Step, spec: Attention, q: Tensor, k: Tensor, heads_first: tupl
     right = ops.autocast_half(step.eng, k)
     left = ops.autocast_half(step.eng, q)
     folded = _folded(step, left, heads_first[0]), _folded(step, right, heads_first[1])
-    return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores")
+    return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores", "nt")
 
 
 def _values(step: Step, spec: Attention, probs: Tensor, v: Tensor, heads_first: bool = False) -> Tensor:
@@ -124,7 +124,7 @@ def _bloom(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Atte
     numel = step.batch * spec.num_heads * step.seq * step.seq
     score_shape, value_shape = shapes(step, spec)
     q, k, v = _folded(step, q, False), _folded(step, k, False), _folded(step, v, False)
-    scores = ops.bmm(eng, q, k, score_shape, "scores", scales=True)
+    scores = ops.bmm(eng, q, k, score_shape, "scores", "nt", scales=True)
     assert step.mask is not None
     masked = ops.add(eng, scores, step.mask, "scores", numel)
     probs = ops.cast(eng, _softmax(step, masked, FP32), values, "probabilities")
@@ -185,7 +185,7 @@ def _falcon_scores(step: Step, spec: Attention, q: Tensor, k: Tensor) -> Tensor:
     right = ops.autocast_half(step.eng, k)
     left = ops.autocast_half(step.eng, q)
     folded = _folded(step, left, False), _falcon_heads(step, spec, right)
-    return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores")
+    return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores", "nt")
 
 
 def _falcon_values(step: Step, spec: Attention, probs: Tensor, v: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def _sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     rows = step.batch * spec.num_heads * step.seq
     scores_numel = rows * step.seq
     score_shape, value_shape = shapes(step, spec)
-    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores"), "scores")
+    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores", "nt"), "scores")
     assert step.mask is not None
     scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
     wide = ops.cat_half(eng, scores, eng.empty(rows, scores.dtype, "scores"), "scores")

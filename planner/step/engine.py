@@ -15,7 +15,7 @@ import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 from weakref import ReferenceType, ref
 
 Size = Any
@@ -42,15 +42,21 @@ class Storage:
 Shape = tuple[Size, Size, Size, Size]
 """Of a matrix product: how many of them, and m, n, k of each ([m, k] x [k, n])."""
 
+Layout = Literal["nt", "nn", "tn"]
+"""How the two operands of a product lie in memory, in BLAS letters (t: transposed): x @ weight.T, grad @ weight,
+grad.T @ x."""
+INPUT_GRAD: dict[Layout, Layout] = {"nt": "nn", "nn": "nt", "tn": "nn"}
+"""Layout of the product that gives the left operand's gradient; the right one's has "tn"."""
+
 
 class Kernel:
     """One device kernel (or a few of the same kind): floating-point operations, bytes moved, launches."""
 
-    __slots__ = ("bytes", "count", "dtype", "flops", "op", "recomputed", "segment", "shape")
+    __slots__ = ("bytes", "count", "dtype", "flops", "layout", "op", "recomputed", "segment", "shape")
 
     def __init__(
         self, op: str, dtype: str, flops: Size, nbytes: Size, count: Size, segment: int, shape: Shape | None,
-        recomputed: bool,
+        recomputed: bool, layout: Layout = "nt",
     ) -> None:  # fmt: skip
         self.op = op
         self.dtype = dtype
@@ -61,6 +67,8 @@ class Kernel:
         self.shape = shape
         self.recomputed = recomputed
         """Whether checkpointing runs it a second time, inside the backward."""
+        self.layout = layout
+        """Of a matrix product."""
 
 
 class Segment:
@@ -246,18 +254,21 @@ class Engine:
         return tensor
 
     def kernel(
-        self, op: str, dtype: str, nbytes: Size, flops: Size = 0, count: Size = 1, shape: Shape | None = None
-    ) -> None:
+        self, op: str, dtype: str, nbytes: Size, flops: Size = 0, count: Size = 1, shape: Shape | None = None,
+        layout: Layout = "nt",
+    ) -> None:  # fmt: skip
         """Record work on the device."""
         record = self.record
         segment = len(record.segments) - 1
-        record.kernels.append(Kernel(op, dtype, flops, nbytes, count, segment, shape, self.recomputing))
+        record.kernels.append(Kernel(op, dtype, flops, nbytes, count, segment, shape, self.recomputing, layout))
 
-    def matmul(self, op: str, dtype: str, m: Size, n: Size, k: Size, batch: Size = 1, count: Size = 1) -> None:
+    def matmul(
+        self, op: str, dtype: str, m: Size, n: Size, k: Size, batch: Size = 1, count: Size = 1, layout: Layout = "nt"
+    ) -> None:
         """Record `batch` matrix products [m, k] x [k, n]: operands read once, the result written once."""
         moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
         flops = 2.0 * batch * m * n * k  # a float: int64 would overflow silently in a sweep
-        self.kernel(op, dtype, moved, flops, count, (batch, m, n, k))
+        self.kernel(op, dtype, moved, flops, count, (batch, m, n, k), layout)
 
     # --- the graph --------------------------------------------------------------------------------------------
 

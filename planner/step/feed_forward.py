@@ -13,6 +13,9 @@ from planner.step.linears import LayerWeights
 Finish = Callable[[Tensor], Tensor]
 """What a module does with its result before it returns: adds the residual, in classes that hand it in."""
 
+UP_FIRST = ("qwen",)
+"""Model types that project both ways before they activate: a1 * silu(a2) (modeling_qwen.py QWenMLP)."""
+
 
 def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Feed-forward module: gated (separate or fused gate and up) or plain."""
@@ -22,6 +25,13 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | N
         hidden = activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
     elif spec.gate is not None and step.train.kernels in ("liger", "unsloth"):
         hidden = _fused_swiglu(step, held, spec, x)
+    elif spec.gate is not None and step.model.model_type in UP_FIRST:
+        up = linears.forward(step, held.linears[spec.up.name], x)
+        gate = linears.forward(step, held.linears[spec.gate.name], x)
+        hidden = ops.mul(eng, up, activate(step, spec, gate), "mlp")
+        out = linears.forward(step, held.linears[spec.down.name], hidden)
+        del arg, hidden, up, gate  # names of the module's frame
+        return out
     elif spec.gate is not None:
         gate = activate(step, spec, linears.forward(step, held.linears[spec.gate.name], x))
         up = linears.forward(step, held.linears[spec.up.name], x)

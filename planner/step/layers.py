@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from planner.model import Norm
 from planner.step import linears, ops
-from planner.step.attention import attention
+from planner.step.attention import OWN_CODE, attention
 from planner.step.context import Step
 from planner.step.eager import DROPOUT
 from planner.step.engine import Tensor
@@ -23,7 +23,9 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     spec = held.spec
     arg = x
     try:
-        if spec.parallel:
+        if step.model.model_type == OWN_CODE:
+            out = _qwen_layer(step, held, x)
+        elif spec.parallel:
             out = _parallel_layer(step, held, x)
         else:
             own = step.model.model_type in NAMES_ATTENDED and not step.train.uses_own_modules
@@ -127,6 +129,19 @@ def _named_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
         second = None
     out = added(fed)
     del attended, normed, second
+    return out
+
+
+def _qwen_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
+    """QWenBlock.forward: the usual order, but every result keeps a name until the layer returns."""
+    eng, spec = step.eng, held.spec
+    normed = _layer_norm(step, held, spec.input_norm, x)
+    attended = attention(step, held, normed)
+    summed = ops.add(eng, attended, x, "residual")
+    normed = _layer_norm(step, held, spec.pre_mlp_norm, summed)
+    fed = _feed_forward(step, held, normed)
+    out = ops.add(eng, summed, fed, "residual")
+    del normed, attended, fed
     return out
 
 

@@ -45,10 +45,11 @@ class LayerWeights:
     def __init__(self, spec: Layer) -> None:
         self.spec = spec
         self.linears: dict[str, LinearWeights] = {}
-        self.buffer: Tensor | None = None
         self.norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self.experts: list[Tensor] = []
         self.router: Tensor | None = None
+        self.buffer: Tensor | None = None
+        """What the class registers in every layer beside its parameters."""
         self.expert_adapters: dict[str, tuple[Tensor, Tensor]] = {}
         """Fused parameter -> its (A, B), stacked over the experts (peft lora.ParamWrapper)."""
 
@@ -312,14 +313,14 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         if held.dtype != grad.dtype:
             weight = ops.unary(eng, weight, "dequantize", grad.dtype)
         result = eng.empty(numel, grad.dtype, "linear_4bit_grad")
-        eng.matmul("matmul", dtype, m, k, n)
+        eng.matmul("matmul", dtype, m, k, n, layout="nn")
         del weight
         return [result]
 
     eng.link(out, (x,), backward, (x,) if release < KEEPS_NO_INPUT else (), hooked=False)
-    out = ops.cast(eng, out, source, "input_dtype_cast")
-    del arg, x
-    return out
+    converted = ops.cast(eng, out, source, "input_dtype_cast")
+    del x, out, arg  # names of the module's frame
+    return converted
 
 
 def _dequantize_first(step: Step, held: LinearWeights, dtype: str) -> list[Storage]:
@@ -367,7 +368,7 @@ def _backward_8bit(step: Step, spec: Linear, numel: Size, dtype: str) -> Tensor:
     eng = step.eng
     weight = _dequantize_8bit(step, spec, dtype)
     result = eng.empty(numel, dtype, "linear_8bit_grad")
-    eng.matmul("matmul", dtype, step.tokens, spec.in_features, spec.out_features)
+    eng.matmul("matmul", dtype, step.tokens, spec.in_features, spec.out_features, layout="nn")
     del weight
     return result
 
@@ -417,7 +418,7 @@ def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         weight = eng.empty(spec.weight_elements, dtype, "dequantize")
         eng.kernel("dequantize", dtype, spec.weight_elements // 2 + weight.nbytes, count=2)
         result = eng.empty(numel, dtype, "linear_gptq_grad")
-        eng.matmul("matmul", dtype, m, k, n)
+        eng.matmul("matmul", dtype, m, k, n, layout="nn")
         del weight
         return [result]
 

@@ -15,8 +15,12 @@ UPCASTS_IN_FORWARD = (4, 46)
 SHIFTS_BY_COPY = (4, 49)
 """Before: the loss copies logits[..., :-1, :].contiguous(); since then the labels are padded (loss/loss_utils.py)."""
 _OWN_LOSS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "stablelm")
-WITHOUT_UPCAST: dict[str, tuple[int, int]] = dict.fromkeys(_OWN_LOSS, (4, 49))
-"""model_type -> release before which its class called CrossEntropyLoss on 16-bit logits (modeling files v4.48.1)."""
+_NO_RELEASE = (1 << 30, 0)
+WITHOUT_UPCAST: dict[str, tuple[int, int]] = {**dict.fromkeys(_OWN_LOSS, (4, 49)), "qwen": _NO_RELEASE}
+"""model_type -> release before which its class called CrossEntropyLoss on 16-bit logits (modeling files v4.48.1; the
+code of first-generation Qwen comes with the checkpoint and always does, modeling_qwen.py QWenLMHeadModel.forward)."""
+SHIFTS_ALWAYS = ("qwen",)
+"""Model types whose own code copies logits[..., :-1, :] whatever the release of transformers."""
 
 
 def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -46,7 +50,7 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
     if upcasts and release < UPCASTS_IN_FORWARD:
         logits = wide
     source = wide
-    if release < SHIFTS_BY_COPY:
+    if release < SHIFTS_BY_COPY or model.model_type in SHIFTS_ALWAYS:
         rows = step.batch * (step.seq - 1)
         source = ops.contiguous(eng, ops.narrow(eng, wide, rows * model.vocab_size, "logits_grad"), "logits_shifted")
     if train.kernels in ("unsloth", "fms-fused"):

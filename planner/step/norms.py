@@ -73,9 +73,9 @@ def _rms_norm(step: Step, weight: Tensor | None, x: Tensor, rows: Size) -> Tenso
     source = x.dtype
     x = ops.cast(eng, x, FP32, "norm_input_fp32")
     x = _rms_core(step, x, rows)
-    out = ops.cast(eng, x, source, "norm_cast")
-    out = out if weight is None else ops.mul(eng, weight, out, "norm")
-    del x  # hidden_states names the fp32 product until the norm returns
+    cast = ops.cast(eng, x, source, "norm_cast")
+    out = cast if weight is None else ops.mul(eng, weight, cast, "norm")
+    del cast, x  # hidden_states names the fp32 result until the weight has multiplied
     return out
 
 

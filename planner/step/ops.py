@@ -9,7 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.step.engine import BF16, FP16, FP32, INT64, ITEMSIZE, Engine, Grads, Node, Shape, Size, Tensor
+from planner.step.engine import (
+    BF16,
+    FP16,
+    FP32,
+    INPUT_GRAD,
+    INT64,
+    ITEMSIZE,
+    Engine,
+    Grads,
+    Layout,
+    Node,
+    Shape,
+    Size,
+    Tensor,
+)
 
 _HALF = (BF16, FP16)
 
@@ -485,15 +499,22 @@ def linear(
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [None, None, None]
+
+        def of_input() -> None:
+            if need_x:
+                results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
+                eng.matmul(kind, dtype, m, k, n, layout="nn")
+
+        if b is not None:
+            of_input()
+        if need_w:
+            results[1] = eng.empty(w_numel, dtype, "weight_grad")
+            eng.matmul(kind, dtype, n, k, m, layout="tn")
+        if b is None:
+            of_input()
         if need_b:
             results[2] = eng.empty(n, dtype, "bias_grad")
             eng.kernel("reduce", dtype, _grad(grads).nbytes)
-        if need_x:
-            results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
-            eng.matmul(kind, dtype, m, k, n)
-        if need_w:
-            results[1] = eng.empty(w_numel, dtype, "weight_grad")
-            eng.matmul(kind, dtype, n, k, m)
         return results
 
     made = eng.begin((x, w, b), backward, tuple(saved))
@@ -504,7 +525,9 @@ def linear(
     return out
 
 
-def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", scales: bool = False) -> Tensor:
+def bmm(
+    eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", layout: Layout = "nn", scales: bool = False
+) -> Tensor:
     """`shape` (batch, m, n, k): batched matrix product of two activations, both saved.
 
     scales: baddbmm with an alpha, by which the backward multiplies each product into a new tensor.
@@ -523,18 +546,19 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", scales
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [None, None]
-        for side in (0, 1) if scales else (1, 0):
+        for side in (0, 1) if scales else (1, 0):  # derivatives in the order of their names: mat2, self; batch1, batch2
             if needs[side]:
                 result = eng.empty(numels[side], dtype, f"{op}_grad")
                 rows, columns, inner = ((m, k, n), (k, n, m))[side]
-                eng.matmul("bmm", dtype, rows, columns, inner, batch)
+                lies: Layout = "tn" if side else INPUT_GRAD[layout]
+                eng.matmul("bmm", dtype, rows, columns, inner, batch, layout=lies)
                 results[side] = unary(eng, result, f"{op}_grad") if scales else result
                 del result
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))
     out = eng.empty(out_numel, a.dtype, op)
-    eng.matmul("bmm", a.dtype, m, n, k, batch)
+    eng.matmul("bmm", a.dtype, m, n, k, batch, layout=layout)
     eng.finish(made, out)
     return out
 

@@ -15,7 +15,7 @@ from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import FP32_TABLES, HALF_TABLES, always_masks, needs_window_mask, runs_eager
+from planner.step.attention import FP32_TABLES, HALF_TABLES, OWN_CODE, always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
 from planner.step.engine import FP32, INT64, Record, Size, Tensor
@@ -40,6 +40,9 @@ TABLES_BY_WINDOW = ("gemma3_text", "olmo3")
 LAYER_BUFFERS = ("gpt_neo",)
 """Model types that keep such a mask in every layer (modeling_gpt_neo.py)."""
 
+
+LOGN_POSITIONS = 32767
+"""Elements of the logn_tensor buffer that every attention of first-generation Qwen holds (modeling_qwen.py)."""
 
 LONGEST_PATTERN = 12
 """Layers of the longest repeating pattern that is looked for (sliding, ..., full: 2 to 8 in published models)."""
@@ -143,6 +146,7 @@ class _Run:
         self.masks: dict[bool, Tensor] = {}
         """4-D masks: of layers that see everything (False), of those with a window (True)."""
         self.input_leaf: Tensor | None = None
+        self.buffers: list[Tensor] = []
 
     def all(self) -> Program:
         self._load()
@@ -152,16 +156,23 @@ class _Run:
         loss, kept = self._forward()
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
-        del loss, kept
-        if self.input_leaf is not None:  # dies with the graph: a leaf and its node hold each other
-            self.input_leaf.node = self.input_leaf.grad = None
-            self.input_leaf = None
+        del loss
+        if not kept:
+            self._drop_input_leaf()
         self._drop_positions()
         state.run_step()
+        del kept
+        self._drop_input_leaf()
         record = self.eng.record
         record.close()
         total = state.parameter_count()
         return Program(record, total, self.stack.first)
+
+    def _drop_input_leaf(self) -> None:
+        """The embeddings made a leaf, and their gradient, die with the graph: a leaf and its node hold each other."""
+        if self.input_leaf is not None:
+            self.input_leaf.node = self.input_leaf.grad = None
+            self.input_leaf = None
 
     # --- load -------------------------------------------------------------------------------------------------
 
@@ -180,9 +191,12 @@ class _Run:
         if model.model_type in ROTATES_TOKENS_FIRST:  # GPTJRotaryEmbedding.embed_positions
             spec = model.layers[0].attention
             entries = model.max_position_embeddings * (spec.rotary_dim or spec.head_dim)
-            self.buffer = self.eng.empty(entries, FP32, "weight")
+            self.buffers = [self.eng.empty(entries, FP32, "weight")]
         if model.model_type in MASK_BUFFERS:
-            self.buffer = self.eng.empty(model.max_position_embeddings**2, "int8", "weight")
+            self.buffers = [self.eng.empty(model.max_position_embeddings**2, "int8", "weight")]
+        if model.model_type == OWN_CODE:  # RotaryEmbedding caches cos and sin of twice the longest row so far
+            width = model.layers[0].attention.head_dim
+            self.buffers = [self.eng.empty(2 * step.seq * width, FP32, "rotary_tables") for _ in range(2)]
         self._count(-1)
         for unit, layer in zip(self.stack.units, self.stack.layers, strict=True):
             self._begin("load", unit)
@@ -193,11 +207,23 @@ class _Run:
             self.outer_norms[model.final_norm.name] = self._norm(model.final_norm)
         self.head = self._load_head(trainable)
         self._count(-1)
+        self._prepare()
         if train.lora:
             self._load_adapters(adapted)
         if step.arch.blas_workspaces:
             workspace = cuda_rules.cublas_workspace_bytes(step.arch.capability)
             self.workspaces = [self.eng.workspace(workspace, "cublas") for _ in range(cuda_rules.cublas_handles())]
+
+    def _prepare(self) -> None:
+        """prepare_model_for_kbit_training: one parameter after the other (peft utils/other.py)."""
+        before = -2
+        for layer, held in self.step.widened:
+            if layer != before:
+                self._begin("load", layer)
+            before = layer
+            self.step.widen(held)
+        if self.step.widened:
+            self._begin("load", -1)
 
     def _begin(self, phase: str, layer: int) -> None:
         self.eng.enter(phase, layer)
@@ -210,7 +236,7 @@ class _Run:
         dtype = self.step.embedding_dtype
         if trainable:
             return self.step.trainable(elements, dtype, "weight", factors)
-        return self.eng.parameter(elements, dtype, "weight")
+        return self.step.frozen(elements, dtype)
 
     def _norm(self, spec: Norm) -> tuple[Tensor | None, Tensor | None]:
         step, dtype = self.step, self.step.norm_dtype
@@ -220,13 +246,14 @@ class _Run:
         def make(wanted: bool) -> Tensor | None:
             if not wanted:
                 return None
-            create = step.trainable if trainable else step.eng.parameter
-            return create(elements, dtype, "weight")
+            return step.trainable(elements, dtype, "weight") if trainable else step.frozen(elements, dtype)
 
         return make(spec.weight), make(spec.bias)
 
     def _load_layer(self, layer: Layer, adapted: set[str]) -> LayerWeights:
         held = LayerWeights(layer)
+        if self.step.model.model_type == OWN_CODE:
+            held.buffer = self.eng.empty(LOGN_POSITIONS, self.step.train.base_dtype, "weight")
         for spec in layer.linears:
             held.linears[spec.name] = linears.load_base(self.step, spec, spec.name in adapted)
         for spec_norm in (*layer.attention.norms, *layer.norms):
@@ -262,10 +289,10 @@ class _Run:
         elif self._quantizes_head():
             held = linears.load_base(step, model.head, False)
         else:
-            held.weight = self.eng.parameter(model.head.weight_elements, step.embedding_dtype, "weight")
+            held.weight = step.frozen(model.head.weight_elements, step.embedding_dtype)
         if model.head.bias and held.bias is None:
-            create = step.trainable if trainable else self.eng.parameter
-            held.bias = create(model.head.out_features, step.embedding_dtype, "weight")
+            elements, dtype = model.head.out_features, step.embedding_dtype
+            held.bias = step.trainable(elements, dtype, "weight") if trainable else step.frozen(elements, dtype)
         return held
 
     def _quantizes_head(self) -> bool:
@@ -429,6 +456,13 @@ class _Run:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
         step, eng, model = self.step, self.eng, self.step.model
         spec = model.layers[0].attention
+        if model.model_type == OWN_CODE:
+            self.position_ids = eng.empty(step.seq, INT64, "positions")
+            self.rotary[False] = (
+                self.buffers[0].view(step.seq * spec.head_dim),
+                self.buffers[1].view(step.seq * spec.head_dim),
+            )
+            return
         if spec.position == "rope" or model.model_type == "falcon":  # falcon makes them beside ALiBi too
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
             width = width // 2 if model.model_type in HALF_TABLES else width

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from planner.step.engine import Record, Segment
 
 _LOADING = ("load",)
 _STATE = ("state",)
+
+
+class _MicroBatch:
+    """The phases of a micro batch: all but loading and what belongs to the optimizer."""
+
+    def __contains__(self, phase: object) -> bool:
+        return phase not in ("load", "state", "optimizer")
+
+
+_MICRO_BATCH = _MicroBatch()
 
 Template = list[tuple[int, int]]
 """Events of a segment: (bytes, name of the storage at layer 0); bytes > 0 allocates, else frees."""
@@ -106,6 +116,81 @@ def expand(record: Record, steps: int = 2, smallest: int = 0) -> list[tuple[int,
                         alive.pop(storage, None)
                         out.append((storage, size))
     return out
+
+
+RecordOf = Callable[[int, bool], Record]
+"""record_of(length, held): the program of a micro batch of that length; `held`: an earlier one left its gradients."""
+
+
+def unequal(
+    order: Sequence[tuple[int, int]], accumulation: int, record_of: RecordOf, smallest: int = 0
+) -> list[tuple[int, int]]:
+    """Return (storage, +-bytes) of a run whose micro batches differ in length, as `expand` does of one length.
+
+    `order` names the micro batches that are longer than all before, (number, length); the shorter ones between them
+    leave the cache as it is and are left out. Optimizer steps come where `accumulation` puts them; the longest micro
+    batch comes once more in a step of its own, as in `expand`.
+    """
+    longest = order[-1][1]
+    after = (order[-1][0] // accumulation + 1) * accumulation
+    micro_batches = [*order, *((after + i, longest) for i in range(min(accumulation, 2)))]
+    out = _Writer(smallest)
+    out.write(record_of(longest, False), _LOADING)
+    gradients: list[tuple[int, int]] = []
+    has_state = False
+    for place, (number, length) in enumerate(micro_batches):
+        record = record_of(length, bool(gradients))
+        left = out.write(record, _MICRO_BATCH)
+        if gradients:
+            out.free(left)
+        else:
+            gradients = left
+        following = micro_batches[place + 1][0] if place + 1 < len(micro_batches) else after + accumulation
+        if following // accumulation == number // accumulation:
+            continue
+        record = record_of(length, False)
+        if not has_state:
+            out.write(record, _STATE)
+            has_state = True
+        out.free(out.write(record, ("optimizer",)))
+        out.free(gradients)
+        gradients = []
+    return out.events
+
+
+class _Writer:
+    """Events of parts of programs one after another; what a part leaves alive is its caller's to free."""
+
+    def __init__(self, smallest: int) -> None:
+        self.smallest = smallest
+        self.events: list[tuple[int, int]] = []
+        self.number = 0
+        self.known: dict[int, tuple[_Layout, list[Template]]] = {}
+
+    def write(self, record: Record, phases: Container[str]) -> list[tuple[int, int]]:
+        """Write the segments of these phases; return the storages that live on, with their bytes."""
+        if id(record) not in self.known:
+            layout = _Layout(record)
+            self.known[id(record)] = layout, [layout.template(n, self.smallest) for n in range(len(record.segments))]
+        layout, templates = self.known[id(record)]
+        alive: dict[int, tuple[int, int]] = {}
+        for segment, template in zip(record.segments, templates, strict=True):
+            if segment.phase not in phases or not template:
+                continue
+            for layer in _layers_of(segment, layout.real):
+                shift = layer * _LAYER if segment.layer >= 0 else 0
+                for size, name in template:
+                    if size > 0:
+                        self.number += 1
+                        alive[name + shift] = (self.number, size)
+                        self.events.append((self.number, size))
+                    elif name + shift in alive:
+                        self.events.append((alive.pop(name + shift)[0], size))
+        return list(alive.values())
+
+    def free(self, storages: list[tuple[int, int]]) -> None:
+        """End the life of what a part left alive."""
+        self.events += [(storage, -size) for storage, size in storages]
 
 
 def small_peak(record: Record, largest: int) -> int:
