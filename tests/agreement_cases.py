@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibrate.cases import Case
+from calibrate.cases import Case, cases
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 SIZES: dict[str, Any] = {
@@ -54,17 +54,21 @@ OPT = TOKENS | {
 }  # fmt: skip
 KBIT: dict[str, Any] = {"method": "qlora", "quantization": NF4, "kbit_preparation": True}
 
+DRAWN = tuple(cases(137, seed=3))
+"""Two causes show at real widths only."""
+
 DIRECTED = (
+    ("masks and tables die with the last checkpoint", DRAWN[136]),
+    ("int8's fp16 product is a workspace", DRAWN[36]),
     case("bloom: the GELU's written-out backward", BLOOM, attention="eager", padded=True, autocast="bf16",
          gradient_checkpointing="full", seq_len=128, micro_batch_size=2, **KBIT),
-    case("bloom: scores by baddbmm, names of the frame", BLOOM, attention="eager", gradient_checkpointing="full"),
-    case("mpt: fp32 ALiBi, casts before copies", MPT, attention="eager", micro_batch_size=2, autocast="bf16",
+    case("bloom: scores by baddbmm, names of the frame", BLOOM, attention="eager", gradient_checkpointing="full",
+         micro_batch_size=2, autocast="bf16"),
+    case("mpt: casts before copies", MPT, attention="eager", micro_batch_size=4, autocast="bf16", seq_len=128,
          gradient_checkpointing="full", **KBIT),
-    case("mpt: residual added inside the feed-forward", MPT, micro_batch_size=2, padded=True, **KBIT),
+    case("mpt: residual added inside the feed-forward", MPT, micro_batch_size=8, seq_len=64, **KBIT),
     case("mpt: clipped q, k, v", MPT | {"attn_config": {"clip_qkv": 6.0}}, seq_len=128),
     case("falcon: one key head is a view for one row", FALCON, attention="eager", gradient_checkpointing="full"),
-    case("falcon: softmax casts inside under autocast", FALCON, attention="eager", micro_batch_size=2,
-         autocast="bf16", gradient_checkpointing="full"),
     case("falcon: heads copied before anything else", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
          attention="eager", micro_batch_size=2, padded=True, autocast="bf16", gradient_checkpointing="full"),
     case("falcon: ALiBi in the mask", FALCON | {"alibi": True, "parallel_attn": False, "multi_query": False,
@@ -83,10 +87,6 @@ DIRECTED = (
          "n_ctx": 1024}, attention="eager", autocast="bf16", gradient_checkpointing="full", seq_len=256),
     case("opt: fc1's input loses its name", OPT, method="dora", targets=("mlp",), lora_dtype="fp32", dropout=0.05,
          autocast="bf16", micro_batch_size=2, gradient_checkpointing="full", use_reentrant=True),
-    case("llama: masks and tables die with the last checkpoint", LLAMA | {"vocab_size": 16384}, method="full",
-         padded=True, optimizer="adamw-8bit", gradient_checkpointing="offload"),
-    case("llama: int8's fp16 product is a workspace", LLAMA | {"intermediate_size": 4096}, method="qlora",
-         quantization=INT8, kbit_preparation=True, gradient_checkpointing="full", micro_batch_size=2),
     case("llama: GELU in Python", LLAMA | {"hidden_act": "gelu_python"}),
     case("llama: fast GELU", LLAMA | {"hidden_act": "gelu_fast"}),
     case("llama: quick GELU", LLAMA | {"hidden_act": "quick_gelu"}),
@@ -95,10 +95,8 @@ DIRECTED = (
     case("ernie4_5: rotary tables copied in every layer", SIZES | {"model_type": "ernie4_5", "head_dim": 64}),
     case("glm: rotary tables copied in every layer", SIZES | {"model_type": "glm", "head_dim": 64,
          "partial_rotary_factor": 0.5}, **KBIT),
-    case("cohere2: a mask dies with its last layer", SIZES | WINDOWS | {"model_type": "cohere2"}, attention="eager",
-         gradient_checkpointing="full", autocast="bf16"),
-    case("gemma3: two sets of rotary tables", SIZES | WINDOWS | {"model_type": "gemma3_text", "head_dim": 64},
-         autocast="bf16", gradient_checkpointing="full", **KBIT),
+    case("gemma3: two sets of rotary tables", SIZES | WINDOWS | {"model_type": "gemma3_text", "head_dim": 256},
+         seq_len=1024, **KBIT),
     case("gpt_oss: rotary in halves, the maximum's gradient", SIZES | WINDOWS | MIXTURE | {"model_type": "gpt_oss",
          "head_dim": 64, "num_local_experts": 4, "intermediate_size": 256}, micro_batch_size=2, autocast="bf16"),
     case("qwen2_moe: the shared expert runs first", SIZES | MIXTURE | {"model_type": "qwen2_moe", "num_experts": 4,
