@@ -112,6 +112,8 @@ class Attention:
     """The transformers release that gave the class its scaled_dot_product_attention path."""
     scores_fp32: bool = False
     """The class's own eager path casts q and k to fp32 before their product (gptj, codegen, gpt_neo)."""
+    clips_qkv: bool = False
+    """Queries, keys and values are clamped as their projections leave them (olmo in place, mpt)."""
     dropout: bool = False
     """Attention weights pass a dropout with p > 0 unless the caller sets it to 0 (gpt2: 0.1)."""
 
@@ -141,7 +143,10 @@ class Attention:
         return sum(x.num_parameters for x in parts) + (self.num_heads if self.sinks else 0)
 
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "xielu", "clamped_swiglu"]
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "bloom_gelu", "relu",
+    "relu2", "xielu", "clamped_swiglu",
+]  # fmt: skip
 """clamped_swiglu: (clamp(up) + 1) * g * sigmoid(1.702 * g) with g = clamp(gate), written out (gpt_oss)."""
 
 

@@ -81,8 +81,7 @@ def bloom(config: Config, model_id: str) -> ModelSpec:
             position="alibi",
             sdpa=False,
         ),
-        # BloomGelu is the tanh form and keeps only its input
-        mlp=plain_mlp(s.hidden, 4 * s.hidden, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="gelu_tanh"),
+        mlp=plain_mlp(s.hidden, 4 * s.hidden, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", act="bloom_gelu"),
         input_norm=layer_norm("input_layernorm", s.hidden),
         pre_mlp_norm=layer_norm("post_attention_layernorm", s.hidden),
         hidden_dropout=drops(config, "hidden_dropout"),
@@ -102,10 +101,18 @@ def bloom(config: Config, model_id: str) -> ModelSpec:
 
 def mpt(config: Config, model_id: str) -> ModelSpec:
     # transformers' class always uses ALiBi, no biases and four times the width, whatever the file says
-    dropped = drops(mapping(config, "attn_config", default={}), "attn_pdrop")
+    settings = mapping(config, "attn_config", default={})
+    dropped = drops(settings, "attn_pdrop")
     s = replace(sizes(config, four_times=True), attention_dropout=dropped)
     layer = Layer(
-        attention=fused_attention(s, qkv="attn.Wqkv", out="attn.out_proj", position="alibi", sdpa=False),
+        attention=fused_attention(
+            s,
+            qkv="attn.Wqkv",
+            out="attn.out_proj",
+            position="alibi",
+            sdpa=False,
+            clips_qkv=bool(settings.get("clip_qkv")),
+        ),
         mlp=plain_mlp(s.hidden, 4 * s.hidden, up="ffn.up_proj", down="ffn.down_proj", bias=False),
         input_norm=layer_norm("norm_1", s.hidden, bias=False),
         pre_mlp_norm=layer_norm("norm_2", s.hidden, bias=False),

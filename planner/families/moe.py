@@ -87,6 +87,7 @@ def olmoe(config: Config, model_id: str) -> ModelSpec:
         q_norm=Norm(name="self_attn.q_norm", size=s.q_size),
         k_norm=Norm(name="self_attn.k_norm", size=s.kv_size),
         qk_norm_scope="full",
+        clips_qkv=bool(config.get("clip_qkv")),
     )
     block = experts(config, s, count=64, top_k=8, width=s.intermediate)
     return _all_experts(config, model_id, s, pre_norm_layer(attention, block, s))

@@ -31,9 +31,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
-    "gelu_python": "gelu",
+    "gelu_python": "gelu_python",
     "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_new",  # the same passes
+    "quick_gelu": "quick_gelu",
     "gelu_new": "gelu_new",
     "gelu_fast": "gelu_fast",
     "relu": "relu",

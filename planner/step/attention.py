@@ -5,11 +5,14 @@ The order of calls and the lifetimes of local names follow transformers 5.23 and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner import cuda_rules
 from planner.model import Attention, Norm
-from planner.step import linears, ops
+from planner.step import eager, linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Shape, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.feed_forward import Finish
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
 
@@ -17,44 +20,54 @@ REPEATS_BEFORE_FLASH = (4, 48)
 """Before: flash attention got key/value heads repeated to all query heads (modeling_mistral.py v4.45.2)."""
 
 
-FP32_ROTARY = ("cohere", "cohere2", "ernie4_5")
-"""Model types whose apply_rotary_pos_emb casts q and k to fp32 (models/cohere/modeling_cohere.py)."""
+FP32_TABLES = ("codegen", "ernie4_5", "olmo", "olmo2", "olmo3")
+"""Model types whose rotary embedding leaves cos and sin in fp32 (models/olmo2/modeling_olmo2.py): so are products with
+them, and apply_rotary_pos_emb casts both results back at its end; ernie4_5 casts q and k in each product itself."""
 
+FP32_ROTARY = ("cohere", "cohere2")
+"""Model types whose apply_rotary_pos_emb casts q and k to fp32 first, and back at its end (modeling_cohere.py)."""
 
-BOOLEAN_MASKS = ("mpt",)
-"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
+INTERLEAVES_TABLES = ("ernie4_5", "glm", "glm4", "helium")
+"""Model types that copy cos and sin in every layer, each entry twice (models/glm/modeling_glm.py)."""
 
-ROTATES_TOKENS_FIRST = ("gptj", "codegen")
-"""Model types that rotate [batch, tokens, heads, size] before they turn it (models/gptj/modeling_gptj.py)."""
-
-RETURNS_PROBABILITIES = ("bloom", "mpt", "falcon", "gpt_neo")
-"""Model types whose decoder layer returns the attention probabilities (models/bloom/modeling_bloom.py BloomBlock)."""
 
 OWN_CODE = "qwen"
 """First-generation Qwen: modeling_qwen.py comes with the checkpoint, and this file follows it where it differs."""
 
-DROPOUT = 0.1
-"""The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
 
-
-def attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
-    """Self-attention module: projections, positions, kernel, output projection."""
-    spec = held.spec.attention
+def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
+    """Self-attention module: projections, positions, kernel, output projection; `finish` is what follows inside it."""
+    spec = _heads_after_projection(step, held.spec.attention)
     arg = x
+    named: tuple[Tensor, ...] = ()
     if spec.kind == "mla":
         q, k, v = _project_mla(step, held, x)
     else:
-        q, k, v = _project(step, held, x)
-    out = _attend(step, spec, q, k, v, x.dtype)
+        named, q, k, v = _project(step, held, spec, x)
+    out, names = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
-    del arg, out, q, k, v  # names of the module's frame
+    if finish is not None:
+        result = finish(result)
+    del arg, out, named, q, k, v, names  # names of the module's frame
     return result
 
 
-def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads_after_projection(step: Step, spec: Attention) -> Attention:
+    """Falcon's new architecture copies every key/value head to its query heads before anything else."""
+    if step.model.model_type == "falcon" and 1 < spec.num_kv_heads < spec.num_heads and not step.train.uses_own_modules:
+        return replace(spec, num_kv_heads=spec.num_heads)
+    return spec
+
+
+Projected = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]
+"""What the module's frame names to its end beside q, k, v; and those."""
+
+
+def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Projected:
     """q, k, v from separate or fused projections, with their norms and rotary."""
-    eng, spec, t = step.eng, held.spec.attention, step.tokens
+    eng, t = step.eng, step.tokens
+    named: tuple[Tensor, ...] = ()
     sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
     group = [held.linears[p.name] for p in spec.projections]
     if len(group) > 1 and _fuses_lora(step, group):
@@ -63,26 +76,63 @@ def _project(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor,
         fused = linears.forward(step, held.linears[spec.projections[0].name], x)
         if _caches_keys(step):
             step.cache.append((eng.layer, fused.view()))
-        q, k, v = ops.split(eng, fused, sizes)
+        if spec.clips_qkv:
+            fused = ops.clamp(eng, fused, 2)
+        if step.model.model_type in SLICES and not step.train.uses_own_modules:
+            q, k, v = _sliced(step, held.spec.attention, fused)
+            named = (fused,)
+        else:
+            q, k, v = ops.split(eng, fused, sizes)
+        if step.model.model_type == "codegen":  # its splits lie in four parts: each is copied (modeling_codegen.py)
+            named = (fused,)
+            q, k, v = ops.contiguous(eng, q, "split"), ops.contiguous(eng, k, "split"), ops.contiguous(eng, v, "split")
         del fused
     else:
         late = spec.qk_norm_after_rope
         q = _projected_norm(step, held, None if late else spec.q_norm, linears.forward(step, group[0], x))
+        if step.model.model_type in SCALES_QUERY:
+            q = ops.scale(eng, q, "query")
         k = _projected_norm(step, held, None if late else spec.k_norm, linears.forward(step, group[1], x))
         v = linears.forward(step, group[2], x)
+        if spec.clips_qkv:
+            q, k, v = (ops.clamp_in_place(eng, y) for y in (q, k, v))
     if len(group) == 1 and not spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
     if spec.position == "rope":
-        part = spec.rotary_dim or spec.head_dim
-        rest = spec.head_dim - part
-        q_turned = rotary(step, q, t * spec.num_heads * part, t * spec.num_heads * rest)
-        k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest)
-        q, k = q_turned, k_turned
+        if step.model.model_type in eager.ROTATES_TOKENS_FIRST:
+            source = v.dtype
+            q, k, parts = _rotate_tokens_first(step, spec, q, k)
+            q, k = ops.cast(eng, q, source, "rotary"), ops.cast(eng, k, source, "rotary")  # codegen's tables are fp32
+            named += parts
+        else:
+            q, k = _rotate(step, spec, q, k)
     if spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
-    return q, k, v
+    return named, q, k, v
+
+
+SCALES_QUERY = ("opt",)
+"""Model types that multiply the query by the softmax scale before attention (models/opt/modeling_opt.py)."""
+
+SLICES = ("bloom", "falcon")
+"""Model types that index q, k and v out of a fused projection instead of splitting it: each gets a gradient of the
+whole (modeling_bloom.py _reshape, modeling_falcon.py _split_heads)."""
+
+
+def _sliced(step: Step, spec: Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v by indexing; falcon takes shared key/value heads by a list of indices, which copies them."""
+    eng, t = step.eng, step.tokens
+    q = ops.narrow(eng, fused, t * spec.q_size)
+    groups = spec.num_heads // spec.num_kv_heads
+    if groups == 1:
+        return q, ops.narrow(eng, fused, t * spec.kv_size), ops.narrow(eng, fused, t * spec.kv_size)
+    k = ops.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
+    v = ops.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
+    if spec.num_kv_heads == 1:
+        return q, k, v
+    return ops.contiguous(eng, q, "split"), ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
 
 
 CACHES_BEFORE: dict[str, tuple[int, int]] = {"gpt_bigcode": (4, 53)}
@@ -141,20 +191,8 @@ def _project_mla(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Ten
     q_rot = rotary(step, q_rot, t * heads * rope, 0)
     k_rot = rotary(step, k_rot, t * rope, 0)
     q_out = ops.cat_half(eng, q_pass, q_rot, "mla_cat")
-    k_out = ops.cat_half(eng, k_pass, _broadcast(step, k_rot, heads), "mla_cat")
+    k_out = ops.cat_half(eng, k_pass, eager.broadcast(step, k_rot, heads), "mla_cat")
     return q_out, k_out, value
-
-
-def _broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
-    """expand() of the single rotary key head: a view; its gradient is summed over the heads."""
-    out = x.view(x.numel * factor)
-    small, eng = x.numel, step.eng
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [eng.empty(small, ops._grad(grads).dtype, "expand_grad")]
-
-    eng.link(out, (x,), backward)
-    return out
 
 
 def needs_window_mask(step: Step, spec: Attention) -> bool:
@@ -175,7 +213,7 @@ def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKerne
         return "flash"  # a CPU has one fused kernel, for every dtype and mask (cpu/FlashAttentionKernel.cpp)
     if _broadcasts_heads(step, spec):
         return "math"
-    masked = step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
+    masked = _masked(step, spec)
     return cuda_rules.sdpa_kernel(
         dtype, has_mask=masked, head_dim=spec.head_dim, v_head_dim=spec.v_head_dim or spec.head_dim, arch=step.arch,
         grouped=_passes_groups(spec, masked),
@@ -188,19 +226,21 @@ def _passes_groups(spec: Attention, masked: bool) -> bool:
     return spec.num_kv_heads != spec.num_heads and equal and not masked
 
 
-def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Tensor:
+def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> eager.Attended:
     """The attention kernel that the settings, the dtypes and the GPU select; `source`: dtype of the layer's input."""
     eng = step.eng
     arg = (q, k, v)
-    has_sdpa = spec.has_sdpa(step.train.versions.transformers)
+    names: tuple[Tensor, ...] = ()
     if step.model.model_type == OWN_CODE:
-        out = _unpadded_flash(step, spec, q, k, v) if step.train.attention == "flash2" else _masked(step, spec, q, k, v)
-    elif spec.sinks and (step.train.attention == "eager" or not has_sdpa):
-        out = _eager_sinks(step, spec, q, k, v)
-    elif step.train.attention == "eager" or (step.train.attention == "sdpa" and not has_sdpa):
-        falcon = step.model.model_type == "falcon" and spec.position == "rope"
-        out = _eager_falcon(step, spec, q, k, v, source) if falcon else _eager(step, spec, q, k, v)
+        flash = step.train.attention == "flash2"
+        out = (_unpadded_flash if flash else _own_mask)(step, spec, q, k, v)
+    elif runs_eager(step, spec):
+        out, names = eager.eager(step, spec, q, k, v, source)
     else:
+        if _repeats_heads(step, spec):  # before autocast casts them (integrations/sdpa_attention.py)
+            k, v = eager.repeat_heads(step, spec, k), eager.repeat_heads(step, spec, v)
+            spec = replace(spec, num_kv_heads=spec.num_heads)
+        named = (k, v)
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
             q, k, v = (ops.cast(eng, t, _flash_dtype(step), "flash_cast") for t in (q, k, v))
@@ -211,27 +251,29 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
             out = _efficient(step, spec, q, k, v)
         else:
             out = _flash(step, spec, q, k, v)
-            if _leads_with_heads(step, spec) and step.train.attention == "sdpa":
+            if eager.leads_with_heads(step, spec) and step.train.attention == "sdpa":
                 out = ops.contiguous(eng, out, "attention")
+        del named
     del arg
-    return out
+    return out, names
 
 
-def _leads_with_heads(step: Step, spec: Attention) -> bool:
-    """Whether q and k lie in memory head by head, not token by token as their projection wrote them.
-
-    Partial rotary positions end in a torch.cat, whose result is contiguous as [batch, heads, tokens, size]; q * cos
-    keeps the projection's layout. Flash attention's output lies as q does and is then copied back (flash_api.cpp
-    mha_fwd: empty_like).
-    """
-    partial = spec.position == "rope" and 0 < spec.rotary_dim < spec.head_dim
-    partial = (partial and step.model.model_type not in ROTATES_TOKENS_FIRST) or _joins_nothing(step, spec)
-    return spec.kind == "mla" or partial
+def _repeats_heads(step: Step, spec: Attention) -> bool:
+    """Whether SDPA gets key/value heads repeated to all query heads; falcon calls it with what it has."""
+    if step.train.attention != "sdpa" or not step.arch.sdpa_kernels or spec.num_kv_heads == spec.num_heads:
+        return False
+    return not _broadcasts_heads(step, spec) and not _passes_groups(spec, _masked(step, spec))
 
 
-def _joins_nothing(step: Step, spec: Attention) -> bool:
-    """phi3 appends what is not rotated even where that is nothing: a copy (modeling_phi3.py apply_rotary_pos_emb)."""
-    return step.model.model_type == "phi3" and spec.position == "rope" and spec.rotary_dim in (0, spec.head_dim)
+def _masked(step: Step, spec: Attention) -> bool:
+    """Whether SDPA gets a 4-D mask."""
+    return step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
+
+
+def runs_eager(step: Step, spec: Attention) -> bool:
+    """Whether whole score matrices are made: asked for, or the class has no other path."""
+    chosen = step.train.attention
+    return chosen == "eager" or (chosen == "sdpa" and not spec.has_sdpa(step.train.versions.transformers))
 
 
 def _broadcasts_heads(step: Step, spec: Attention) -> bool:
@@ -246,7 +288,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     arg = (q, k, v)
     source = q.dtype
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
+    score_shape, value_shape = eager.shapes(step, spec)
     mask = eng.empty(step.seq * step.seq, q.dtype, "attention_bias")
     groups = spec.num_heads // spec.num_kv_heads
     q, k, v = (ops.cast(eng, t, FP32, "attention_fp32") for t in (q, k, v))  # 16-bit inputs are computed in fp32
@@ -257,18 +299,12 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
     del scores, mask
     if spec.dropout:
-        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
+        probs = ops.dropout(eng, probs, eager.DROPOUT, "attention_dropout")
     returned = ops.unary(eng, probs, "probabilities", source)
     out = ops.bmm(eng, probs, values, value_shape, "attention")
     out = ops.cast(eng, out, source, "attention")
     del arg, returned, scaled, keys, values
     return ops.contiguous(eng, out, "attention")
-
-
-def _eager_shapes(step: Step, spec: Attention) -> tuple[Shape, Shape]:
-    """Batched products of a whole score matrix: q k^T and probabilities times v, for every row and head."""
-    matrices, s = step.batch * spec.num_heads, step.seq
-    return (matrices, s, s, spec.head_dim), (matrices, s, spec.v_head_dim or spec.head_dim, s)
 
 
 def _flash_dtype(step: Step) -> str:
@@ -301,27 +337,22 @@ def _flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 
 def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Memory-efficient attention: key/value heads repeated where SDPA takes no groups, a 4-D mask kept as bias."""
+    """Memory-efficient attention: a 4-D mask is kept as a bias."""
     eng = step.eng
-    masked = step.mask is not None or needs_window_mask(step, spec) or always_masks(step)
-    kv_heads = spec.num_kv_heads
-    arg = (k, v)
-    if not _passes_groups(spec, masked):
-        kv_heads = spec.num_heads
-        k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
+    masked, kv_heads = _masked(step, spec), spec.num_kv_heads
     mask: Tensor | None = None
-    if masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
+    if masked and step.mask is not None and step.model.model_type == "falcon" and spec.position == "alibi":
+        mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")  # ALiBi is in it: a bias already
+    elif masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
     v_dim = spec.v_head_dim or spec.head_dim
     b, s, heads = step.batch, step.seq, spec.num_heads
     buffers = cuda_rules.efficient_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim, ITEMSIZE[q.dtype])
-    out = ops.fused_attention(
+    return ops.fused_attention(
         eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * cuda_rules.round_up(s, 32),
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="efficient_attention",
         mask=mask,
     )  # fmt: skip
-    del arg
-    return out
 
 
 def _unpadded_flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -341,7 +372,7 @@ def _unpadded_flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor
     return out
 
 
-def _masked(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _own_mask(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """QWenAttention without flash-attn, torch 2: every layer makes its causal mask and hands SDPA an additive one."""
     eng, s, b = step.eng, step.seq, step.batch
     arg = (q, k, v)
@@ -378,113 +409,60 @@ def _aligned(length: Size) -> bool:
     return not isinstance(length, int) or length % MASK_ALIGNMENT == 0
 
 
-def _eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """eager_attention_forward: whole score matrices, softmax in fp32, cast back."""
-    eng = step.eng
-    groups = spec.num_heads // spec.num_kv_heads
-    values = q.dtype
-    arg = (q, k, v)
-    heads_first = _leads_with_heads(step, spec)
-    copied = groups > 1 and spec.num_kv_heads > 1
-    k, v = _repeat_heads(step, spec, k), _repeat_heads(step, spec, v)
-    if spec.scores_fp32:
-        q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
-    scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
-    k_copied = copied or (heads_first and groups == 1)
-    scores = ops.bmm(eng, _folded(step, q, heads_first), _folded(step, k, k_copied), score_shape, "scores", "nt")
-    scores = ops.scale(eng, scores, "scores")
-    if spec.logit_softcap:
-        scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
-    if step.mask is not None and step.model.model_type in BOOLEAN_MASKS:
-        scores = ops.masked_fill(eng, scores, step.mask, "scores")
-    elif step.mask is not None:
-        scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
-    inside = step.arch.fused_softmax_cast and cuda_rules.softmax_casts_inside(scores.dtype, FP32)
-    product = step.arch.softmax_backward_product
-    probs = ops.softmax_fp32(eng, scores, casts_inside=inside, writes_product=product)
-    probs = ops.cast(eng, probs, values, "probabilities")  # attn_weights names the scores until this is assigned
-    del scores
-    if spec.dropout:
-        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
-    if step.model.model_type in RETURNS_PROBABILITIES:
-        step.probabilities = probs
-    step.unused_probabilities = probs
-    out = ops.bmm(eng, probs, _folded(step, v, copied), value_shape, "attention")
-    held = ops.contiguous(eng, out, "attention")
-    del out, arg
-    return held
+def _rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """apply_rotary_pos_emb on q and k."""
+    eng, t, kind = step.eng, step.tokens, step.model.model_type
+    assert step.cos_sin is not None
+    source, tables = q.dtype, step.cos_sin
+    fused = step.train.kernels in ("unsloth", "fms-fused", "liger")
+    if kind in INTERLEAVES_TABLES and not fused:
+        tables = ops.unary(eng, tables[0], "rotary"), ops.unary(eng, tables[1], "rotary")
+    if kind in FP32_ROTARY and not fused:
+        q, k = ops.cast(eng, q, FP32, "rotary"), ops.cast(eng, k, FP32, "rotary")
+    part = spec.rotary_dim or spec.head_dim
+    rest = spec.head_dim - part
+    q_turned = rotary(step, q, t * spec.num_heads * part, t * spec.num_heads * rest, tables)
+    k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest, tables)
+    if kind not in (*FP32_ROTARY, *FP32_TABLES):
+        return q_turned, k_turned
+    return ops.cast(eng, q_turned, source, "rotary"), ops.cast(eng, k_turned, source, "rotary")
 
 
-def _repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
-    """repeat_kv: expand and reshape; the reshape of a single head is a view, of several a copy."""
-    groups = spec.num_heads // spec.num_kv_heads
-    if spec.num_kv_heads == 1 and groups > 1:
-        return _broadcast(step, x, groups)
-    return ops.expand_copy(step.eng, x, groups)
-
-
-def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:
-    """torch.matmul folds batch and heads into one dimension: a copy of what lies token by token, if rows are many."""
-    copies = not heads_first and step.batch > 1
-    return ops.contiguous(step.eng, x, "matmul_copy") if copies else x
-
-
-def _eager_falcon(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Tensor:
-    """FalconAttention without ALiBi: scores scaled in place, softmax in the dtype of the layer's input."""
-    eng = step.eng
-    groups = spec.num_heads // spec.num_kv_heads
-    numel = step.batch * spec.num_heads * step.seq * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.bmm(eng, q, ops.expand_copy(eng, k, groups), score_shape, "scores", "nt")
-    scores = ops.scale_in_place(eng, scores)
-    assert step.mask is not None
-    scores = ops.cast(eng, ops.add(eng, scores, step.mask, "scores", numel), source, "softmax_cast")
-    probs = ops.softmax_same(eng, scores, writes_product=step.arch.softmax_backward_product)
-    del scores
-    step.probabilities = probs
-    out = ops.bmm(eng, probs, ops.expand_copy(eng, v, groups), value_shape, "attention")
-    held = ops.contiguous(eng, out, "attention")
-    del out
-    return held
-
-
-def _eager_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """gpt_oss: one more column of scores for the sinks, the row maximum subtracted, softmax in the scores' dtype."""
-    eng = step.eng
-    groups = spec.num_heads // spec.num_kv_heads
-    k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
-    rows = step.batch * spec.num_heads * step.seq
-    scores_numel = rows * step.seq
-    score_shape, value_shape = _eager_shapes(step, spec)
-    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores", "nt"), "scores")
-    assert step.mask is not None
-    scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
-    sink = eng.empty(rows, scores.dtype, "scores")
-    wide = ops.cat_half(eng, scores, sink, "scores")
-    index = eng.empty(rows, INT64, "scores")
-    wide = ops.add(eng, wide, eng.empty(rows, wide.dtype, "scores"), "scores", wide.numel)
-    probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
-    kept = ops.narrow(eng, probs, scores_numel, "scores_grad")
-    step.unused_probabilities = kept
-    out = ops.bmm(eng, kept, v, value_shape, "attention")
-    held = ops.contiguous(eng, out, "attention")
-    del out, index, wide, scores, probs, kept
-    return held
-
-
-def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
-    """apply_rotary_pos_emb for one of q, k: x*cos + rotate_half(x)*sin, with a pass-through part when partial."""
-    eng = step.eng
+def _rotate_tokens_first(
+    step: Step, spec: Attention, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """gptj and codegen: k first, each with its own copies of the tables; the frame names every part."""
+    eng, t = step.eng, step.tokens
     assert step.cos_sin is not None
     cos, sin = step.cos_sin
+    part = spec.rotary_dim or spec.head_dim
+    rest = spec.head_dim - part
+
+    def turned(x: Tensor, heads: int) -> Tensor:
+        tables = eng.empty(step.seq * part, cos.dtype, "rotary"), eng.empty(step.seq * part, sin.dtype, "rotary")
+        return rotary(step, ops.narrow(eng, x, t * heads * part), t * heads * part, 0, tables)
+
+    k_turned = turned(k, spec.num_kv_heads)
+    q_turned = turned(q, spec.num_heads)
+    key = ops.cat_half(eng, k_turned, ops.narrow(eng, k, t * spec.num_kv_heads * rest), "rotary")
+    query = ops.cat_half(eng, q_turned, ops.narrow(eng, q, t * spec.num_heads * rest), "rotary")
+    return query, key, (q, k, q_turned, k_turned)
+
+
+def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x*cos + rotate_half(x)*sin for one of q, k, with a pass-through part when partial."""
+    eng = step.eng
+    tables = tables or step.cos_sin
+    assert tables is not None
+    cos, sin = tables
     if step.train.kernels in ("unsloth", "fms-fused", "liger"):
         return _fused_rotary(step, x)
+    if step.model.model_type in ROTATES_HALVES:
+        return _rotary_halves(step, x)
     kept: Tensor | None = None
     source = x.dtype
     own = step.model.model_type == OWN_CODE
-    wide = step.model.model_type in FP32_ROTARY or own
-    if wide:
+    if own:
         x = ops.cast(eng, x, FP32, "rotary")
     if own and step.train.attention == "flash2":
         return ops.cast(eng, _triton_rotary(step, x), source, "rotary")
@@ -493,19 +471,40 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size) -> Tensor:
         x = ops.narrow(eng, full, rotated)
         kept = ops.narrow(eng, full, rest)
         del full
-    first = ops.mul(eng, x, cos, "rotary")
+    dtype = cos.dtype if step.model.model_type == "ernie4_5" else x.dtype
+    first = ops.mul(eng, ops.cast(eng, x, dtype, "rotary"), cos, "rotary")
     half = x.numel // 2
     x1, x2 = ops.narrow(eng, x, half), ops.narrow(eng, x, half)
     turned = ops.cat_half(eng, ops.negate(eng, x2), x1, "rotary")
+    turned = ops.cast(eng, turned, dtype, "rotary")
     second = ops.mul(eng, turned, sin, "rotary")
     del turned, x1, x2
     out = ops.add(eng, first, second, "rotary")
     del first, second
     if kept is not None:
         out = ops.cat_half(eng, out, kept, "rotary")
-    elif step.model.model_type == "phi3":
+    elif step.model.model_type in eager.JOINS_NOTHING:
         out = ops.contiguous(eng, out, "rotary")
-    return ops.cast(eng, out, source, "rotary") if wide else out
+    return ops.cast(eng, out, source, "rotary") if own else out
+
+
+HALF_TABLES = ("codegen", "gpt_oss", "gptj")
+"""Model types whose rotary tables hold each angle once."""
+
+ROTATES_HALVES = ("gpt_oss",)
+"""Model types that rotate both halves apart and join them (models/gpt_oss/modeling_gpt_oss.py _apply_rotary_emb)."""
+
+
+def _rotary_halves(step: Step, x: Tensor) -> Tensor:
+    """cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin), with tables of half a head."""
+    eng = step.eng
+    assert step.cos_sin is not None
+    cos, sin = step.cos_sin
+    half = x.numel // 2
+    x1, x2 = ops.split(eng, x, (half, half), "rotary_grad")
+    first = ops.subtract(eng, ops.mul(eng, x1, cos, "rotary"), ops.mul(eng, x2, sin, "rotary"), "rotary")
+    second = ops.add(eng, ops.mul(eng, x2, cos, "rotary"), ops.mul(eng, x1, sin, "rotary"), "rotary")
+    return ops.cat_half(eng, first, second, "rotary")
 
 
 def _triton_rotary(step: Step, x: Tensor) -> Tensor:

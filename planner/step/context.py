@@ -12,7 +12,7 @@ class Step:
     """One configuration being run on the symbolic engine."""
 
     __slots__ = (
-        "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
+        "alibi", "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
         "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens", "train",
         "unquantized_dtype", "unused_probabilities", "widened",
     )  # fmt: skip
@@ -44,6 +44,7 @@ class Step:
         """Rows + columns of each of them (0: a vector)."""
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
+        self.alibi: Tensor | None = None
         self.probabilities: Tensor | None = None
         """Attention probabilities that the running layer is going to return beside its output."""
         self.unused_probabilities: Tensor | None = None

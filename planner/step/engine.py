@@ -182,11 +182,13 @@ class Node:
 class Frame:
     """A non-reentrant checkpoint: the nodes of a forward whose saved tensors are recomputed on first use."""
 
-    __slots__ = ("again", "kept", "nodes", "original", "recompute", "saving", "stop_after")
+    __slots__ = ("again", "forward", "kept", "nodes", "original", "recompute", "saving", "stop_after")
 
     def __init__(self, recompute: Callable[[], Any] | None, original: Frame | None = None) -> None:
         self.kept: Tensor | None = None
         """The checkpoint's input: alive until the last node of the frame has run."""
+        self.forward: LayerForward | None = None
+        """What is checkpointed, with the arguments it holds: alive as long."""
         self.nodes: list[ReferenceType[Node]] = []
         """The nodes of the forward: those of a result that nobody uses die with it, and their repetition too."""
         self.original = original
@@ -417,6 +419,7 @@ class Engine:
             inner.original = None
 
         frame = Frame(recompute)
+        frame.forward = forward
         outer, self.frame = self.frame, frame
         try:
             return forward(x)
@@ -539,7 +542,7 @@ class Engine:
         return counts
 
     def _evaluate(self, node: Node, grads: Grads) -> list[Tensor | None]:
-        """Run one node: its inputs die when it returns, then its saved tensors, then outputs are validated."""
+        """Run one node and validate its outputs; its inputs and its saved tensors die after that."""
         if node.leaf is not None:
             self._accumulate_leaf(node.leaf, grads, node.is_parameter)
             return []
@@ -548,6 +551,8 @@ class Engine:
             frame.recompute()
         assert node.backward is not None
         results = list(node.backward(node, grads))
+        if frame is not None:
+            node.saved = ()  # a checkpoint hands its tensors out: they die with the call (checkpoint.py unpack_hook)
         for slot, result in enumerate(results):  # validate_outputs runs before the inputs are gone
             if result is not None and node.edges[slot] is not None:
                 results[slot] = self._validate(result, node.numels[slot], node.dtypes[slot])

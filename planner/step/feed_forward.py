@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from planner.model import Experts, Mlp
 from planner.step import linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, Engine, Grads, Node, Size, Tensor
 from planner.step.linears import LayerWeights
+
+Finish = Callable[[Tensor], Tensor]
+"""What a module does with its result before it returns: adds the residual, in classes that hand it in."""
 
 UP_FIRST = ("qwen",)
 """Model types that project both ways before they activate: a1 * silu(a2) (modeling_qwen.py QWenMLP)."""
 
 
-def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tensor:
+def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Feed-forward module: gated (separate or fused gate and up) or plain."""
     eng, t = step.eng, step.tokens
     arg = x
     if not spec.gated:
-        hidden = _activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
+        hidden = activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
     elif spec.gate is not None and step.train.kernels in ("liger", "unsloth"):
         hidden = _fused_swiglu(step, held, spec, x)
     elif spec.gate is not None and step.model.model_type in UP_FIRST:
         up = linears.forward(step, held.linears[spec.up.name], x)
         gate = linears.forward(step, held.linears[spec.gate.name], x)
-        hidden = ops.mul(eng, up, _activate(step, spec, gate), "mlp")
+        hidden = ops.mul(eng, up, activate(step, spec, gate), "mlp")
         out = linears.forward(step, held.linears[spec.down.name], hidden)
         del arg, hidden, up, gate  # names of the module's frame
         return out
     elif spec.gate is not None:
-        gate = _activate(step, spec, linears.forward(step, held.linears[spec.gate.name], x))
+        gate = activate(step, spec, linears.forward(step, held.linears[spec.gate.name], x))
         up = linears.forward(step, held.linears[spec.up.name], x)
         hidden = ops.mul(eng, gate, up, "mlp")
         del gate, up
     else:
         fused = linears.forward(step, held.linears[spec.up.name], x)
         gate, up = ops.split(eng, fused, (t * spec.intermediate_size, t * spec.intermediate_size))
-        hidden = ops.mul(eng, up, _activate(step, spec, gate), "mlp")
+        hidden = ops.mul(eng, up, activate(step, spec, gate), "mlp")
         del fused, gate, up
     out = linears.forward(step, held.linears[spec.down.name], hidden)
+    if finish is not None:
+        out = finish(out)
     del arg, hidden
     return out
 
@@ -59,25 +66,87 @@ def _fused_swiglu(step: Step, held: LayerWeights, spec: Mlp, x: Tensor) -> Tenso
     return out
 
 
-def _activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
-    """The activation function: one fused kernel, or the written-out forms of older models."""
+def activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
+    """The activation function: one fused kernel, or the forms that transformers writes out (activations.py)."""
     eng = step.eng
     arg = x
-    if spec.activation == "gelu_new" and not step.train.uses_own_modules:
-        # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
-        cube = ops.pointwise(eng, ops.autocast_fp32(eng, x), "gelu_new")
-        inner = ops.scale(eng, ops.add(eng, x, ops.scale(eng, cube, "gelu_new"), "gelu_new"), "gelu_new")
-        del cube
-        curve = ops.shift(eng, ops.pointwise(eng, inner, "gelu_new", False), "gelu_new")
-        del inner
-        out = ops.mul(eng, ops.scale(eng, x, "gelu_new"), curve, "gelu_new")
+    written = spec.activation if not step.train.uses_own_modules else ""
+    if written == "gelu_new":  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
+        half = ops.scale(eng, x, "gelu_new")
+        curve = _new_curve(eng, x)
+        out = ops.mul(eng, half, curve, "gelu_new")
+        del half, curve
+    elif written == "gelu_fast":  # FastGELUActivation: 0.5 * x * (1 + tanh(x * c * (1 + 0.044715 * x * x)))
+        half, inner = ops.scale(eng, x, "gelu"), ops.scale(eng, x, "gelu")
+        ratio = ops.shift(eng, ops.mul(eng, ops.scale(eng, x, "gelu"), x, "gelu"), "gelu")
+        inner = ops.pointwise(eng, ops.mul(eng, inner, ratio, "gelu"), "gelu", False)
+        del ratio
+        out = ops.mul(eng, half, ops.shift(eng, inner, "gelu"), "gelu")
+        del half, inner
+    elif written == "gelu_python":  # GELUActivation: x * 0.5 * (1 + erf(x / sqrt(2)))
+        half = ops.scale(eng, x, "gelu")
+        out = ops.mul(eng, half, ops.shift(eng, ops.erf(eng, ops.scale(eng, x, "gelu"), "gelu"), "gelu"), "gelu")
+        del half
+    elif written == "quick_gelu":  # QuickGELUActivation: x * sigmoid(1.702 * x)
+        out = ops.mul(eng, x, ops.pointwise(eng, ops.scale(eng, x, "gelu"), "gelu", False), "gelu")
+    elif written == "bloom_gelu":
+        out = _bloom_gelu(step, x)
     elif spec.activation == "relu2":  # torch.square is on autocast's fp32 list: the result is fp32 there
-        out = ops.square(eng, ops.pointwise(eng, x, "relu", False))
+        out = ops.power(eng, ops.pointwise(eng, x, "relu", False), "relu2")
     elif spec.activation == "xielu":
         out = _xielu(step, x)
     else:
         out = ops.pointwise(eng, x, spec.activation, spec.activation != "relu")
     del arg
+    return out
+
+
+def _new_curve(eng: Engine, x: Tensor) -> Tensor:
+    """1 + tanh(c * (x + 0.044715 * x^3)): no pass has a name, each dies when the next exists."""
+    op = "gelu_new"
+    cube = ops.scale(eng, ops.power(eng, x, op), op)
+    inner = [ops.add(eng, x, cube, op)]
+    del cube
+    tanh = [ops.pointwise(eng, ops.scale(eng, inner.pop(), op), op, False)]
+    return ops.shift(eng, tanh.pop(), op)
+
+
+def _bloom_gelu(step: Step, x: Tensor) -> Tensor:
+    """GeLUFunction: the tanh form written out, forward and backward; keeps only its input (modeling_bloom.py)."""
+    eng = step.eng
+
+    def one(x: Tensor, op: str = "bloom_gelu") -> Tensor:
+        return ops.unary(eng, x, op)
+
+    def curve(x: Tensor, op: str) -> Tensor:
+        """tanh(0.79788456 * x * (1 + 0.044715 * x * x)): one tensor a pass, the last operand until the next exists."""
+        inner = one(x, op)
+        ratio = one(one(one(x, op), op), op)
+        inner = one(inner, op)
+        del ratio
+        return one(inner, op)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        (x,) = node.saved
+        op = "bloom_gelu_grad"
+        tanh = curve(x, op)
+        half = one(x, op)
+        slope = one(one(tanh, op), op)  # 1 - tanh * tanh
+        ratio = one(one(one(x, op), op), op)  # 0.79788456 + 0.1070322243 * x * x
+        slope = one(slope, op)
+        del ratio
+        half = one(half, op)
+        del slope
+        rest = one(one(tanh, op), op)
+        derivative = one(half, op)
+        del half, rest
+        return [one(derivative, op)]
+
+    half = one(x)
+    rest = one(curve(x, "bloom_gelu"))
+    out = one(half)
+    del half, rest
+    eng.link(out, (x,), backward, (x,))
     return out
 
 
@@ -104,31 +173,35 @@ def _xielu(step: Step, x: Tensor) -> Tensor:
     return out
 
 
+SHARED_FIRST = ("qwen2_moe",)
+"""Model types that run the shared expert before the router (models/qwen2_moe/modeling_qwen2_moe.py)."""
+
+
 def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """A mixture of experts: router, sorted tokens, grouped products, weighted sum (integrations/moe.py)."""
     eng, t = step.eng, step.tokens
     arg = x
     pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
+    shared = (
+        mlp(step, held, spec.shared, x) if spec.shared is not None and step.model.model_type in SHARED_FIRST else None
+    )
     weights = _route(step, held, spec, x)
-    order = eng.empty(2 * pairs, INT64, "router")
-    chosen = _gather_tokens(step, x, pairs * spec.hidden_size)
+    sorted_ids, order = eng.empty(pairs, INT64, "router"), eng.empty(pairs, INT64, "router")
+    chosen = ops.gather(eng, x, eng.empty(pairs, INT64, "router"), pairs * spec.hidden_size, "experts")
+    width = spec.intermediate_size
+    bias = _gathered_bias(step, spec, sorted_ids, 2 * width)
     gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
-    fused = _grouped(step, chosen, gate_up, pairs, 2 * spec.intermediate_size, spec.hidden_size, spec.bias)
-    gate, up = ops.split(eng, fused, (pairs * spec.intermediate_size, pairs * spec.intermediate_size))
-    del fused
-    hidden = _gate_experts(step, spec, gate, up)
-    del gate, up
+    projected = _grouped(step, chosen, gate_up, pairs, 2 * width, spec.hidden_size)
+    projected = _gate_experts(step, spec, projected, pairs * width)
     down = _adapted_parameter(step, held, spec.down_name, held.experts[1])
-    out = _grouped(step, hidden, down, pairs, spec.hidden_size, spec.intermediate_size, spec.bias)
-    del hidden
-    weighted = ops.mul(eng, out, weights, "experts")
-    del out
-    unsorted = _unsorted(step, weighted)
-    del weighted
-    result = _sum_pairs(step, unsorted, t * spec.hidden_size, x.dtype)
-    del unsorted, order, chosen
+    bias = _gathered_bias(step, spec, sorted_ids, spec.hidden_size)
+    projected = _grouped(step, projected, down, pairs, spec.hidden_size, width)
+    weighted = ops.mul(eng, projected, weights, "experts")
+    weighted = ops.gather(eng, weighted, eng.empty(pairs, INT64, "router"), weighted.numel, "experts")
+    result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
+    del weighted, projected, bias, sorted_ids, order, chosen
     if spec.shared is not None:
-        shared = mlp(step, held, spec.shared, x)
+        shared = mlp(step, held, spec.shared, x) if shared is None else shared
         if spec.shared_gate is not None:
             logits = linears.forward(step, held.linears[spec.shared_gate.name], x)
             shared = ops.mul(eng, ops.pointwise(eng, logits, "sigmoid", False), shared, "experts")
@@ -137,13 +210,22 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     return result
 
 
-def _gate_experts(step: Step, spec: Experts, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) * up; gpt_oss clamps both and writes its swish out."""
+def _gathered_bias(step: Step, spec: Experts, experts: Tensor, width: int) -> Tensor | None:
+    """The bias of every chosen expert, a row a pair; it is added in place."""
+    if not spec.bias:
+        return None
+    return step.eng.empty(experts.numel * width, step.unquantized_dtype, "experts")
+
+
+def _gate_experts(step: Step, spec: Experts, fused: Tensor, half: Size) -> Tensor:
+    """act(gate) * up; gpt_oss takes every other column, clamps both and writes its swish out."""
     eng = step.eng
     if spec.activation != "clamped_swiglu":
+        gate, up = ops.split(eng, fused, (half, half))
         return ops.mul(eng, ops.pointwise(eng, gate, spec.activation), up, "experts")
-    gate = ops.pointwise(eng, gate, "clamp")
-    up = ops.pointwise(eng, up, "clamp")
+    gate, up = ops.narrow(eng, fused, half), ops.narrow(eng, fused, half)
+    gate = ops.clamp(eng, gate, 1)
+    up = ops.clamp(eng, up, 2)
     glu = ops.mul(eng, gate, ops.pointwise(eng, ops.scale(eng, gate, "experts"), "sigmoid", False), "experts")
     return ops.mul(eng, ops.shift(eng, up, "experts"), glu, "experts")
 
@@ -174,7 +256,7 @@ def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor
 
 
 ROUTERS_IN_HIDDEN_DTYPE = ("gpt_oss", "granitemoe")
-ROUTERS_IN_LOGITS_DTYPE = ("qwen2_moe", "qwen3_moe", "olmoe")
+ROUTERS_IN_LOGITS_DTYPE = ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe")
 """Model types whose router casts the fp32 top-k weights back (models/*/modeling_*.py, classes *TopKRouter)."""
 
 
@@ -203,36 +285,18 @@ def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     return ops.cast(eng, top, logits.dtype, "router") if step.model.model_type in ROUTERS_IN_LOGITS_DTYPE else top
 
 
-def _gather_tokens(step: Step, x: Tensor, numel: Size) -> Tensor:
-    """hidden_states[perm // top_k]: a copy per chosen expert; the backward scatters into zeros."""
-    eng = step.eng
-    out = eng.empty(numel, x.dtype, "experts")
-    eng.kernel("elementwise", x.dtype, 2 * out.nbytes)
-    small = x.numel
-    eng.link(out, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), small)])
-    return out
-
-
-def _scattered(step: Step, grad: Tensor, numel: Size) -> Tensor:
-    """The backward of indexing: rows put into zeros, out of place under a dispatch mode (FunctionsManual.cpp)."""
-    zeros = step.eng.empty(numel, grad.dtype, "experts_grad")
-    return zeros if step.eng.accumulates_in_place else ops.unary(step.eng, zeros, "experts_grad")
-
-
-def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, bias: bool = False) -> Tensor:
-    """torch grouped_mm over experts: one product per expert, in the weight's dtype; a bias is gathered per row first.
+def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int) -> Tensor:
+    """torch grouped_mm over experts: one product per expert, in the weight's dtype.
 
     It is not on autocast's lists; transformers casts the input (integrations/moe.py _grouped_mm). The backward makes
     the weight's gradient first.
     """
     eng = step.eng
     x, w = ops.cast(eng, x, weight.dtype, "experts"), weight
-    gathered = eng.empty(rows * n, x.dtype, "experts") if bias else None
     out = eng.empty(rows * n, x.dtype, "experts")
     number = w.numel // (n * k)
     each = rows / number  # tokens of one expert, were all chosen equally often
     eng.matmul("matmul", x.dtype, each, n, k, number)
-    del gathered
     need_x, need_w = x.requires_grad, w.requires_grad
     x_numel, w_numel, dtype = x.numel, w.numel, x.dtype
 
@@ -249,17 +313,10 @@ def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int, 
     return out
 
 
-def _unsorted(step: Step, x: Tensor) -> Tensor:
-    """Undo the sort by expert: an index copy."""
-    out = ops.unary(step.eng, x, "experts")
-    step.eng.link(out, (x,), lambda node, grads: [_scattered(step, ops._grad(grads), ops._grad(grads).numel)])
-    return out
-
-
 def _sum_pairs(step: Step, x: Tensor, numel: Size, dtype: str) -> Tensor:
     """Sum each token's experts; the expanded gradient is written out to be reshaped."""
-    eng, pairs = step.eng, x.numel
-    out = eng.empty(numel, x.dtype, "experts")
+    eng, pairs, source = step.eng, x.numel, x.dtype
+    out = eng.empty(numel, FP32 if eng.autocast else source, "experts")  # sum is on autocast's fp32 list
     eng.kernel("reduce", x.dtype, x.nbytes + out.nbytes)
-    eng.link(out, (x,), lambda node, grads: [eng.empty(pairs, ops._grad(grads).dtype, "experts_grad")])
+    eng.link(out, (x,), lambda node, grads: [eng.empty(pairs, source, "experts_grad")])
     return ops.cast(eng, out, dtype, "experts")

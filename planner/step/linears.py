@@ -97,7 +97,10 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     else:
         held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
     held.dtype = train.base_dtype
-    if spec.bias:
+    if spec.bias and held.kind in ("nf4", "fp4"):
+        # Linear4bit's first forward leaves it in the compute dtype (bitsandbytes nn/modules.py)
+        held.bias = eng.parameter(spec.out_features, train.quantization.compute_dtype, "weight")
+    elif spec.bias:
         held.bias = step.weight(spec.out_features)
     return held
 
@@ -139,9 +142,14 @@ def base_forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         return _forward_gptq(step, held, x)
     spec = held.spec
     assert held.weight is not None
-    return ops.linear(
-        step.eng, x, held.weight, step.tokens, spec.out_features, spec.in_features, held.bias, _matmul_name(spec)
-    )
+    m, n, k = step.tokens, spec.out_features, spec.in_features
+    if spec.cls == "subclass" and held.bias is not None and not step.train.uses_own_modules:
+        arg = x  # FalconLinear: x @ weight.T, then + bias into a new tensor (modeling_falcon.py)
+        out = ops.linear(step.eng, x, held.weight, m, n, k)
+        out = ops.add(step.eng, out, held.bias, "linear")
+        del arg
+        return out
+    return ops.linear(step.eng, x, held.weight, m, n, k, held.bias, _matmul_name(spec))
 
 
 def head_chunk(step: Step, held: LinearWeights, hidden: Tensor, rows: Size, chunks: int) -> Tensor:
@@ -251,7 +259,7 @@ def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor | None)
     first = ops.mul(eng, ops.shift(eng, ratio), base, "dora_mul")
     second = ops.scale(eng, ops.mul(eng, ratio, lora_result, "dora_mul"), "lora_scale")
     out = ops.add(eng, first, second, "dora_add")
-    del weight, delta
+    del first, second, weight, delta
     return out
 
 
@@ -338,8 +346,9 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     scales = eng.empty(m, FP32, "int8_quantize")
     del half
     product = eng.workspace(m * n * 4, "int8_product")
-    out = eng.empty(m * n, FP16, "linear_8bit")
-    if x.dtype != FP16:  # int8_scaled_mm writes fp16, then casts (backends/default/ops.py)
+    # int8_scaled_mm writes fp16, then casts inside itself (backends/cuda/ops.py)
+    out = eng.empty(m * n, FP16, "linear_8bit" if x.dtype == FP16 else "int8_product")
+    if x.dtype != FP16:
         out = ops.unary(eng, out, "linear_8bit", x.dtype)
     eng.kernel("int8_quantize", x.dtype, x.nbytes + x.numel)
     eng.matmul("matmul", "int8", m, n, k)

@@ -104,6 +104,66 @@ def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad"
     return outs
 
 
+def gather(eng: Engine, x: Tensor, index: Tensor, numel: Size, op: str) -> Tensor:
+    """Indexing by a tensor or a list: a copy; saves the index, the backward puts rows into zeros."""
+    full = x.numel
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [scattered(eng, _grad(grads), full, f"{op}_grad")]
+
+    made = eng.begin((x,), backward, (index,))
+    out = eng.empty(numel, x.dtype, op)
+    eng.kernel("elementwise", x.dtype, 2 * out.nbytes)
+    eng.finish(made, out)
+    return out
+
+
+def scattered(eng: Engine, grad: Tensor, numel: Size, op: str) -> Tensor:
+    """Rows put into zeros: out of place under a dispatch mode (FunctionsManual.cpp index_backward)."""
+    zeros = eng.empty(numel, grad.dtype, op)
+    return zeros if eng.accumulates_in_place else unary(eng, zeros, op)
+
+
+def subtract_maximum(eng: Engine, x: Tensor, rows: Size, op: str) -> Tensor:
+    """x - x.max(-1, keepdim=True).values: the maximum's gradient is a whole tensor of zeros with one entry a row."""
+    full, dtype = x.numel, x.dtype
+    most, index = eng.empty(rows, dtype, op), eng.empty(rows, INT64, op)
+    eng.kernel("reduce", dtype, x.nbytes + most.nbytes)
+
+    def maximum_backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [scattered(eng, _grad(grads), full, f"{op}_grad")]
+
+    eng.link(most, (x,), maximum_backward, (index,))
+    return subtract(eng, x, most, op)
+
+
+def clamp(eng: Engine, x: Tensor, bounds: int) -> Tensor:
+    """x.clamp(...) with one bound or two: saves x; the backward makes a mask of bools for each."""
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        masks = [eng.empty(_grad(grads).numel, "int8", "clamp_grad") for _ in range(bounds)]
+        return [_last(unary(eng, _grad(grads), "clamp_grad"), *masks)]
+
+    made = eng.begin((x,), backward, (x,))
+    out = unary(eng, x, "clamp")
+    eng.finish(made, out)
+    return out
+
+
+def clamp_in_place(eng: Engine, x: Tensor) -> Tensor:
+    """x.clamp_(low, high): keeps a copy of what x was."""
+    kept = unary(eng, x, "clamp") if eng.needs_grad(x) else x
+    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        masks = [eng.empty(_grad(grads).numel, "int8", "clamp_grad") for _ in range(2)]
+        return [_last(unary(eng, _grad(grads), "clamp_grad"), *masks)]
+
+    out = x.view()
+    eng.link(out, (x,), backward, (kept,))
+    return out
+
+
 def contiguous(eng: Engine, x: Tensor, op: str = "contiguous") -> Tensor:
     """A copy of a strided tensor."""
     out = unary(eng, x, op)
@@ -116,6 +176,14 @@ def add(eng: Engine, a: Tensor, b: Tensor, op: str = "add", numel: Size | None =
     dtype = promote(a.dtype, b.dtype)
     out = eng.empty(a.numel if numel is None else numel, dtype, op)
     eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
+    eng.link(out, (a, b), lambda node, grads: [grads[0], grads[0]])
+    return out
+
+
+def add_in_place(eng: Engine, a: Tensor, b: Tensor) -> Tensor:
+    """a += b: no new memory."""
+    eng.kernel("elementwise", a.dtype, 2 * a.nbytes + b.nbytes)
+    out = a.view()
     eng.link(out, (a, b), lambda node, grads: [grads[0], grads[0]])
     return out
 
@@ -248,19 +316,24 @@ def _larger(a: Tensor, b: Tensor) -> bool:
 
 
 def square(eng: Engine, x: Tensor) -> Tensor:
-    """x.pow(2) in fp32 (on autocast's fp32 list); the backward holds pow(x, 1), 2 * that, and the product."""
+    """x.pow(2) of a norm."""
+    return power(eng, x, "pow")
+
+
+def power(eng: Engine, x: Tensor, op: str) -> Tensor:
+    """x.pow(n) in fp32 (on autocast's fp32 list); the backward holds pow(x, n - 1), n * that, and the product."""
     x = autocast_fp32(eng, x)
-    out = unary(eng, x, "pow")
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        base = node.saved[0]
-        power = unary(eng, base, "pow_grad")
-        twice = unary(eng, power, "pow_grad")
-        out = unary(eng, twice, "pow_grad")
-        del power, twice
+        lower = unary(eng, node.saved[0], f"{op}_grad")
+        times = unary(eng, lower, f"{op}_grad")
+        out = unary(eng, times, f"{op}_grad")
+        del lower, times
         return [out]
 
-    eng.link(out, (x,), backward, (x,))
+    made = eng.begin((x,), backward, (x,))
+    out = unary(eng, x, op)
+    eng.finish(made, out)
     return out
 
 
@@ -314,6 +387,19 @@ def pointwise(eng: Engine, x: Tensor, op: str, saves_input: bool = True) -> Tens
     return out
 
 
+def erf(eng: Engine, x: Tensor, op: str = "erf") -> Tensor:
+    """torch.erf: saves x; the backward is 2 / sqrt(pi) * exp(-x^2) * grad, one tensor a pass."""
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        passes = [unary(eng, node.saved[0], f"{op}_grad") for _ in range(4)]
+        return [_last(unary(eng, _grad(grads), f"{op}_grad"), *passes)]
+
+    made = eng.begin((x,), backward, (x,))
+    out = unary(eng, x, op)
+    eng.finish(made, out)
+    return out
+
+
 def dropout(eng: Engine, x: Tensor, p: float, op: str = "dropout") -> Tensor:
     """native_dropout: output like x and a 1-byte mask, both needed later; the identity at p = 0."""
     if p == 0:
@@ -327,6 +413,9 @@ def dropout(eng: Engine, x: Tensor, p: float, op: str = "dropout") -> Tensor:
 
 def cat_half(eng: Engine, first: Tensor, second: Tensor, op: str = "cat") -> Tensor:
     """torch.cat of two tensors: saves nothing; the backward narrows into views."""
+    if eng.autocast:  # cat is on autocast's list of promotions
+        wide = promote(first.dtype, second.dtype)
+        first, second = cast(eng, first, wide, op), cast(eng, second, wide, op)
     out = eng.empty(first.numel + second.numel, promote(first.dtype, second.dtype), op)
     eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
     numels = (first.numel, second.numel)
@@ -436,11 +525,17 @@ def linear(
     return out
 
 
-def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", layout: Layout = "nn") -> Tensor:
-    """`shape` (batch, m, n, k): batched matrix product of two activations, both saved."""
+def bmm(
+    eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", layout: Layout = "nn", scales: bool = False
+) -> Tensor:
+    """`shape` (batch, m, n, k): batched matrix product of two activations, both saved.
+
+    scales: baddbmm with an alpha, by which the backward multiplies each product into a new tensor.
+    """
     batch, m, n, k = shape
     out_numel = batch * m * n
-    a, b = autocast_half(eng, a), autocast_half(eng, b)
+    b = autocast_half(eng, b)  # C++ evaluates arguments from the right
+    a = autocast_half(eng, a)
     saved = []
     if b.requires_grad:
         saved.append(a)
@@ -451,12 +546,14 @@ def bmm(eng: Engine, a: Tensor, b: Tensor, shape: Shape, op: str = "bmm", layout
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [None, None]
-        for side in (1, 0):  # derivatives in the order of their names: mat2, self
+        for side in (0, 1) if scales else (1, 0):  # derivatives in the order of their names: mat2, self; batch1, batch2
             if needs[side]:
-                results[side] = eng.empty(numels[side], dtype, f"{op}_grad")
+                result = eng.empty(numels[side], dtype, f"{op}_grad")
                 rows, columns, inner = ((m, k, n), (k, n, m))[side]
                 lies: Layout = "tn" if side else INPUT_GRAD[layout]
                 eng.matmul("bmm", dtype, rows, columns, inner, batch, layout=lies)
+                results[side] = unary(eng, result, f"{op}_grad") if scales else result
+                del result
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))

@@ -13,11 +13,12 @@ from typing import Any
 
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
-from planner.model import Layer, Linear, ModelSpec, Norm
+from planner.model import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import layers, linears, losses, ops
-from planner.step.attention import BOOLEAN_MASKS, DROPOUT, OWN_CODE, always_masks, needs_window_mask
+from planner.step.attention import FP32_TABLES, HALF_TABLES, OWN_CODE, always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, Record, Tensor
+from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
+from planner.step.engine import FP32, INT64, Record, Size, Tensor
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
 from planner.step.optimizers import OptimizerState
@@ -32,6 +33,12 @@ SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 MASK_BUFFERS = ("gpt_bigcode",)
 """Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
+
+TABLES_BY_WINDOW = ("gemma3_text", "olmo3")
+"""Model types with rotary tables of their own for layers with a window (modeling_gemma3.py)."""
+
+LAYER_BUFFERS = ("gpt_neo",)
+"""Model types that keep such a mask in every layer (modeling_gpt_neo.py)."""
 
 
 LOGN_POSITIONS = 32767
@@ -134,7 +141,10 @@ class _Run:
         self.head: linears.LinearWeights | None = None
         self.position_ids: Tensor | None = None
         self.window_mask: Tensor | None = None
-        self.other_mask: Tensor | None = None
+        self.rotary: dict[bool, tuple[Tensor, Tensor]] = {}
+        """Rotary tables; of layers with a window (True) apart where the class has two sets."""
+        self.masks: dict[bool, Tensor] = {}
+        """4-D masks: of layers that see everything (False), of those with a window (True)."""
         self.input_leaf: Tensor | None = None
         self.buffers: list[Tensor] = []
 
@@ -144,8 +154,6 @@ class _Run:
         if self.step.train.gradient_accumulation_steps_exceed_one:
             state.hold_gradients()
         loss, kept = self._forward()
-        if self.step.train.gradient_checkpointing == "none":
-            self._drop_positions()
         self.eng.layer = -2  # the backward begins its own segments
         self.eng.backward(loss, self.eng.empty(1, loss.dtype, "loss_grad"))
         del loss
@@ -180,6 +188,10 @@ class _Run:
         self.tables = loaded
         self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm,) if n is not None}
         self.projections = [linears.load_base(step, p, False) for p in model.embedding_projections]
+        if model.model_type in ROTATES_TOKENS_FIRST:  # GPTJRotaryEmbedding.embed_positions
+            spec = model.layers[0].attention
+            entries = model.max_position_embeddings * (spec.rotary_dim or spec.head_dim)
+            self.buffers = [self.eng.empty(entries, FP32, "weight")]
         if model.model_type in MASK_BUFFERS:
             self.buffers = [self.eng.empty(model.max_position_embeddings**2, "int8", "weight")]
         if model.model_type == OWN_CODE:  # RotaryEmbedding caches cos and sin of twice the longest row so far
@@ -249,6 +261,8 @@ class _Run:
                 held.norms[spec_norm.name] = self._norm(spec_norm)
         if layer.experts is not None:
             self._load_experts(held)
+        if self.step.model.model_type in LAYER_BUFFERS:
+            held.buffer = self.eng.empty(self.step.model.max_position_embeddings**2, "int8", "weight")
         return held
 
     def _load_experts(self, held: LayerWeights) -> None:
@@ -277,7 +291,8 @@ class _Run:
         else:
             held.weight = step.frozen(model.head.weight_elements, step.embedding_dtype)
         if model.head.bias and held.bias is None:
-            held.bias = step.frozen(model.head.out_features, step.embedding_dtype)
+            elements, dtype = model.head.out_features, step.embedding_dtype
+            held.bias = step.trainable(elements, dtype, "weight") if trainable else step.frozen(elements, dtype)
         return held
 
     def _quantizes_head(self) -> bool:
@@ -349,9 +364,8 @@ class _Run:
     def _decode(self) -> Tensor:
         step, eng, model = self.step, self.eng, self.step.model
         eng.enter("embedding")
-        embeds = self._embed()
-        self._positions(embeds.dtype)
-        hidden = embeds
+        hidden, names = self._embed()
+        self._positions(hidden.dtype)
         outputs: tuple[Tensor, Tensor | None] = (hidden, None)
         for unit, held in zip(self.stack.units, self.weights, strict=True):
             if unit != eng.layer:
@@ -365,55 +379,78 @@ class _Run:
         if model.final_norm is not None:
             spec = model.final_norm
             hidden = norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
-        del embeds, outputs
+        del names, outputs
+        if not self._reenters():
+            self._drop_positions()
         return hidden
 
     def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
+        step, eng, model, mode = self.step, self.eng, self.step.model, self.step.train.gradient_checkpointing
+        spec = held.spec.attention
+        window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
+        mask = self.masks.get(self._masks_window(held))
+        tables = self.rotary.get(model.model_type in TABLES_BY_WINDOW and bool(spec.sliding_window))
+        arguments = (tables, mask, step.alibi, self.position_ids, window)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            step.cos_sin, step.mask, step.alibi = arguments[:3]
             try:
                 return layers.decoder_layer(step, held, x), step.probabilities
             finally:  # also when a recomputation stops early
                 step.probabilities = None
+                if step.backward_began:
+                    step.cos_sin = step.mask = step.alibi = None
 
         if mode == "none":
             return forward(hidden)
-        if step.train.use_reentrant and hidden.requires_grad:
+        if self._reenters() and hidden.requires_grad:
             return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
         return eng.checkpoint(forward, hidden, mode == "offload")
 
-    def _embed(self) -> Tensor:
+    def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The first layer's input, and what the model's frame names until the last layer: embeddings as looked up."""
         step, eng, model = self.step, self.eng, self.step.model
         assert self.embedding is not None
         width = model.token_embedding.width
         out = eng.empty(step.tokens * width, self.embedding.dtype, "embedding")
         eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
-        if self.embedding.requires_grad:
-            table, dtype = self.embedding.numel, self.embedding.dtype
-            eng.link(out, (self.embedding,), lambda node, grads: [eng.empty(table, dtype, "embedding_grad")])
+        self._link_table(out, self.embedding)
         if model.embedding_scale and model.model_type in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
             self.input_leaf = eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
         if model.embedding_scale and model.model_type not in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
+        names = [out]
         for projection in self.projections[:1]:
             out = linears.base_forward(step, projection, out)
         if model.position_embedding is not None:
             places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
+            self._link_table(places, self.tables[1])
             out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
-            del places
+            names.append(places)
         if model.embedding_dropout:
             out = ops.dropout(eng, out, DROPOUT, "embedding_dropout")
         if model.embedding_norm is not None:
             spec = model.embedding_norm
             out = norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
-        return out
+        return out, tuple(names)
+
+    def _link_table(self, out: Tensor, table: Tensor) -> None:
+        """The gradient of a trainable table is as large as the table (embedding_dense_backward)."""
+        eng, numel, dtype = self.eng, table.numel, table.dtype
+        eng.link(out, (table,), lambda node, grads: [eng.empty(numel, dtype, "embedding_grad")])
+
+    def _reenters(self) -> bool:
+        """Whether the checkpoints are nodes of the graph, which keep their arguments until the loss is gone."""
+        return self.step.train.gradient_checkpointing != "none" and self.step.train.use_reentrant
 
     def _drop_positions(self) -> None:
-        """Rotary tables and mask live in the model's forward frame, or in the closures of the checkpoints."""
-        self.step.cos_sin = self.step.mask = self.position_ids = self.window_mask = self.other_mask = None
+        """Rotary tables and masks live in the model's forward frame, or with the checkpoints that need them again."""
+        self.step.cos_sin = self.step.mask = self.step.alibi = None
+        self.position_ids = self.window_mask = None
+        self.masks.clear()
+        self.rotary.clear()
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
@@ -421,32 +458,57 @@ class _Run:
         spec = model.layers[0].attention
         if model.model_type == OWN_CODE:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
-            step.cos_sin = (
+            self.rotary[False] = (
                 self.buffers[0].view(step.seq * spec.head_dim),
                 self.buffers[1].view(step.seq * spec.head_dim),
             )
             return
-        if spec.position == "rope":
+        if spec.position == "rope" or model.model_type == "falcon":  # falcon makes them beside ALiBi too
             width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
+            width = width // 2 if model.model_type in HALF_TABLES else width
             numel = step.seq * width
             self.position_ids = eng.empty(step.seq, INT64, "positions")
-            angles = eng.empty(numel // 2, FP32, "rotary_tables")
-            both = eng.empty(numel, FP32, "rotary_tables")
-            cos = ops.unary(eng, both, "rotary_tables")
-            cos = ops.cast(eng, ops.scale(eng, cos, "rotary_tables"), dtype, "rotary_tables")
-            sin = ops.unary(eng, both, "rotary_tables")
-            sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
-            step.cos_sin = (cos, sin)
-            del angles, both
-        eager = step.train.attention == "eager" or not spec.has_sdpa(step.train.versions.transformers)
-        if eager or (step.train.padded and step.train.attention == "sdpa"):
-            kind = dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
-            # one mask for layers that see everything, one for those with a window
-            for _ in {bool(held.spec.attention.sliding_window) for held in self.weights}:
-                self.other_mask = step.mask
-                step.mask = eng.empty(step.batch * step.seq * step.seq, kind, "attention_mask")
+            kind = FP32 if model.model_type in FP32_TABLES else dtype
+            windows = {bool(held.spec.attention.sliding_window) for held in self.weights}
+            for windowed in windows if model.model_type in TABLES_BY_WINDOW else {False}:
+                self.rotary[windowed] = self._rotary_tables(numel, kind)
+        assert self.embedding is not None
+        eager, entries = runs_eager(step, spec), step.batch * step.seq * step.seq
+        if spec.position == "alibi":
+            self._alibi(spec, dtype)
+        if spec.position == "alibi" and model.model_type == "falcon" and not step.train.uses_own_modules:
+            # ALiBi is written into the mask (modeling_falcon.py), one for every head
+            self.masks[False] = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
+        elif eager or (step.train.padded and step.train.attention == "sdpa"):
+            # made from the embedding's output; later norms and projections may have another dtype
+            kind = self.embedding.dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
+            for windowed in {self._masks_window(held) for held in self.weights}:
+                self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
+
+    def _rotary_tables(self, numel: Size, dtype: str) -> tuple[Tensor, Tensor]:
+        eng = self.eng
+        angles = eng.empty(numel // 2, FP32, "rotary_tables")
+        both = eng.empty(numel, FP32, "rotary_tables")
+        cos = ops.unary(eng, both, "rotary_tables")
+        cos = ops.cast(eng, ops.scale(eng, cos, "rotary_tables"), dtype, "rotary_tables")
+        sin = ops.unary(eng, both, "rotary_tables")
+        sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
+        del angles, both
+        return cos, sin
+
+    def _masks_window(self, held: LayerWeights) -> bool:
+        """Whether a layer takes the mask of a window; gpt_neo's local layers add their own buffer to the common one."""
+        return bool(held.spec.attention.sliding_window) and self.step.model.model_type != "gpt_neo"
+
+    def _alibi(self, spec: Attention, dtype: str) -> None:
+        """The bias of every head and key: of the longest row in fp32 (mpt), or of every row of the batch."""
+        step, model = self.step, self.step.model
+        if model.model_type == "mpt":
+            step.alibi = self.eng.empty(spec.num_heads * model.max_position_embeddings, FP32, "alibi")
+        else:
+            step.alibi = self.eng.empty(step.batch * spec.num_heads * step.seq, dtype, "alibi")
 
 
 __all__ = ["EMULATED_RUN", "Linear", "Program", "plan_layers", "run"]

@@ -1,0 +1,275 @@
+"""Eager attention: whole score matrices, as the classes write them.
+
+Most classes call one `eager_attention_forward`; BLOOM, MPT and Falcon write theirs into the module's forward, whose
+frame names what it made until the output projection has run. Every function returns the attention's output and those
+names. Order of calls and lifetimes: transformers 5.23 and 5.24 (models/*/modeling_*.py).
+"""
+
+from __future__ import annotations
+
+from planner import cuda_rules
+from planner.model import Attention
+from planner.step import ops
+from planner.step.context import Step
+from planner.step.engine import FP32, Grads, Node, Shape, Tensor
+
+BOOLEAN_MASKS = ("mpt",)
+"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
+
+ROTATES_TOKENS_FIRST = ("gptj", "codegen")
+"""Model types that rotate [batch, tokens, heads, size] before they turn it (models/gptj/modeling_gptj.py)."""
+
+RETURNS_PROBABILITIES = ("bloom", "mpt", "falcon", "gpt_neo")
+"""Model types whose decoder layer returns the attention probabilities (models/bloom/modeling_bloom.py BloomBlock)."""
+
+KEEPS_SCORES_DTYPE = ("gpt2", "gptj", "codegen", "gpt_neo")
+"""Model types whose softmax names no dtype: that of the scores, fp32 under autocast (models/gpt2/modeling_gpt2.py)."""
+
+DROPOUT = 0.1
+"""The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
+
+Attended = tuple[Tensor, tuple[Tensor, ...]]
+"""An attention's output, and what the module's frame still names while the output projection runs."""
+
+
+def eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Attended:
+    """The eager attention of the model's class; `source`: dtype of the attention module's input."""
+    kind = step.model.model_type
+    if spec.sinks:
+        return _sinks(step, spec, q, k, v), ()
+    if step.train.uses_own_modules:
+        return _standard(step, spec, q, k, v), ()
+    if kind == "falcon":
+        own = _falcon_alibi if spec.position == "alibi" else _falcon
+        return own(step, spec, q, k, v, source)
+    if kind in ("bloom", "mpt"):
+        return (_bloom if kind == "bloom" else _mpt)(step, spec, q, k, v)
+    return _standard(step, spec, q, k, v), ()
+
+
+def shapes(step: Step, spec: Attention) -> tuple[Shape, Shape]:
+    """Batched products of a whole score matrix: q k^T and probabilities times v, for every row and head."""
+    matrices, s = step.batch * spec.num_heads, step.seq
+    return (matrices, s, s, spec.head_dim), (matrices, s, spec.v_head_dim or spec.head_dim, s)
+
+
+def _standard(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """eager_attention_forward: whole score matrices, softmax in fp32, cast back."""
+    eng = step.eng
+    groups = spec.num_heads // spec.num_kv_heads
+    values = q.dtype
+    arg = (q, k, v)
+    heads_first = leads_with_heads(step, spec)
+    # a single head stays expanded until something copies it: autocast's cast does
+    copied = groups > 1 and (spec.num_kv_heads > 1 or eng.autocast not in (None, values))
+    k, v = repeat_heads(step, spec, k), repeat_heads(step, spec, v)
+    if spec.scores_fp32:
+        q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
+    scores_numel = step.batch * spec.num_heads * step.seq * step.seq
+    scores = _scores(step, spec, q, k, (heads_first, copied or (heads_first and groups == 1)))
+    if spec.scores_fp32 and step.model.model_type in ROTATES_TOKENS_FIRST:
+        del q, k  # their casts have no names
+    scores = ops.scale(eng, scores, "scores")
+    if spec.logit_softcap:
+        scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
+    if step.mask is not None:
+        scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
+    names_dtype = step.model.model_type not in KEEPS_SCORES_DTYPE or step.autocast is not None
+    probs = _softmax(step, scores, FP32 if names_dtype else scores.dtype)
+    probs = ops.cast(eng, probs, values, "probabilities")  # attn_weights names the scores until this is assigned
+    del scores
+    if spec.dropout:
+        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
+    _returned(step, probs)
+    step.unused_probabilities = probs
+    out = _values(step, spec, probs, v, copied)
+    held = ops.contiguous(eng, out, "attention")
+    del out, arg
+    return held
+
+
+def _scores(step: Step, spec: Attention, q: Tensor, k: Tensor, heads_first: tuple[bool, bool]) -> Tensor:
+    """torch.matmul(q, k^T): autocast casts the right side first, then both are folded."""
+    right = ops.autocast_half(step.eng, k)
+    left = ops.autocast_half(step.eng, q)
+    folded = _folded(step, left, heads_first[0]), _folded(step, right, heads_first[1])
+    return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores", "nt")
+
+
+def _values(step: Step, spec: Attention, probs: Tensor, v: Tensor, heads_first: bool = False) -> Tensor:
+    """torch.matmul(probs, v)."""
+    right = ops.autocast_half(step.eng, v)
+    left = ops.autocast_half(step.eng, probs)
+    return ops.bmm(step.eng, left, _folded(step, right, heads_first), shapes(step, spec)[1], "attention")
+
+
+def _returned(step: Step, probs: Tensor) -> None:
+    if step.model.model_type in RETURNS_PROBABILITIES:
+        step.probabilities = probs
+
+
+def _softmax(step: Step, scores: Tensor, dtype: str) -> Tensor:
+    """F.softmax(scores, dtype=dtype); a cast from 16 bit to fp32 happens inside the CUDA kernel."""
+    eng, product = step.eng, step.arch.softmax_backward_product
+    if dtype == FP32:
+        inside = step.arch.fused_softmax_cast and cuda_rules.softmax_casts_inside(scores.dtype, FP32)
+        return ops.softmax_fp32(eng, scores, casts_inside=inside, writes_product=product)
+    return ops.softmax_same(eng, ops.cast(eng, scores, dtype, "softmax_cast"), writes_product=product)
+
+
+def _bloom(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    """BloomAttention: the scores are a product added onto ALiBi, scaled inside the product."""
+    eng = step.eng
+    values = q.dtype
+    numel = step.batch * spec.num_heads * step.seq * step.seq
+    score_shape, value_shape = shapes(step, spec)
+    q, k, v = _folded(step, q, False), _folded(step, k, False), _folded(step, v, False)
+    scores = ops.bmm(eng, q, k, score_shape, "scores", "nt", scales=True)
+    assert step.mask is not None
+    masked = ops.add(eng, scores, step.mask, "scores", numel)
+    probs = ops.cast(eng, _softmax(step, masked, FP32), values, "probabilities")
+    if spec.dropout:
+        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
+    _returned(step, probs)
+    out = ops.contiguous(eng, ops.bmm(eng, probs, v, value_shape, "attention"), "attention")
+    return out, (q, k, v, scores, masked, probs)
+
+
+def _mpt(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    """MptAttention: fp32 ALiBi makes the scores fp32, a bool mask fills them."""
+    eng = step.eng
+    values = v.dtype
+    numel = step.batch * spec.num_heads * step.seq * step.seq
+    scores = ops.scale(eng, _scores(step, spec, q, k, (False, False)), "scores")
+    assert step.alibi is not None and step.mask is not None
+    scores = ops.add(eng, scores, step.alibi, "scores", numel)
+    scores = ops.masked_fill(eng, scores, step.mask, "scores")
+    probs = ops.cast(eng, _softmax(step, scores, FP32), values, "probabilities")
+    if spec.dropout:
+        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
+    _returned(step, probs)
+    out = ops.contiguous(eng, _values(step, spec, probs, v), "attention")
+    return out, (scores, probs)
+
+
+def _falcon(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Attended:
+    """FalconAttention without ALiBi: scores scaled in place, softmax in the dtype of the layer's input."""
+    eng = step.eng
+    numel = step.batch * spec.num_heads * step.seq * step.seq
+    scores = ops.scale_in_place(eng, _falcon_scores(step, spec, q, k))
+    assert step.mask is not None
+    probs = _softmax(step, ops.add(eng, scores, step.mask, "scores", numel), source)
+    del scores
+    _returned(step, probs)
+    out = ops.contiguous(eng, _falcon_values(step, spec, probs, v), "attention")
+    return out, (probs,)
+
+
+def _falcon_alibi(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Attended:
+    """FalconAttention with ALiBi: fp32 scores beside the product, scaled in place; the mask holds ALiBi again."""
+    eng = step.eng
+    numel = step.batch * spec.num_heads * step.seq * step.seq
+    product = _falcon_scores(step, spec, q, k)
+    scores = ops.cast(eng, product, FP32, "scores_fp32")
+    assert step.alibi is not None and step.mask is not None
+    logits = ops.scale_in_place(eng, ops.add(eng, scores, step.alibi, "scores", numel))
+    probs = _softmax(step, ops.add(eng, logits, step.mask, "scores", numel), source)
+    if spec.dropout:
+        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
+    _returned(step, probs)
+    out = ops.contiguous(eng, _falcon_values(step, spec, probs, v), "attention")
+    return out, (product, scores, logits, probs)
+
+
+def _falcon_scores(step: Step, spec: Attention, q: Tensor, k: Tensor) -> Tensor:
+    right = ops.autocast_half(step.eng, k)
+    left = ops.autocast_half(step.eng, q)
+    folded = _folded(step, left, False), _falcon_heads(step, spec, right)
+    return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores", "nt")
+
+
+def _falcon_values(step: Step, spec: Attention, probs: Tensor, v: Tensor) -> Tensor:
+    right = ops.autocast_half(step.eng, v)
+    left = ops.autocast_half(step.eng, probs)
+    return ops.bmm(step.eng, left, _falcon_heads(step, spec, right), shapes(step, spec)[1], "attention")
+
+
+def _falcon_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
+    """Keys or values as torch.matmul takes them: one head is expanded, a view for one row, a copy for several."""
+    groups = spec.num_heads // spec.num_kv_heads
+    if groups == 1:
+        return _folded(step, x, False)
+    return broadcast(step, x, groups) if step.batch == 1 else ops.expand_copy(step.eng, x, groups)
+
+
+def _sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """gpt_oss: one more column of scores for the sinks, the row maximum subtracted, softmax in the scores' dtype."""
+    eng = step.eng
+    groups = spec.num_heads // spec.num_kv_heads
+    k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
+    rows = step.batch * spec.num_heads * step.seq
+    scores_numel = rows * step.seq
+    score_shape, value_shape = shapes(step, spec)
+    scores = ops.scale(eng, ops.bmm(eng, q, k, score_shape, "scores", "nt"), "scores")
+    assert step.mask is not None
+    scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
+    wide = ops.cat_half(eng, scores, eng.empty(rows, scores.dtype, "scores"), "scores")
+    wide = ops.subtract_maximum(eng, wide, rows, "scores")
+    probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
+    kept = ops.cast(eng, ops.narrow(eng, probs, scores_numel, "scores_grad"), v.dtype, "probabilities")
+    del scores  # attn_weights names them until the probabilities take the name
+    step.unused_probabilities = kept
+    out = ops.bmm(eng, kept, v, value_shape, "attention")
+    held = ops.contiguous(eng, out, "attention")
+    del out, wide, probs, kept
+    return held
+
+
+# --- heads and their layout ----------------------------------------------------------------------------------------
+
+
+def leads_with_heads(step: Step, spec: Attention) -> bool:
+    """Whether q and k lie in memory head by head, not token by token as their projection wrote them.
+
+    Partial rotary positions end in a torch.cat, whose result is contiguous as [batch, heads, tokens, size]; q * cos
+    keeps the projection's layout. Flash attention's output lies as q does and is then copied back (flash_api.cpp
+    mha_fwd: empty_like).
+    """
+    partial = spec.position == "rope" and 0 < spec.rotary_dim < spec.head_dim
+    partial = (partial and step.model.model_type not in ROTATES_TOKENS_FIRST) or _joins_nothing(step, spec)
+    return spec.kind == "mla" or partial
+
+
+JOINS_NOTHING = ("glm", "glm4", "nemotron", "phi3")
+"""Model types that append what is not rotated even where that is nothing: a copy (models/phi3/modeling_phi3.py)."""
+
+
+def _joins_nothing(step: Step, spec: Attention) -> bool:
+    whole = spec.position == "rope" and spec.rotary_dim in (0, spec.head_dim)
+    return whole and step.model.model_type in JOINS_NOTHING
+
+
+def broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
+    """expand() of a single head: a view; its gradient is summed over the heads."""
+    out = x.view(x.numel * factor)
+    small, eng = x.numel, step.eng
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        return [eng.empty(small, ops._grad(grads).dtype, "expand_grad")]
+
+    eng.link(out, (x,), backward)
+    return out
+
+
+def repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
+    """repeat_kv: expand and reshape; the reshape of a single head is a view, of several a copy."""
+    groups = spec.num_heads // spec.num_kv_heads
+    if spec.num_kv_heads == 1 and groups > 1:
+        return broadcast(step, x, groups)
+    return ops.expand_copy(step.eng, x, groups)
+
+
+def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:
+    """torch.matmul folds batch and heads into one dimension: a copy of what lies token by token, if rows are many."""
+    copies = not heads_first and step.batch > 1
+    return ops.contiguous(step.eng, x, "matmul_copy") if copies else x
