@@ -161,11 +161,13 @@ def predict(
     )
 
 
-def predict_on(model: ModelSpec, training: TrainingSpec, gpu: Gpu, chosen: Selection | None) -> Prediction:
+def predict_on(
+    model: ModelSpec, training: TrainingSpec, gpu: Gpu, chosen: Selection | None, orders: Orders | None = None
+) -> Prediction:
     """Predict with a card's calibration (None: its priors)."""
     if chosen is None:
-        return predict(model, training, gpu)
-    return predict(model, training, chosen.card(gpu), coefficients=chosen.coefficients)
+        return predict(model, training, gpu, orders=orders)
+    return predict(model, training, chosen.card(gpu), coefficients=chosen.coefficients, orders=orders)
 
 
 def _time(

@@ -133,9 +133,10 @@ def test_compressing_kernels_keeps_the_price() -> None:
         spec = fit.families.build_spec(item.measurement.config, model_id=burst.model)
         whole = program.run(spec, burst.training, architecture(CPU, burst.training)).record
         full = timing.step_time(whole, burst.training, CPU, priors(CPU))
-        short = item.price(priors(CPU))
-        assert short.step_s.expected == pytest.approx(full.step_s.expected, rel=1e-9)
-        assert short.recomputation_s == pytest.approx(full.recomputation_s, rel=1e-9)
+        parts, step_s = item.price(priors(CPU))
+        assert step_s == pytest.approx(full.step_s.expected - full.overhead_s, rel=1e-9)
+        for part in timing.PARTS:
+            assert parts[part] == pytest.approx(getattr(full, f"{part}_s"), rel=1e-9)
         assert len(item.kernels.kernels) < len(whole.kernels)
 
 

@@ -328,12 +328,16 @@ def test_fits_on_data(run: Any, data: str) -> None:
     hours = {padding: document["run"]["hours"]["expected"] for padding, document in documents.items()}
     assert hours["packed"] < hours["longest"] < hours["max"]
     assert hours["grouped"] < hours["longest"]
-    assert documents["longest"]["device"]["expected"] <= documents["max"]["device"]["expected"]
-    # what the data does not change: the same length without data needs the same memory
+    allocated = {padding: document["allocated"] for padding, document in documents.items()}
+    assert allocated["longest"]["expected"] <= allocated["max"]["expected"]
+    # what the data does not change: the same length without data allocates the same; unequal rows reserve more
     longest = documents["longest"]["data"]["longest_batch"]
     plain = json.loads(run("fits", NAME, "--gpu", "l4", "--batch", "4", "--seq-len", str(longest), "--padded",
                            "--format", "json")[1])  # fmt: skip
-    assert plain["device"] == documents["longest"]["device"]
+    assert plain["allocated"] == allocated["longest"]
+    assert plain["device"] == documents["grouped"]["device"]
+    assert plain["device"]["low"] <= documents["longest"]["device"]["low"]
+    assert plain["device"]["expected"] < documents["longest"]["device"]["expected"]
 
 
 def test_data_options_need_data(run: Any) -> None:

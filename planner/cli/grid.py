@@ -379,7 +379,8 @@ class Tabulator:
         self, model: ModelSpec, training: TrainingSpec, card: Gpu, data: DataRun | None = None
     ) -> dict[str, Any]:
         """The columns of one configuration."""
-        found = predict.predict_on(model, training, card, self.run.chosen[card.gpu_id])
+        orders = data.orders() if data is not None else None
+        found = predict.predict_on(model, training, card, self.run.chosen[card.gpu_id], orders)
         time = found.time
         row: dict[str, Any] = {
             "gpu": card.gpu_id,
