@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from planner import cuda_rules
 from planner.model import Attention, Norm
-from planner.step import eager, linears, ops
+from planner.step import eager, linears, ops, picking
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Size, Tensor
 from planner.step.feed_forward import Finish
@@ -77,7 +77,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         if _caches_keys(step):
             step.cache.append((eng.layer, fused.view()))
         if spec.clips_qkv:
-            fused = ops.clamp(eng, fused, 2)
+            fused = picking.clamp(eng, fused, 2)
         if step.model.model_type in SLICES and not step.train.uses_own_modules:
             q, k, v = _sliced(step, held.spec.attention, fused)
             named = (fused,)
@@ -95,7 +95,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         k = _projected_norm(step, held, None if late else spec.k_norm, linears.forward(step, group[1], x))
         v = linears.forward(step, group[2], x)
         if spec.clips_qkv:
-            q, k, v = (ops.clamp_in_place(eng, y) for y in (q, k, v))
+            q, k, v = (picking.clamp_in_place(eng, y) for y in (q, k, v))
     if len(group) == 1 and not spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
@@ -128,8 +128,8 @@ def _sliced(step: Step, spec: Attention, fused: Tensor) -> tuple[Tensor, Tensor,
     groups = spec.num_heads // spec.num_kv_heads
     if groups == 1:
         return q, ops.narrow(eng, fused, t * spec.kv_size), ops.narrow(eng, fused, t * spec.kv_size)
-    k = ops.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
-    v = ops.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
+    k = picking.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
+    v = picking.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
     if spec.num_kv_heads == 1:
         return q, k, v
     return ops.contiguous(eng, q, "split"), ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from planner import cuda_rules
 from planner.model import Attention
-from planner.step import ops
+from planner.step import ops, picking
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Shape, Tensor
 
@@ -214,7 +214,7 @@ def _sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     assert step.mask is not None
     scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
     wide = ops.cat_half(eng, scores, eng.empty(rows, scores.dtype, "scores"), "scores")
-    wide = ops.subtract_maximum(eng, wide, rows, "scores")
+    wide = picking.subtract_maximum(eng, wide, rows, "scores")
     probs = ops.softmax_same(eng, wide, writes_product=step.arch.softmax_backward_product)
     kept = ops.cast(eng, ops.narrow(eng, probs, scores_numel, "scores_grad"), v.dtype, "probabilities")
     del scores  # attn_weights names them until the probabilities take the name

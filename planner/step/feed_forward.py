@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.model import Experts, Mlp
-from planner.step import linears, ops
+from planner.step import linears, ops, picking
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Engine, Grads, Node, Size, Tensor
 from planner.step.linears import LayerWeights
@@ -187,7 +187,7 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     )
     weights = _route(step, held, spec, x)
     sorted_ids, order = eng.empty(pairs, INT64, "router"), eng.empty(pairs, INT64, "router")
-    chosen = ops.gather(eng, x, eng.empty(pairs, INT64, "router"), pairs * spec.hidden_size, "experts")
+    chosen = picking.gather(eng, x, eng.empty(pairs, INT64, "router"), pairs * spec.hidden_size, "experts")
     width = spec.intermediate_size
     bias = _gathered_bias(step, spec, sorted_ids, 2 * width)
     gate_up = _adapted_parameter(step, held, spec.gate_up_name, held.experts[0])
@@ -197,7 +197,7 @@ def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     bias = _gathered_bias(step, spec, sorted_ids, spec.hidden_size)
     projected = _grouped(step, projected, down, pairs, spec.hidden_size, width)
     weighted = ops.mul(eng, projected, weights, "experts")
-    weighted = ops.gather(eng, weighted, eng.empty(pairs, INT64, "router"), weighted.numel, "experts")
+    weighted = picking.gather(eng, weighted, eng.empty(pairs, INT64, "router"), weighted.numel, "experts")
     result = _sum_pairs(step, weighted, t * spec.hidden_size, x.dtype)
     del weighted, projected, bias, sorted_ids, order, chosen
     if spec.shared is not None:
@@ -224,8 +224,8 @@ def _gate_experts(step: Step, spec: Experts, fused: Tensor, half: Size) -> Tenso
         gate, up = ops.split(eng, fused, (half, half))
         return ops.mul(eng, ops.pointwise(eng, gate, spec.activation), up, "experts")
     gate, up = ops.narrow(eng, fused, half), ops.narrow(eng, fused, half)
-    gate = ops.clamp(eng, gate, 1)
-    up = ops.clamp(eng, up, 2)
+    gate = picking.clamp(eng, gate, 1)
+    up = picking.clamp(eng, up, 2)
     glu = ops.mul(eng, gate, ops.pointwise(eng, ops.scale(eng, gate, "experts"), "sigmoid", False), "experts")
     return ops.mul(eng, ops.shift(eng, up, "experts"), glu, "experts")
 

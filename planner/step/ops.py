@@ -104,66 +104,6 @@ def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad"
     return outs
 
 
-def gather(eng: Engine, x: Tensor, index: Tensor, numel: Size, op: str) -> Tensor:
-    """Indexing by a tensor or a list: a copy; saves the index, the backward puts rows into zeros."""
-    full = x.numel
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [scattered(eng, _grad(grads), full, f"{op}_grad")]
-
-    made = eng.begin((x,), backward, (index,))
-    out = eng.empty(numel, x.dtype, op)
-    eng.kernel("elementwise", x.dtype, 2 * out.nbytes)
-    eng.finish(made, out)
-    return out
-
-
-def scattered(eng: Engine, grad: Tensor, numel: Size, op: str) -> Tensor:
-    """Rows put into zeros: out of place under a dispatch mode (FunctionsManual.cpp index_backward)."""
-    zeros = eng.empty(numel, grad.dtype, op)
-    return zeros if eng.accumulates_in_place else unary(eng, zeros, op)
-
-
-def subtract_maximum(eng: Engine, x: Tensor, rows: Size, op: str) -> Tensor:
-    """x - x.max(-1, keepdim=True).values: the maximum's gradient is a whole tensor of zeros with one entry a row."""
-    full, dtype = x.numel, x.dtype
-    most, index = eng.empty(rows, dtype, op), eng.empty(rows, INT64, op)
-    eng.kernel("reduce", dtype, x.nbytes + most.nbytes)
-
-    def maximum_backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [scattered(eng, _grad(grads), full, f"{op}_grad")]
-
-    eng.link(most, (x,), maximum_backward, (index,))
-    return subtract(eng, x, most, op)
-
-
-def clamp(eng: Engine, x: Tensor, bounds: int) -> Tensor:
-    """x.clamp(...) with one bound or two: saves x; the backward makes a mask of bools for each."""
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        masks = [eng.empty(_grad(grads).numel, "int8", "clamp_grad") for _ in range(bounds)]
-        return [_last(unary(eng, _grad(grads), "clamp_grad"), *masks)]
-
-    made = eng.begin((x,), backward, (x,))
-    out = unary(eng, x, "clamp")
-    eng.finish(made, out)
-    return out
-
-
-def clamp_in_place(eng: Engine, x: Tensor) -> Tensor:
-    """x.clamp_(low, high): keeps a copy of what x was."""
-    kept = unary(eng, x, "clamp") if eng.needs_grad(x) else x
-    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        masks = [eng.empty(_grad(grads).numel, "int8", "clamp_grad") for _ in range(2)]
-        return [_last(unary(eng, _grad(grads), "clamp_grad"), *masks)]
-
-    out = x.view()
-    eng.link(out, (x,), backward, (kept,))
-    return out
-
-
 def contiguous(eng: Engine, x: Tensor, op: str = "contiguous") -> Tensor:
     """A copy of a strided tensor."""
     out = unary(eng, x, op)
