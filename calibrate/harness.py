@@ -32,6 +32,10 @@ START_S = {"cpu": 2.0, "cuda": 25.0}
 SLACK = 8.0
 """A burst may take this many times its predicted steps, and a minute, before it is taken to hang."""
 LEAST_LIMIT_S = 60.0
+LARGEST_SHARE = 1 / 6
+"""A burst of a grid that is predicted to take more of the budget is passed over."""
+MOST_PASSED_OVER = 50
+"""Bursts passed over before a run ends: what is left of the grid is too large."""
 
 
 @record
@@ -163,7 +167,7 @@ class _State:
         self.stored = folder.results()
         self.done = sum(1 for s in self.stored.values() if s["result"].get("status") in FINISHED)
         self.failed = 0
-        self.started = 0
+        self.started = self.passed_over = 0
         self.beside = START_S[device.kind]
         self.slowness = 1.0
         found = calibration_files.known()[0] if device.kind == "cpu" else []
@@ -181,7 +185,13 @@ class _State:
         steps = each * (WARMUP + OTHER_STEPS + timed_steps(self.timed, each * self.slowness))
         spent = time.monotonic() - self.began
         left = self.settings.budget_s - spent
-        if left <= 0 or (self.started and self.beside + steps * self.slowness > left):
+        if left <= 0:
+            return False
+        large = steps * self.slowness > LARGEST_SHARE * self.settings.budget_s
+        if self.started and large and not self.settings.job:
+            self.passed_over += 1  # smaller bursts of the same kinds tell as much
+            return self.passed_over < MOST_PASSED_OVER
+        if self.started and self.beside + steps * self.slowness > left:
             return False
         self.started += 1
         others = strangers(self.device)

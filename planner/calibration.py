@@ -154,10 +154,12 @@ def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | Non
 
 
 def matches(calibration: Calibration, gpu: Gpu) -> bool:
-    """Whether a calibration was made on such a card (of a CPU: the same name and number of threads)."""
+    """Whether a calibration was made on such a card (of a CPU: the same name, vector unit and number of threads)."""
     if gpu.vendor == CPU:
-        same = calibration.device.get("name") == gpu.name
-        return calibration.gpu_id == "cpu" and same and calibration.device.get("threads") == gpu.sm_count
+        mine = (gpu.name, gpu.architecture, gpu.sm_count)  # virtual machines name whole families alike
+        device = calibration.device
+        theirs = (device.get("name"), device.get("vector", gpu.architecture), device.get("threads"))
+        return calibration.gpu_id == "cpu" and theirs == mine
     return calibration.gpu_id == gpu.gpu_id
 
 
@@ -266,6 +268,9 @@ _CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
 CPU_ATTENTION_HIGH = 4.0
 """Upper bound of a CPU's attention rate over its product rate."""
 
+CPU_BOOST = 2.0
+"""Upper bound of a CPU's rates over the nominal ones: cores run above the clock that the system states."""
+
 MICROBENCHMARK_ERROR = 0.05
 """Relative standard error of a rate that was published for the card itself: assumed."""
 
@@ -287,6 +292,7 @@ def priors(gpu: Gpu) -> Coefficients:
             base = items[name]
             # a CPU's attention kernel does not use the products' library: its rate is not bounded by theirs
             high = CPU_ATTENTION_HIGH if name.startswith(("flash_f", "flash_b", "efficient")) else base.high
+            high = CPU_BOOST if base.unit == _FRACTION[0] else high
             items[name] = replace(base, value=value, standard_error=error, high=high, origin="assumed", source=source)
         return Coefficients(items)
     items = {name: item for name, item in items.items() if not name.startswith("portable")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -244,6 +245,19 @@ def test_the_budget_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FAULT", ",".join(["ok"] * 50))
     done = harness.run(RunFolder(tmp_path), FakeDevice(), short, workers=Numbered(), bursts=iter(cpu_bursts(40)))
     assert 1 <= done.done < 40
+
+
+def test_a_burst_that_would_eat_the_budget_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {cpu_bursts(3)[1].training.seq_len}
+    monkeypatch.setattr(
+        harness.grid, "step_seconds", lambda burst, *_: 5.0 if burst.training.seq_len in large else 0.01
+    )
+    folder = RunFolder(tmp_path / "run")
+    assert go(folder, ["ok"] * 3, monkeypatch) == ["ok"] * 2
+    assert list(folder.results()) == [1, 3]
+    endless = itertools.chain(cpu_bursts(1), itertools.repeat(cpu_bursts(2)[1]))
+    run = harness.run(RunFolder(tmp_path / "b"), FakeDevice(), SETTINGS, workers=Numbered(), bursts=endless)
+    assert run.done == 1
 
 
 def test_a_newer_file_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

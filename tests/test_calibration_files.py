@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from planner import calibration_files, catalog
-from planner.calibration import FORMULA_VERSION, Calibration, Coefficients, priors, select
+from planner import calibration_files, catalog, processor
+from planner.calibration import FORMULA_VERSION, Calibration, Coefficients, matches, priors, select
 from planner.errors import InvalidInput, UnknownName
 from planner.hardware import Gpu
 from planner.predict import predict, predict_on
 from planner.training import LoraSpec, TrainingSpec, Versions
+from tests.calibration_samples import CPU_FACTS
 from tests.test_timing import LLAMA
 
 H100, A100, T4 = (catalog.gpu(name) for name in ("h100-sxm", "a100-sxm4-80gb", "t4"))
@@ -204,3 +205,11 @@ def test_a_measured_context_decides_the_verdict_too() -> None:
     found = predict_on(LLAMA, training, near, select(near, [large]))
     assert found.verdict == "does not fit"
     assert found.device.expected - found.reserved.expected == 1000 * 2**20
+
+
+def test_a_cpu_is_known_by_name_vector_unit_and_threads() -> None:
+    cpu = made(device={"kind": "cpu", "name": "AMD EPYC", "vector": "avx2", "threads": 1}, gpu_id="cpu")
+    same = processor.as_gpu({**CPU_FACTS, "name": "AMD EPYC", "vector": "avx2"})
+    assert matches(cpu, same)
+    for key, value in (("vector", "avx512f"), ("threads", 2), ("name", "AMD EPYC 9B14")):
+        assert not matches(cpu, processor.as_gpu({**CPU_FACTS, "name": "AMD EPYC", "vector": "avx2", key: value})), key
