@@ -337,6 +337,8 @@ def fit(runs: Sequence[Run], *, tell: Callable[[str], None] = lambda text: None)
     notes = merge(runs)
     gpu = runs[-1].gpu
     points, skipped = usable(runs, gpu)
+    repeated, timed = repeats(p.measurement for p in points), len(points)
+    points = pooled(points)
     if not points:
         reasons = "; ".join(sorted(set(skipped))[:3]) or "none was run"
         raise InvalidInput(f"no burst can be used ({one_line(reasons, 300)}); run loraplan calibrate run")
@@ -354,7 +356,9 @@ def fit(runs: Sequence[Run], *, tell: Callable[[str], None] = lambda text: None)
         "model": left_out(problem, x, lambda p: p.measurement.model),
         "length": left_out(problem, x, lambda p: str(p.training.seq_len)),
     }
-    return _calibration(runs, gpu, problem, x, held_out, _Notes(notes, skipped, unreached, loose))
+    return _calibration(
+        runs, gpu, problem, x, held_out, _Notes(notes, skipped, unreached, loose, repeated, timed)
+    )  # fmt: skip
 
 
 class _Notes(NamedTuple):
@@ -364,6 +368,10 @@ class _Notes(NamedTuple):
     skipped: list[str]
     unreached: list[str]
     loose: list[str]
+    repeated: list[float]
+    """|log ratio| of every repeat."""
+    timed: int
+    """Bursts, repeats included."""
 
 
 def usable(runs: Iterable[Run], gpu: Gpu) -> tuple[list[Point], list[str]]:
@@ -384,6 +392,27 @@ def usable(runs: Iterable[Run], gpu: Gpu) -> tuple[list[Point], list[str]]:
             else:
                 points.append(replace(known[item.key], measurement=item))
     return points, skipped
+
+
+def pooled(points: Sequence[Point]) -> list[Point]:
+    """One point for each configuration and host, with the steps of all its repeats.
+
+    On a CPU the least of them counts: a neighbour on the host may slow a whole burst down, less likely all repeats.
+    """
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for item in points:
+        groups.setdefault((item.measurement.key, str(item.measurement.device.get("host", ""))), []).append(item)
+    found = []
+    for members in groups.values():
+        results = [p.measurement.result for p in members]
+        steps = {
+            name: [value for r in results for value in r[name]]
+            for name in ("steps_s", "steps_ran_s", "phases_s")
+            if all(name in r for r in results)
+        }
+        first = members[0]
+        found.append(replace(first, measurement=replace(first.measurement, result={**results[0], **steps})))
+    return found
 
 
 def _unusable(item: Measurement) -> str:
@@ -477,7 +506,7 @@ def _calibration(
     for name, deviation in zip(problem.names, deviations, strict=True):
         c = items[name]
         items[name] = replace(
-            c, standard_error=float(deviation * c.value), origin="fitted", source=f"{len(problem.points)} bursts"
+            c, standard_error=float(deviation * c.value), origin="fitted", source=f"{notes.timed} bursts"
         )
     held = [e for rows in held_out.values() for e in errors(rows)]
     fitted_rows = [_row(p, found) for p in problem.points]
@@ -501,7 +530,6 @@ def _calibration(
     memory = memory_rows(problem.points)
     report["memory"] = memory_summary(memory)
     last = runs[-1]
-    repeated = repeats(p.measurement for p in problem.points)
     return Calibration(
         gpu_id=gpu.gpu_id,
         device={k: v for k, v in last.device.items() if k != "host"} | {"hosts": sorted({run.host for run in runs})},
@@ -509,10 +537,10 @@ def _calibration(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=last.versions,
         coefficients=Coefficients(items, formula_error),
-        repeatability=repeat_interval(repeated),
+        repeatability=repeat_interval(notes.repeated),
         context_bytes=_context([p.measurement for p in problem.points]),
-        bursts=len(problem.points),
-        report=report | {"repeats": len(repeated)},
+        bursts=notes.timed,
+        report=report | {"repeats": len(notes.repeated)},
     )
 
 
@@ -594,11 +622,12 @@ def check(runs: Sequence[Run], calibration: Calibration) -> dict[str, Any]:
     merge(runs)
     gpu = runs[-1].gpu
     points, skipped = usable(runs, gpu)
+    differences = repeats(p.measurement for p in points)
+    points = pooled(points)
     rows = [_row(p, calibration.coefficients) for p in points]
     fitted = {row["key"] for row in calibration.report.get("rows", ())}
     ratio = math.exp(NINETY_PERCENT * (calibration.coefficients.formula_error or 0.0))
     inside = [1 / ratio <= row["predicted_s"] / row["measured_s"] <= ratio for row in rows]
-    differences = repeats(p.measurement for p in points)
     within = [math.exp(d) - 1 <= calibration.repeatability for d in differences]
     return {
         "summary": summary(rows), "unseen": sum(row["key"] not in fitted for row in rows),

@@ -20,8 +20,9 @@ from planner.predict import predict
 from planner.records import record
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
-REPEAT_EVERY = 6
-"""Every so many bursts an earlier one runs again: what two runs of one burst differ by."""
+REPEAT_EVERY = {"cuda": 6, "cpu": 3}
+"""Every so many bursts an earlier one runs again: what two runs of one burst differ by. A CPU's neighbours on the host
+slow whole bursts down, so that more are needed to know it."""
 NF4 = QuantizationSpec(kind="nf4", double_quant=True)
 INT8 = QuantizationSpec(kind="int8")
 NONE = QuantizationSpec()
@@ -264,8 +265,8 @@ def bursts(gpu: Gpu, check: bool = False, seed: int | None = None) -> Iterator[B
     """
     draw = {} if seed is None else {"seed": seed}
     if gpu.synchronous:
-        return with_repeats(cpu_check(**draw) if check else cpu_grid(**draw))
-    return with_repeats(gpu_check(gpu, **draw) if check else gpu_grid(gpu, **draw))
+        return with_repeats(cpu_check(**draw) if check else cpu_grid(**draw), REPEAT_EVERY["cpu"])
+    return with_repeats(gpu_check(gpu, **draw) if check else gpu_grid(gpu, **draw), REPEAT_EVERY["cuda"])
 
 
 def exactly(model: str, config: Mapping[str, Any], training: TrainingSpec) -> Iterator[Burst]:
@@ -276,14 +277,14 @@ def exactly(model: str, config: Mapping[str, Any], training: TrainingSpec) -> It
         yield replace(burst, repeat=True)
 
 
-def with_repeats(source: Iterator[Burst]) -> Iterator[Burst]:
+def with_repeats(source: Iterator[Burst], every: int) -> Iterator[Burst]:
     """Run an earlier burst again now and then, from the first on."""
     earlier: list[Burst] = []
     repeated = 0
     for burst in source:
         earlier.append(burst)
         yield burst
-        if len(earlier) % (REPEAT_EVERY - 1) == 0:
+        if len(earlier) % (every - 1) == 0:
             yield replace(earlier[repeated], repeat=True)
             repeated += 1
 
