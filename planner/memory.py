@@ -103,7 +103,8 @@ def peak_bytes(record: Record, block: int = BLOCK) -> int:
             if level > inner:
                 inner = level
         extra = (segment.repeat - 1) * (level - start)
-        peak = max(peak, inner + max(extra, 0))
+        if segment.phase != "load":
+            peak = max(peak, inner + max(extra, 0))
         level += extra
     return peak
 
@@ -125,7 +126,9 @@ def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: 
                 inner, position = level, segment.start + offset
         extra = (segment.repeat - 1) * (level - start)
         top = inner + max(extra, 0)
-        if top > peak:
+        if segment.phase == "load":  # what loading holds for a moment is the replay's: the peak is the step's
+            top = level + max(extra, 0)
+        elif top > peak:
             peak, best = top, (segment, position, segment.repeat if extra > 0 else 1, top)
         if segment.end > segment.start:
             segments.append(SegmentPeak(phase=segment.phase, layer=segment.layer, bytes=top))

@@ -54,9 +54,10 @@ class Levels:
             grows = np.append(signs[1:] < 0, True) & (signs > 0)  # what follows frees, or the segment ends
             tops = levels[grows]
             change = levels[-1] - level
-            rows.append(tops)
-            if segment.repeat > 1:
-                rows.append(tops + (segment.repeat - 1) * change)
+            if segment.phase != "load":  # as memory.peak_bytes
+                rows.append(tops)
+                if segment.repeat > 1:
+                    rows.append(tops + (segment.repeat - 1) * change)
             level = level + segment.repeat * change
             if segment.phase in ("load", "state"):
                 static = level

@@ -155,6 +155,7 @@ def _xielu(step: Step, x: Tensor) -> Tensor:
     eng = step.eng
     dtype = FP32 if eng.autocast else step.unquantized_dtype  # softplus of the parameters is on autocast's fp32 list
     alpha_p, alpha_n = eng.empty(1, dtype, "xielu"), eng.empty(1, dtype, "xielu")
+    alpha_p.requires_grad = alpha_n.requires_grad = eng.grad_enabled and step.train.method == "full"
     condition = eng.empty(x.numel, "int8", "xielu")
     squared = ops.mul(eng, ops.mul(eng, alpha_p, x, "xielu"), x, "xielu")
     positive = ops.add(eng, squared, ops.scale(eng, x, "xielu"), "xielu")
