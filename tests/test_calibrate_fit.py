@@ -149,6 +149,7 @@ def test_repeats_and_their_interval() -> None:
     assert 0 < interval < 0.15
     assert interval == pytest.approx(math.expm1(1.943 * math.sqrt(sum(d * d for d in differences) / 6)), rel=1e-3)
     assert fit.repeat_interval([]) == 0
+    assert fit.repeat_interval([0.01] * 17 + [0.3]) == pytest.approx(math.expm1(0.3))  # 18 of 18: the 18th of 19
 
 
 def test_a_check_uses_bursts_of_other_shapes(cpu_fit: Calibration) -> None:
