@@ -10,7 +10,7 @@ from planner.model import Linear, ModelSpec
 from planner.predict import predict
 from planner.step import linears, program, sequence
 from planner.step.engine import Record
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training import AttentionKernel, LoraSpec, QuantizationSpec, TrainingSpec
 
 TABLES = {"code", "state2.code", "offset"}
 """Constant tables every quantized module carries; published sizes leave them out."""
@@ -126,12 +126,12 @@ def test_measured_t4_runs(name: str, quantized: bool, batch: int, length: int, m
     assert abs(predicted - measured) <= 0.001 * measured
 
 
-def t4_run(name: str, attention: str, quantized: bool, batch: int, length: int) -> Record:
+def t4_run(name: str, attention: AttentionKernel, quantized: bool, batch: int, length: int) -> Record:
     """The record of one run of fitcheck-llm's scripts/measure.py (0.3.1) on a T4."""
     training = TrainingSpec(
         method="qlora" if quantized else "lora", lora=LoraSpec(r=32, target_modules=QKVO), kbit_preparation=quantized,
         quantization=QuantizationSpec(kind="nf4", compute_dtype="fp16") if quantized else QuantizationSpec(),
-        autocast="none", base_dtype="fp16", optimizer="adamw", keeps_outputs=True, attention=attention,  # type: ignore[arg-type]
+        autocast="none", base_dtype="fp16", optimizer="adamw", keeps_outputs=True, attention=attention,
         micro_batch_size=batch, seq_len=length,
     )  # fmt: skip
     return program.run(model(name), training, T4).record
@@ -146,7 +146,9 @@ def t4_run(name: str, attention: str, quantized: bool, batch: int, length: int) 
         ("sdpa", False, (5776.81, 6528.75, 3936.47)),
     ],
 )
-def test_every_phase_of_measured_t4_runs(attention: str, quantized: bool, phases: tuple[float, ...]) -> None:
+def test_every_phase_of_measured_t4_runs(
+    attention: AttentionKernel, quantized: bool, phases: tuple[float, ...]
+) -> None:
     """SmolLM2-1.7B, 4 x 1024: the loop holds the outputs, and the graph behind them, until the optimizer has run."""
     found = memory.breakdown(t4_run("HuggingFaceTB/SmolLM2-1.7B", attention, quantized, 4, 1024))
     names = ("forward", "backward", "optimizer")
