@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from calibrate import history
 from calibrate.device import CudaDevice, Device, MemorySampler, open_device
 from planner.errors import InvalidInput, PlannerError, one_line
 
@@ -31,6 +32,9 @@ LEAST_STEPS = 4
 """Timed steps that every burst runs, however long they take."""
 ENOUGH_S = 8.0
 """Seconds of timed steps after which a burst asks for no more."""
+
+LONGEST, NAME = 24, 100
+"""Kernels that a profile names, by their seconds in all; characters of a kernel's name (templates run to thousands)."""
 
 OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("attention", "flash_fwd", "flash_bwd", "fmha")),
@@ -71,6 +75,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(threads)
     elif isinstance(device, CudaDevice):
         torch.cuda.set_device(device.index)
+        if request.get("allocator"):
+            torch.cuda.memory._set_allocator_settings(request["allocator"])
     sampler = MemorySampler(device.used_bytes)
     burst = _Burst(request, device, sampler)
     try:
@@ -140,13 +146,28 @@ class _Burst:
 
     def measure(self) -> None:
         """Load, adapt, warm up, time, then look closer in untimed steps."""
+        if self.request.get("history"):
+            self.found["history"] = history.recorded_steps(self._load, self.device)
+            return
+        began = time.perf_counter()
+        spent = self.found["stages_s"] = {}
+
+        def done(stage: str) -> None:
+            nonlocal began
+            now = time.perf_counter()
+            spent[stage], began = now - began, now
+
         step = self._load()
+        done("load")
         self.found["trainable_parameters"] = sum(p.numel() for p in step.trainable)
         self.found["warmup_s"] = [self._timed(step)[1] for _ in range(int(self.request.get("warmup", 2)))]
+        done("warmup")
         self._phase_peaks(step)
         self._timed_steps(step)
+        done("steps")
         if self.request.get("profile", True):
             self.found["profile"] = profile(step, self.device)
+            done("profile")
 
     def _load(self) -> Any:
         from calibrate import fake_model
@@ -289,7 +310,7 @@ def profile(step: Any, device: Device) -> dict[str, Any]:
         step.run()
         device.synchronize()
     if device.kind == "cuda":
-        return _cuda_classes(run.events())
+        return _cuda_classes(run.profiler.kineto_results.events())
     found = _cpu_classes(run.key_averages())
     found["peak_over_base_bytes"] = _cpu_peak(run)
     return found
@@ -302,14 +323,23 @@ def class_of(name: str) -> str:
 
 
 def _cuda_classes(events: Any) -> dict[str, Any]:
+    """What ran on the GPU, from the profiler's raw events (its tree of them takes seconds to build)."""
     seconds: dict[str, float] = {}
-    kernels = 0
+    named: dict[str, list[float]] = {}
     for event in events:
-        for kernel in event.kernels:
-            kernels += 1
-            kind = class_of(kernel.name)
-            seconds[kind] = seconds.get(kind, 0.0) + kernel.duration / 1e6
-    return {"kernels": kernels, "seconds_by_class": seconds}
+        if str(event.device_type()).rpartition(".")[2] != "CUDA" or event.is_user_annotation():
+            continue
+        name, spent = event.name(), event.duration_ns() / 1e9
+        kind = class_of(name)
+        seconds[kind] = seconds.get(kind, 0.0) + spent
+        row = named.setdefault(name[:NAME], [0, 0.0])
+        row[0] += 1
+        row[1] += spent
+    longest = sorted(named.items(), key=lambda item: -item[1][1])[:LONGEST]
+    return {
+        "kernels": int(sum(count for count, _ in named.values())), "seconds_by_class": seconds,
+        "longest": [[name, int(count), spent] for name, (count, spent) in longest],
+    }  # fmt: skip
 
 
 def _cpu_classes(rows: Any) -> dict[str, Any]:

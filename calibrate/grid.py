@@ -7,6 +7,7 @@ two full-depth bursts check it).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -162,8 +163,10 @@ GPU_MODELS: tuple[tuple[str, int], ...] = (
     ("meta-llama/Llama-3.1-8B", 4), ("mistralai/Mistral-7B-v0.1", 4), ("EleutherAI/pythia-1.4b", 6),
 )  # fmt: skip
 """Catalogue models and the layers that are kept of them."""
-GPU_UNSEEN: tuple[tuple[str, int], ...] = (
-    ("Qwen/Qwen2.5-7B", 4), ("HuggingFaceTB/SmolLM2-1.7B", 6), ("Qwen/Qwen3-4B", 5),
+GPU_UNSEEN: tuple[tuple[str, int | None], ...] = (
+    ("Qwen/Qwen2.5-7B", 4), ("HuggingFaceTB/SmolLM2-1.7B", 6), ("Qwen/Qwen3-4B", 5), ("google/gemma-2-2b", 6),
+    ("microsoft/Phi-3-mini-4k-instruct", 5), ("allenai/OLMo-2-1124-7B", 4), ("EleutherAI/pythia-2.8b", 6),
+    ("Qwen/Qwen2.5-0.5B", None), ("Qwen/Qwen2.5-3B", None), ("mistralai/Mistral-7B-v0.3", None),
 )  # fmt: skip
 FULL_DEPTH = ("HuggingFaceTB/SmolLM2-360M", "meta-llama/Llama-3.1-8B")
 GPU_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -174,6 +177,8 @@ GPU_BASE = TrainingSpec(
     method="qlora", lora=LoraSpec(r=16), quantization=NF4, micro_batch_size=1, seq_len=1024,
     gradient_checkpointing="full",
 )  # fmt: skip
+WORK_FLOPS_PER_S, MOST_WORK = 125e12, 8
+"""A card twice as fast gets twice the base's tokens, or only its host would be measured; at most so many times."""
 _LORA: dict[str, Any] = {"method": "lora", "quantization": NONE}
 GPU_CHANGES: tuple[tuple[int, dict[str, Any]], ...] = (
     (3, {}),
@@ -209,10 +214,20 @@ GPU_CHANGES: tuple[tuple[int, dict[str, Any]], ...] = (
 def gpu_grid(gpu: Gpu, seed: int = 1) -> Iterator[Burst]:
     """Single changes, two full-depth bursts, then mixed draws; what would not fit is passed over."""
     for place, (index, change) in enumerate(GPU_CHANGES):
-        yield from _fitting(gpu, *GPU_MODELS[index], change)
+        yield from _fitting(gpu, *GPU_MODELS[index], _filled(gpu, change))
         if place in (5, 11):
-            yield from _fitting(gpu, FULL_DEPTH[place // 6], None, {})
+            yield from _fitting(gpu, FULL_DEPTH[place // 6], None, _filled(gpu, {}))
     yield from _gpu_mixed(gpu, random.Random(seed), GPU_MODELS)
+
+
+def _filled(gpu: Gpu, change: Mapping[str, Any]) -> dict[str, Any]:
+    """The change, with as many rows of at least the base's length as keep the card busy; short ones probe the host."""
+    length = int(change.get("seq_len", GPU_BASE.seq_len))
+    if "micro_batch_size" in change or length < GPU_BASE.seq_len:
+        return dict(change)
+    work = min(max(gpu.bf16_flops_per_s / WORK_FLOPS_PER_S, 1), MOST_WORK)
+    tokens = GPU_BASE.seq_len * 2 ** round(math.log2(work))
+    return {**change, "micro_batch_size": max(tokens // length, 1)}
 
 
 def gpu_check(gpu: Gpu, seed: int = 1001) -> Iterator[Burst]:
@@ -220,7 +235,7 @@ def gpu_check(gpu: Gpu, seed: int = 1001) -> Iterator[Burst]:
     yield from _gpu_mixed(gpu, random.Random(seed), GPU_UNSEEN)
 
 
-def _gpu_mixed(gpu: Gpu, rng: random.Random, models: Sequence[tuple[str, int]]) -> Iterator[Burst]:
+def _gpu_mixed(gpu: Gpu, rng: random.Random, models: Sequence[tuple[str, int | None]]) -> Iterator[Burst]:
     while True:
         model, layers = rng.choice(list(models))
         change = {
@@ -232,6 +247,31 @@ def _gpu_mixed(gpu: Gpu, rng: random.Random, models: Sequence[tuple[str, int]]) 
             **rng.choice([{}, {}, _LORA, {"quantization": INT8}]),
         }
         yield from _fitting(gpu, model, layers, change)
+
+
+HISTORIES: tuple[tuple[str, int | None, dict[str, Any], str], ...] = (
+    ("meta-llama/Llama-3.1-8B", None, {"micro_batch_size": 2, "seq_len": 2048}, ""),
+    ("HuggingFaceTB/SmolLM2-360M", None, {"seq_len": 512, "gradient_checkpointing": "none"}, ""),
+    ("meta-llama/Llama-3.1-8B", 4, {"micro_batch_size": 2, "gradient_checkpointing": "none"}, ""),
+    (
+        "meta-llama/Llama-3.1-8B",
+        4,
+        {"micro_batch_size": 2, "gradient_checkpointing": "none"},
+        "expandable_segments:True",
+    ),
+    ("Qwen/Qwen2.5-1.5B", 6, {"method": "full", "lora": None, "quantization": NONE, "micro_batch_size": 4}, ""),
+    ("mistralai/Mistral-7B-v0.1", 4, {**_LORA, "micro_batch_size": 4, "seq_len": 4096}, ""),
+    ("meta-llama/Llama-3.2-3B", 6, {"quantization": INT8, "seq_len": 2048}, ""),
+    ("EleutherAI/pythia-1.4b", 6, {"attention": "eager", "padded": True, "micro_batch_size": 4}, ""),
+    ("Qwen/Qwen3-4B", 5, {"optimizer": "paged-adamw-8bit", "lora": LoraSpec(r=256), "seq_len": 777}, ""),
+)
+"""(model, layers kept, what differs from GPU_BASE, PYTORCH_ALLOC_CONF) of the runs whose allocator is recorded."""
+
+
+def histories(gpu: Gpu) -> Iterator[tuple[Burst, str]]:
+    """Runs whose every allocation is recorded, with the allocator's settings."""
+    for model, layers, change, conf in HISTORIES:
+        yield from ((burst, conf) for burst in _fitting(gpu, model, layers, change))
 
 
 def _fitting(gpu: Gpu, model: str, layers: int | None, change: Mapping[str, Any]) -> Iterator[Burst]:

@@ -16,7 +16,7 @@ from calibrate import grid
 from calibrate.burst import timed_steps
 from calibrate.device import Device
 from calibrate.measurements import FINISHED, RunFolder, device_gpu
-from calibrate.workers import Forking, Spawning, Workers, result_of
+from calibrate.workers import Forking, Workers, result_of
 from planner import calibration, calibration_files
 from planner.errors import InvalidInput, PlannerError
 from planner.hardware import Gpu
@@ -27,7 +27,7 @@ STEPS = {"cpu": 10, "cuda": 8}
 """Steps of a burst that do not count (kernels are loaded, the optimizer makes its state), and that do."""
 OTHER_STEPS = 3
 """Steps' worth of time that phase peaks and the profiler cost."""
-START_S = {"cpu": 2.0, "cuda": 25.0}
+START_S = {"cpu": 2.0, "cuda": 8.0}
 """First guess of a burst's time beside its steps; later the median of what was seen."""
 SLACK = 8.0
 """A burst may take this many times its predicted steps, and a minute, before it is taken to hang."""
@@ -97,7 +97,7 @@ def run(
         KeyboardInterrupt: finished bursts are kept.
     """
     gpu = _open(folder, device, settings)
-    own = workers or (Forking() if device.kind == "cpu" else Spawning())
+    own = workers or Forking(device.kind)
     state = _State(folder, device, gpu, settings, own, report)
     source = bursts if bursts is not None else grid.bursts(gpu, settings.check, settings.seed)
     try:

@@ -1,8 +1,9 @@
 """Worker processes: one per burst, its output in files, killed with all its children when its time is over.
 
 `Spawning` starts a fresh interpreter per burst. `Forking` imports the libraries once in a server process and forks it
-per burst (a CPU has no device context that a fork would share), which saves the seconds of the imports; every burst
-still has a process of its own, and a burst that crashes takes nothing along.
+per burst, which saves the seconds of the imports; every burst still has a process of its own, and a burst that crashes
+takes nothing along. A CUDA context does not survive a fork: the server of a GPU imports only what makes none, and a
+child that finds one all the same starts a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from planner.records import record
 
 TAIL = 2000
 """Characters of a failed worker's last words that are kept."""
+NO_CONTEXT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Lets torch.cuda.is_available() ask NVML, which leaves the process able to fork (torch/cuda/__init__.py)."""
 START_S = 120.0
 """Seconds that the server may take to import the libraries."""
 
@@ -89,9 +92,10 @@ class Spawning:
 
 
 class Forking:
-    """A server that has imported the libraries and forks itself per request."""
+    """A server that has imported the libraries and forks itself per request, for bursts on a device of one kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "cpu") -> None:
+        self.kind = kind
         self._server: subprocess.Popen[str] | None = None
         self._child = 0
 
@@ -130,8 +134,9 @@ class Forking:
     def _running(self) -> subprocess.Popen[str]:
         if self._server is None or self._server.poll() is not None:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "calibrate.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=_environment(),
+                [sys.executable, "-m", "calibrate.workers", self.kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+                env=_environment() | (NO_CONTEXT if self.kind == "cuda" else {}),
             )  # fmt: skip
         return self._server
 
@@ -210,15 +215,34 @@ def result_of(ended: Ended) -> dict[str, Any]:
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """Import the libraries, then fork one child per line of stdin: answer with its pid, then with its exit code."""
-    import bitsandbytes
-    import peft
-    import transformers
+def preload(kind: str) -> tuple[Any, ...]:
+    """Import what takes seconds; for a GPU without bitsandbytes, which asks CUDA for its capability when imported.
 
+    PEFT imports bitsandbytes. What both need is imported here, so that a child has a fraction of a second left to do.
+    """
+    if kind == "cpu":
+        import bitsandbytes
+        import peft
+        import transformers
+
+        return bitsandbytes, peft, transformers
+    import accelerate
+    import scipy.stats
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import torch.profiler
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto
+    import transformers.quantizers.auto
+
+    return accelerate, scipy, torch, transformers
+
+
+def serve(kind: str = "cpu") -> None:
+    """Import the libraries, then fork one child per line of stdin: answer with its pid, then with its exit code."""
+    loaded = preload(kind)
     from calibrate import burst
 
-    loaded = (bitsandbytes, peft, transformers)
     assert loaded
     for line in sys.stdin:
         job = json.loads(line)
@@ -243,6 +267,8 @@ def _child(burst: Any, job: dict[str, Any]) -> int:
     ):
         os.dup2(os.open(path, flags, 0o600), number)
     try:
+        if _has_context():
+            _exec_burst(job["request"])
         burst.answer(job["request"])
     except BaseException as error:  # noqa: BLE001 - the last thing this process does is to say why it failed
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
@@ -250,5 +276,21 @@ def _child(burst: Any, job: dict[str, Any]) -> int:
     return 0
 
 
+def _has_context() -> bool:
+    """Whether the server had spoken to CUDA before the fork, so that this process cannot."""
+    import torch
+
+    return bool(torch.cuda._is_in_bad_fork())
+
+
+def _exec_burst(request: dict[str, Any]) -> None:
+    """Become a fresh interpreter that runs the burst."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        json.dump(request, file)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+        os.execv(sys.executable, [sys.executable, "-m", "calibrate.burst"])
+
+
 if __name__ == "__main__":
-    serve()
+    serve(*sys.argv[1:2])

@@ -200,15 +200,20 @@ def test_kernels_are_counted_by_class() -> None:
     pytest.importorskip("torch")
     from calibrate.burst import _cuda_classes, class_of
 
-    def event(*kernels: tuple[str, float]) -> Any:
-        return SimpleNamespace(kernels=[SimpleNamespace(name=name, duration=us) for name, us in kernels])
+    def event(name: str, us: float, device: str = "CUDA", annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            name=lambda: name, duration_ns=lambda: int(us * 1000), device_type=lambda: f"DeviceType.{device}",
+            is_user_annotation=lambda: annotation,
+        )  # fmt: skip
 
     events = [
-        event(("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_cublas", 1000.0)),
-        event(("void flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", 250.0), ("kDequantizeBlockwise<bf16>", 50.0)),
-        event(("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", 25.0)),
-        event(),
-        event(("void at::native::multi_tensor_apply_kernel<FusedAdam>", 10.0)),
+        event("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_cublas", 1000.0),
+        event("void flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", 250.0),
+        event("kDequantizeBlockwise<bf16>", 50.0),
+        event("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", 25.0),
+        event("aten::add", 80.0, device="CPU"),
+        event("Optimizer.step#AdamW.step", 80.0, annotation=True),
+        event("void at::native::multi_tensor_apply_kernel<FusedAdam>", 10.0),
     ]
     found = _cuda_classes(events)
     assert found["kernels"] == 5
@@ -221,6 +226,7 @@ def test_kernels_are_counted_by_class() -> None:
             "optimizer": 1e-5,
         }
     )
+    assert found["longest"][1] == ["void flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", 1, pytest.approx(2.5e-4)]
     assert class_of("aten::_log_softmax") == "loss"
     assert class_of("bitsandbytes::gemm_4bit") == "matrix products"
 

@@ -1,0 +1,277 @@
+"""What torch's CUDA allocator did in a real training run, recorded, and the same run replayed without a GPU.
+
+    python -m calibrate.history record --out FILE [--budget S]     a few runs on cuda:0 (a process each)
+    python -m calibrate.history compare FILE ...                  replay and program against what was recorded
+
+A recording holds every request and release of loading and of three steps, every segment taken from the driver or given
+back with its address, and the counters torch itself kept. Bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from planner.allocator import CachingAllocator, Settings, parse_settings
+from planner.errors import InvalidInput
+from planner.records import record
+
+KIND, VERSION = "loraplan-history", 1
+STEPS = 3
+"""The first makes the optimizer's state, the second is the steady one, the third shows that it is."""
+LIMIT_S = 60.0
+"""Of one run."""
+MOST_EVENTS = 2_000_000
+MOST_BYTES = 64 << 20
+"""Of a recording, unpacked."""
+
+
+@record
+class Recorded:
+    """One run.
+
+    `events` lists requests (their bytes) and releases (-1 - the number of the request) in order; `segments` holds
+    (events before it, bytes, address), negative bytes where a segment was given back; `marks` the events before a
+    phase began.
+    """
+
+    request: Mapping[str, Any]
+    events: Sequence[int]
+    segments: Sequence[Sequence[int]]
+    marks: Sequence[Sequence[Any]]
+    counters: Mapping[str, int]
+    versions: Mapping[str, str]
+    device: Mapping[str, Any]
+    allocator: str = ""
+    """PYTORCH_ALLOC_CONF of the run."""
+
+    @property
+    def settings(self) -> Settings:
+        """The allocator's options."""
+        return parse_settings(self.allocator)
+
+
+# --- recording -----------------------------------------------------------------------------------------------------
+
+
+def recorded_steps(load: Callable[[], Any], device: Any) -> dict[str, Any]:
+    """Load a model and run three steps of it with torch's memory history on; nothing may be on the GPU before."""
+    import torch
+
+    history: Any = torch.cuda.memory
+    index = torch.device(device.name).index
+    history._record_memory_history(enabled="all", context=None, max_entries=MOST_EVENTS)
+    marks: list[tuple[str, int]] = [("load", _now_us())]
+    step = load()
+    step._enter = lambda phase, segment: marks.append((phase, _now_us()))
+    device.reset_peak()
+    for _ in range(STEPS):
+        step.run()
+    device.synchronize()
+    counters = {**device.peak(), "used": device.used_bytes() or 0}
+    entries = history._snapshot(index)["device_traces"][index]
+    history._record_memory_history(enabled=None)
+    events, segments, times = packed(entries)
+    return {
+        "events": events, "segments": segments, "counters": counters,
+        "marks": [[name, bisect_left(times, at)] for name, at in marks],
+    }  # fmt: skip
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def packed(entries: Iterable[Mapping[str, Any]]) -> tuple[list[int], list[list[int]], list[int]]:
+    """Events, segments and the events' times (microseconds) of torch's trace entries."""
+    events: list[int] = []
+    segments: list[list[int]] = []
+    times: list[int] = []
+    number = 0
+    alive: dict[int, int] = {}
+    for entry in entries:
+        action, address, size = entry["action"], int(entry["addr"]), int(entry["size"])
+        if action == "alloc":
+            alive[address] = number
+            number += 1
+            events.append(size)
+        elif action == "free_requested" and address in alive:
+            events.append(-1 - alive.pop(address))
+        else:
+            if action in ("segment_alloc", "segment_map"):
+                segments.append([len(events), size, address])
+            elif action in ("segment_free", "segment_unmap"):
+                segments.append([len(events), -size, address])
+            continue
+        times.append(int(entry.get("time_us", 0)))
+    return events, segments, times
+
+
+def write(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write recordings as one compressed file."""
+    from planner.outputs import whole_file
+
+    document = {"kind": KIND, "version": VERSION, "runs": list(runs)}
+    with whole_file(path, "wb") as file:
+        file.write(gzip.compress(json.dumps(document, separators=(",", ":")).encode(), mtime=0))
+
+
+def read(path: Path) -> list[Recorded]:
+    """Read a file of recordings.
+
+    Raises:
+        InvalidInput: it is none, or larger than `MOST_BYTES`.
+    """
+    try:
+        with gzip.open(path) as file:
+            text = file.read(MOST_BYTES + 1)
+        document = json.loads(text) if len(text) <= MOST_BYTES else None
+        if document is None or document["kind"] != KIND or document["version"] != VERSION:
+            raise InvalidInput(f"{path} is not a recording of version {VERSION}, or larger than 64 MiB")
+        return [Recorded(**run) for run in document["runs"]]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f"{path} cannot be read as a recording: {type(error).__name__}") from None
+
+
+# --- replaying -----------------------------------------------------------------------------------------------------
+
+
+@record
+class Replayed:
+    """A recording's own requests through planner.allocator."""
+
+    reserved: int
+    allocated: int
+    peak_reserved: int
+    peak_allocated: int
+    segments_equal: int
+    """Segments taken at the same request and of the same size, from the first on."""
+    segments: int
+
+
+def replay(run: Recorded, settings: Settings | None = None) -> Replayed:
+    """Replay what was requested and compare, segment by segment, what was taken from the driver."""
+    allocator = CachingAllocator(settings or run.settings)
+    taken: list[tuple[int, int]] = []
+    blocks: list[Any] = []
+    for place, event in enumerate(run.events):
+        before = allocator.reserved
+        if event > 0:
+            blocks.append(allocator.malloc(event))
+        else:
+            allocator.free(blocks[-1 - event])
+        if allocator.reserved != before:
+            taken.append((place, allocator.reserved - before))
+    real = by_request(run)
+    equal = next((i for i, (a, b) in enumerate(zip(taken, real, strict=False)) if a != b), min(len(taken), len(real)))
+    return Replayed(
+        reserved=allocator.reserved, allocated=allocator.allocated, peak_reserved=allocator.peak_reserved,
+        peak_allocated=allocator.peak_allocated, segments_equal=equal, segments=len(real),
+    )  # fmt: skip
+
+
+def by_request(run: Recorded) -> list[tuple[int, int]]:
+    """(event, bytes) that each request took from the driver; torch notes a segment before the request it serves."""
+    found: dict[int, int] = {}
+    for place, size, _ in run.segments:
+        found[place] = found.get(place, 0) + size
+    return sorted(found.items())
+
+
+def peak_reserved(run: Recorded) -> int:
+    """Most that the recorded run held of the driver."""
+    reserved = highest = 0
+    for _, size, _ in run.segments:
+        reserved += size
+        highest = max(highest, reserved)
+    return highest
+
+
+def falling(run: Recorded) -> tuple[int, int]:
+    """How many segments lie below the one taken before them, and how many do not."""
+    addresses = [address for _, size, address in run.segments if size > 0]
+    below = sum(after < before for before, after in itertools.pairwise(addresses))
+    return below, max(len(addresses) - 1, 0) - below
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: see the module docstring."""
+    parser = argparse.ArgumentParser(prog="python -m calibrate.history", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record")
+    recording.add_argument("--out", type=Path, required=True)
+    recording.add_argument("--budget", type=float, default=60.0, help="seconds")
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("files", type=Path, nargs="+")
+    given = parser.parse_args(arguments)
+    if given.command == "record":
+        return _record_all(given.out, given.budget)
+    print("| model | method | layers | allocated | program | reserved | replay | program | segments equal |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for path in given.files:
+        for run in read(path):
+            print(_row(run))
+    return 0
+
+
+def _record_all(out: Path, budget_s: float) -> int:
+    from calibrate import grid
+    from calibrate.device import open_device
+    from calibrate.measurements import device_gpu
+    from calibrate.workers import Forking, result_of
+
+    device = open_device("cuda:0")
+    gpu = device_gpu(device.identity())
+    workers, runs, began = Forking("cuda"), [], time.monotonic()
+    try:
+        for burst, conf in grid.histories(gpu):
+            if time.monotonic() - began > budget_s:
+                print(f"passed over: {burst.model}", file=sys.stderr)
+                continue
+            request = {**burst.request(device.name, 1, STEPS, 0), "history": True, "allocator": conf}
+            found = result_of(workers.run(request, LIMIT_S))
+            if found["status"] != "ok":
+                print(f"failed: {burst.model}: {found['status']} {found.get('message')}", file=sys.stderr)
+                continue
+            about = {"request": request, "versions": found["versions"], "device": device.identity()}
+            runs.append({**found["history"], **about, "allocator": conf})
+            write(runs, out)
+            print(f"{burst.model}: {len(runs[-1]['events'])} events, {found['worker_s']:.1f} s", file=sys.stderr)
+    finally:
+        workers.close()
+    return 0 if runs else 3
+
+
+def _row(run: Recorded) -> str:
+    from calibrate.measurements import Measurement, device_gpu
+    from planner import families
+    from planner.predict import predict
+
+    item = Measurement(request=run.request, result={"versions": run.versions}, device=run.device)
+    spec = families.build_spec(item.config, model_id=item.model)
+    told = predict(spec, item.training, device_gpu(run.device))
+    again = replay(run)
+    allocated, reserved = run.counters["allocated"], run.counters["reserved"]
+    training = item.training
+    return (
+        f"| {item.model} | {training.method} {training.quantization.kind} {training.micro_batch_size}x"
+        f"{training.seq_len} | {run.request.get('layers')} | {allocated} "
+        f"| {100 * (told.allocated.expected / allocated - 1):+.3f} % | {reserved} "
+        f"| {100 * (again.peak_reserved / peak_reserved(run) - 1):+.3f} % "
+        f"| {100 * (told.reserved.expected / reserved - 1):+.3f} % | {again.segments_equal} of {again.segments} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
