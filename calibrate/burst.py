@@ -37,10 +37,10 @@ LONGEST, NAME = 24, 100
 """Kernels that a profile names, by their seconds in all; characters of a kernel's name (templates run to thousands)."""
 
 OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("attention", ("attention", "flash_fwd", "flash_bwd", "fmha")),
+    ("attention", ("attention", "flash_fwd", "flash_bwd", "fmha", "sdpa")),
     ("dequantization", ("dequantize", "quantize", "kdequant")),
     ("optimizer", ("adam", "optimizer", "lion", "multi_tensor", "sgd", "_foreach")),
-    ("matrix products", ("gemm", "mm", "linear", "cutlass", "matmul", "mkldnn")),
+    ("matrix products", ("gemm", "mm", "linear", "cutlass", "matmul", "mkldnn", "nvjet", "splitk")),
     ("loss", ("log_softmax", "nll_loss", "cross_entropy", "softmax")),
 )
 """Class of an operation or kernel by a part of its lower-case name, first match; the rest is element-wise."""

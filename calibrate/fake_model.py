@@ -240,6 +240,8 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> str | list[str]:
 
 # --- tensors -------------------------------------------------------------------------------------------------------
 
+ADDED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+"""In the path of a module that PEFT added."""
 Maker = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
@@ -249,23 +251,29 @@ def fake_maker(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 class RandomMaker:
-    """Small random tensors for real runs, made on the device: never zeros, on which multipliers draw less power."""
+    """Small random tensors for real runs, made on the device: never zeros, on which multipliers draw less power.
+
+    Vectors are norms' weights, about one.
+    """
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if dtype.is_floating_point:
-            values = torch.randn(shape, dtype=torch.float32, device=self.device) * 0.02
-            return (values + 1.0 if len(shape) == 1 else values).to(dtype)  # norms scale by about one
+        if dtype.is_floating_point:  # in place: a loaded checkpoint leaves no larger temporary in the cache either
+            return torch.empty(shape, dtype=dtype, device=self.device).normal_(float(len(shape) == 1), 0.02)
         least, most = (-127, 128) if dtype == torch.int8 else (0, 2)
         return torch.randint(least, most, shape, dtype=dtype, device=self.device)
 
 
 def materialise(model: nn.Module, training: TrainingSpec, make: Maker) -> Iterator[tuple[str, torch.Tensor]]:
-    """Replace every meta parameter and buffer by tensors from `make`; yield each new storage with its name."""
+    """Replace every meta parameter and buffer by tensors from `make`; yield each new storage with its name.
+
+    The base model first, then what PEFT added, as a script makes them.
+    """
     shared: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules():
+    modules = list(model.named_modules())
+    for path, module in sorted(modules, key=lambda item: ADDED.search(item[0]) is not None):
         if isinstance(module, bnb.nn.Linear4bit):
             yield from _materialise_4bit(path, module, training, make)
         elif isinstance(module, bnb.nn.Linear8bitLt):
