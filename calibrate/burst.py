@@ -70,14 +70,14 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     threads = int(request.get("threads", 1))
     device = open_device(request["device"], threads)
-    torch.manual_seed(int(request.get("seed", 0)))
+    sampler = MemorySampler(device.used_bytes)  # its baseline is what was there before this process's CUDA context
     if device.kind == "cpu":
         torch.set_num_threads(threads)
     elif isinstance(device, CudaDevice):
         torch.cuda.set_device(device.index)
         if request.get("allocator"):
             torch.cuda.memory._set_allocator_settings(request["allocator"])
-    sampler = MemorySampler(device.used_bytes)
+    torch.manual_seed(int(request.get("seed", 0)))
     burst = _Burst(request, device, sampler)
     try:
         with sampler.running():
