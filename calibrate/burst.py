@@ -230,10 +230,12 @@ class _Burst:
         self.device.reset_peak()
         before, wall = self.device.state(), time.perf_counter()
         timed: list[tuple[float, float, list[float]]] = []
-        while len(timed) < int(self.request.get("steps", 5)):
-            if len(timed) >= LEAST_STEPS and time.perf_counter() - wall >= ENOUGH_S:
-                break
-            timed.append(self._timed(step))
+        with self.sampler.paused():
+            while len(timed) < int(self.request.get("steps", 5)):
+                if len(timed) >= LEAST_STEPS and time.perf_counter() - wall >= ENOUGH_S:
+                    break
+                timed.append(self._timed(step))
+        self.sampler.sample()  # what a step reserves stays
         wall, after = time.perf_counter() - wall, self.device.state()
         self._mark("steady step")
         self.found["steps_s"] = [seconds for seconds, _, _ in timed]

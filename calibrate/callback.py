@@ -9,6 +9,7 @@ is a warning and switches the callback off.
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import time
 import warnings
@@ -215,10 +216,38 @@ def _lora(model: Any) -> LoraSpec | None:
         r=int(config.r),
         lora_alpha=float(config.lora_alpha),
         lora_dropout=float(config.lora_dropout),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        target_modules=(targets,) if isinstance(targets, str) else _targets(sorted(targets), _depth(model)),
         use_dora=bool(config.use_dora),
         dtype="fp32" if dtypes <= {"torch.float32"} else "bf16",
     )
+
+
+IN_LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)\.")
+"""The way to a decoder layer: PEFT writes "all-linear" out as the full names of all layers' modules."""
+
+
+def _depth(model: Any) -> int:
+    return int(getattr(model.config, "num_hidden_layers", 0))
+
+
+def _targets(names: list[str], depth: int) -> tuple[str, ...]:
+    """Module names as a user gives them: those of one layer where every layer has the same.
+
+    Raises:
+        ValueError: layers with different adapters, which loraplan does not model.
+    """
+    layers: dict[str, set[str]] = {}
+    short = set()
+    for name in names:
+        found = IN_LAYER.match(name)
+        if found is None:
+            short.add(name)
+        else:
+            layers.setdefault(found[1], set()).add(name[found.end() :])
+    different = {frozenset(members) for members in layers.values()}
+    if len(different) > 1 or (layers and depth and len(layers) != depth):
+        raise ValueError("adapters that differ between layers are not modelled")
+    return tuple(sorted(short.union(*different)))
 
 
 def _quantization(found: Any) -> QuantizationSpec:

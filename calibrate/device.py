@@ -267,6 +267,7 @@ class CudaDevice:
                 "mig": bool(mode[0]) if (mode := nvml.ask("DeviceGetMigMode")) else False,
                 "driver": self._driver(nvml),
             }
+        found["host_cpu"] = processor.facts(1)["name"]  # launches are its work
         if not found.get("name"):
             found |= self._identity_from_torch()
         return found
@@ -352,6 +353,7 @@ class MemorySampler:
         self.failed = 0
         self.highest = self.baseline
         self._stop = threading.Event()
+        self._paused = False
 
     @contextmanager
     def running(self) -> Iterator[MemorySampler]:
@@ -365,9 +367,19 @@ class MemorySampler:
             self._stop.set()
             thread.join(timeout=5)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no readings in the background until the block ends: the thread would take the interpreter's lock."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _loop(self) -> None:
         while not self._stop.wait(self.period_s):
-            self.sample()
+            if not self._paused:
+                self.sample()
 
     def sample(self) -> None:
         """Take one reading."""

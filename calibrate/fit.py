@@ -1,7 +1,8 @@
 """Fit the coefficients of the time model to bursts: bounded robust least squares on log time; pure, no hardware.
 
-Every residual is log(measured / predicted) of a step, or on a CPU of its phases, over NOISE; a soft L1 loss keeps a
-disturbed burst from deciding. Priors are weak regularisation. Coefficients are searched as logarithms, inside their
+Every residual is log(measured / predicted) of a step's phases, or of the step where they were not timed, over NOISE; a
+GPU's steps that wait for the device add the seconds of their kernels by class (torch's profiler). A soft L1 loss keeps
+a disturbed burst from deciding. Priors are weak regularisation. Coefficients are searched as logarithms, inside their
 physical bounds. Needs numpy and scipy (the `calibrate` extra).
 """
 
@@ -36,18 +37,36 @@ UNDETERMINED = 1.0
 """Relative standard error from the data alone above which the grid does not determine a coefficient."""
 SOFT = 2.0
 """Residuals, in units of NOISE, from where on the loss grows linearly."""
+BUSY = 0.7
+"""Share of a step in which the device must compute, for its kernels' seconds to be compared class by class."""
+MEASURED_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("matrix products", ("matrix products", "adapters")),
+    ("attention", ("attention",)),
+    ("dequantization", ("dequantization",)),
+    ("the rest", ("element-wise", "loss", "optimizer")),
+)
+"""Classes that kernels' names tell apart and the ledger's classes in each; an 8-bit base's own kernels, half of them
+element-wise, belong to the rest."""
 REFITS = 3
 """Gauss-Newton steps of a fit without some bursts, from the fit with them."""
 STRONG = 0.9
 """Correlations above this are reported."""
 NINETY_PERCENT = 1.645
-NOT_MEASURED = ("compiled_traffic", "host_link", "flash_hopper")
-"""What no burst contains (torch.compile, offloading), and a factor that one card shows only in products with
-flash_forward and flash_backward."""
+NOT_MEASURED = ("compiled_traffic", "host_link", "flash_hopper", "framework_step")
+"""What no burst contains (torch.compile, offloading, a trainer's loop), and a factor that one card shows only in
+products with flash_forward and flash_backward."""
 FAMILIES = (
-    ("launch_forward", "launch_backward", "launch_quantized", "launch_optimizer", "kernel_latency"),
+    (
+        "launch_forward",
+        "launch_recomputation",
+        "launch_backward",
+        "launch_quantized",
+        "launch_optimizer",
+        "kernel_latency",
+    ),
     ("tile_reuse_half", "matmul_k_half"),
     ("flash_forward", "flash_backward", "flash_length_half"),
+    ("cudnn_forward", "cudnn_backward", "flash_length_half"),
 )
 """Coefficients whose sum decides: bursts that determine one of them with its family fixed are enough, the priors
 tell how the family divides it."""
@@ -59,6 +78,7 @@ REMEDY: dict[str, str] = {
     "bandwidth": "element-wise work beside products: several hidden sizes and lengths",
     "dequantize": "quantized and plain bases, few and many tokens", "flash_length_half": "several sequence lengths",
     "launch_forward": "bursts of few tokens and many layers", "launch_backward": "bursts of few tokens and many layers",
+    "launch_recomputation": "bursts of few tokens with and without checkpointing",
     "launch_quantized": "quantized and plain bases at few tokens", "launch_optimizer": "several optimizers",
     "kernel_latency": "bursts of few tokens on small models",
 }  # fmt: skip
@@ -76,7 +96,7 @@ class Point:
 
     def price(self, coefficients: Coefficients) -> tuple[dict[str, float], float]:
         """Seconds of the parts and of the step under these coefficients, without a training framework around it."""
-        parts, total = timing.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
+        parts, total, _ = timing.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
         return parts, float(total) - self.overhead_s(coefficients)
 
     def overhead_s(self, coefficients: Coefficients) -> float:
@@ -86,13 +106,15 @@ class Point:
         return coefficients.value("framework_step")
 
     def predicted(self, coefficients: Coefficients) -> list[float]:
-        """Seconds to compare with `measured`: phases where they were timed, else the step."""
-        parts, total = self.price(coefficients)
-        if self.measurement.phases_s is None:
-            return [total]
-        steps = self.training.gradient_accumulation_steps
-        backward = (parts["backward"] + parts["recomputation"]) * steps
-        return [parts["forward"] * steps, backward, parts["optimizer"]]
+        """Seconds to compare with `measured`."""
+        parts, total, classes = timing.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
+        total = float(total) - self.overhead_s(coefficients)
+        found = [total]
+        if self.measurement.phases_s is not None:
+            steps = self.training.gradient_accumulation_steps
+            backward = (parts["backward"] + parts["recomputation"]) * steps
+            found = [parts["forward"] * steps, backward, parts["optimizer"]]
+        return found + self._by_class(classes, dict(MEASURED_CLASSES))
 
     def step_s(self, coefficients: Coefficients) -> float:
         """Predicted seconds of the whole step."""
@@ -100,15 +122,39 @@ class Point:
 
     @property
     def measured(self) -> list[float]:
-        """Seconds of the phases where they were timed, else of the step."""
+        """Seconds of the phases where they were timed, else of the step; then of a busy GPU's kernels by class."""
         phases = self.measurement.phases_s
-        return [self.measurement.step_s] if phases is None else list(phases)
+        found = [self.measurement.step_s] if phases is None else list(phases)
+        names = {name: tuple(k for k, _ in MEASURED_CLASSES if k == name) for name, _ in MEASURED_CLASSES}
+        names["the rest"] = ("element-wise", "loss", "optimizer")
+        return found + self._by_class(self.measurement.kernels_s, names)
+
+    def _by_class(self, seconds: Mapping[str, float], members: Mapping[str, tuple[str, ...]]) -> list[float]:
+        """Sums over the classes of kernels that are compared."""
+        sums = {name: sum(seconds.get(part, 0.0) for part in parts) for name, parts in members.items()}
+        return [sum(sums[name] for name in group) for group in self.compared]
+
+    @property
+    def compared(self) -> tuple[tuple[str, ...], ...]:
+        """Which measured classes are compared, together where names do not tell them apart; none of an idle device."""
+        kernels = self.measurement.kernels_s
+        if not kernels or sum(kernels.values()) < BUSY * self.measurement.step_s:
+            return ()
+        products, attention, dequantization, rest = (name for name, _ in MEASURED_CLASSES)
+        if not kernels.get(attention):  # products and softmax of eager or math attention
+            return ((products, attention, dequantization, rest),)
+        if self.training.quantization.kind == "int8":
+            return ((products,), (attention,), (dequantization, rest))
+        some = ((dequantization,),) if kernels.get(dequantization) else ()
+        return ((products,), (attention,), *some, (rest,))
 
     @property
     def weights(self) -> list[float]:
-        """A phase counts by the root of its share of the step: the step's own error is what is made small."""
-        total = sum(self.measured)
-        return [math.sqrt(max(value, 0.0) / total) for value in self.measured]
+        """A phase or class counts by the root of its share of the step: the step's own error is what is made small."""
+        values = self.measured
+        first = len(values) - len(self.compared)
+        shares = [value / sum(part) for part in (values[:first], values[first:]) for value in part]
+        return [math.sqrt(max(share, 0.0)) for share in shares]
 
 
 def point(measurement: Measurement, gpu: Gpu) -> Point:
@@ -130,17 +176,17 @@ def compressed(run: Record) -> Record:
         segment = run.segments[kernel.segment]
         key = (
             segment.phase, min(segment.layer, 0), kernel.op, kernel.dtype, kernel.flops, kernel.bytes, kernel.count,
-            kernel.shape, kernel.recomputed, kernel.layout,
+            kernel.shape, kernel.recomputed, kernel.layout, kernel.elements,
         )  # fmt: skip
         sums[key] = sums.get(key, 0) + segment.repeat
     out = Record()
     places: dict[tuple[Any, ...], int] = {}
-    for (phase, layer, op, dtype, flops, moved, count, shape, again, layout), times in sums.items():
+    for (phase, layer, op, dtype, flops, moved, count, shape, again, layout, elements), times in sums.items():
         where = (phase, layer, times)
         if where not in places:
             places[where] = len(out.segments)
             out.segments.append(Segment(phase, layer, int(times), 0))
-        out.kernels.append(Kernel(op, dtype, flops, moved, count, places[where], shape, again, layout))
+        out.kernels.append(Kernel(op, dtype, flops, moved, count, places[where], shape, again, layout, elements))
     return out
 
 
@@ -394,6 +440,10 @@ def usable(runs: Iterable[Run], gpu: Gpu) -> tuple[list[Point], list[str]]:
     return points, skipped
 
 
+POOLED = ("steps_s", "steps_ran_s", "phases_s")
+"""What the repeats of a burst have together."""
+
+
 def pooled(points: Sequence[Point]) -> list[Point]:
     """One point for each configuration and host, with the steps of all its repeats.
 
@@ -406,9 +456,7 @@ def pooled(points: Sequence[Point]) -> list[Point]:
     for members in groups.values():
         results = [p.measurement.result for p in members]
         steps = {
-            name: [value for r in results for value in r[name]]
-            for name in ("steps_s", "steps_ran_s", "phases_s")
-            if all(name in r for r in results)
+            name: [value for r in results for value in r[name]] for name in POOLED if all(name in r for r in results)
         }
         first = members[0]
         found.append(replace(first, measurement=replace(first.measurement, result={**results[0], **steps})))

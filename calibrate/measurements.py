@@ -95,19 +95,26 @@ class Measurement:
 
         With phases it is the sum of the least of each, which need not fall into one step.
         """
+        if self.device.get("kind") != "cpu":
+            return float(median(self.result["steps_s"]))
         phases = self.phases_s
-        if phases is not None:
-            return sum(phases)
-        if self.device.get("kind") == "cpu":
-            return float(min(self.result["steps_s"]))
-        return float(median(self.result["steps_s"]))
+        return sum(phases) if phases is not None else float(min(self.result["steps_s"]))
 
     @property
     def phases_s(self) -> tuple[float, ...] | None:
-        """Least seconds of forward, backward and optimizer; on a CPU only, where they do not overlap."""
-        if self.device.get("kind") != "cpu" or not self.result.get("phases_s"):
+        """Seconds of forward, backward and optimizer: the least on a CPU, the median of a GPU's stream."""
+        if not self.result.get("phases_s"):
             return None
-        return tuple(min(float(seconds) for seconds in phase) for phase in zip(*self.result["phases_s"], strict=True))
+        chosen: Callable[[list[float]], float] = min if self.device.get("kind") == "cpu" else median
+        return tuple(chosen([float(s) for s in phase]) for phase in zip(*self.result["phases_s"], strict=True))
+
+    @property
+    def kernels_s(self) -> dict[str, float]:
+        """Seconds of a GPU's kernels by class of operation, from the profiled step; empty on a CPU."""
+        if self.device.get("kind") != "cuda":
+            return {}
+        found = (self.result.get("profile") or {}).get("seconds_by_class") or {}
+        return {str(name): float(seconds) for name, seconds in found.items()}
 
     @property
     def memory_bytes(self) -> dict[str, int]:

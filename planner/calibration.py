@@ -207,6 +207,11 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
      "stas00/ml-engineering MAMF tables: best shapes reach 0.80 to 0.87 on A100 and H100"),
     ("matmul_fp32", 0.88, 0.08, _FRACTION, "microbenchmark",
      "Jia et al. 2019 (arXiv 1903.07486): cuBLAS single precision 7.2 of 8.1 TFLOPS on a T4"),
+    ("matmul_int8", 0.65, 0.20, _FRACTION, "assumed",
+     "cublasLt's igemm with Ampere's instructions (cutlass_80_tensorop_i16832gemm_s8)"),
+    ("indexed", 1.25, 0.25, ("elements per clock and multiprocessor", 0.05, 32.0), "microbenchmark",
+     "own profiles of an H200 (data/measurements/h200.json): conversions, broadcasts and strided passes of 16- and "
+     "32-bit elements all run at 0.32e12 elements a second"),
     ("tile_reuse_half", 40.0, 20.0, ("elements", 1.0, 200.0), "assumed",
      "operand reuse at which a tile reaches half its rate: 64 x 64 tiles then run at 0.65 of 256 x 128"),
     ("matmul_k_half", 96.0, 48.0, ("elements", 1.0, 1000.0), "assumed",
@@ -228,13 +233,16 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
      "Dao 2023 figure 5: xFormers' CUTLASS kernel, about 100 TFLOPS on an A100"),
     ("efficient_backward", 0.25, 0.08, _MATMUL, "microbenchmark", "Dao 2023 figure 6: about 70 TFLOPS on an A100"),
     ("efficient_fp32", 0.50, 0.15, _MATMUL, "assumed", "SIMT variant of the CUTLASS kernel, on fp32 inputs"),
-    ("kernel_latency", 2.5e-6, 1e-6, _SECONDS, "microbenchmark", "an empty kernel occupies the device 2 to 3 us"),
+    ("kernel_latency", 2.5e-6, 1e-6, ("s", 0.0, 5e-6), "microbenchmark",
+     "an empty kernel occupies the device 2 to 3 us"),
     ("launch_forward", 11e-6, 4e-6, _SECONDS, "assumed",
      "Python, dispatcher and autograd record per kernel of transformers and PEFT modules in eager mode"),
+    ("launch_recomputation", 15e-6, 6e-6, _SECONDS, "assumed",
+     "as forward, with a Python hook for every tensor that checkpointing would save"),
     ("launch_backward", 7e-6, 3e-6, _SECONDS, "assumed", "autograd's C++ engine and dispatcher per kernel"),
     ("launch_quantized", 40e-6, 20e-6, _SECONDS, "assumed",
      "a bitsandbytes operation: a Python custom operator and a ctypes call, instead of a dispatcher call"),
-    ("launch_optimizer", 15e-6, 8e-6, _SECONDS, "assumed", "Python of the optimizer per kernel"),
+    ("launch_optimizer", 15e-6, 8e-6, _SECONDS, "assumed", "Python of the optimizer per tensor and per kernel"),
     ("framework_step", 6e-3, 4e-3, ("s", 0.0, 1.0), "assumed",
      "data collation, logging and callbacks per optimizer step of a training loop"),
     ("portable_nn", 0.3, 0.2, _PORTABLE, "assumed",
@@ -279,6 +287,12 @@ _OLD_DEQUANTIZE = {(6, 0): 1.7, (7, 5): 1.5, (8, 0): 1.7, (9, 0): 1.7}
 times on P100, A100, H100; 1.25 to 1.8 on T4; elsewhere 1.3 to 1.6 for small sizes only)."""
 
 
+GPU_ONLY = ("indexed", "launch_recomputation", "matmul_int8")
+"""Coefficients that a CPU does not have."""
+HOPPER_INT8 = 0.4
+"""Share of a Hopper data sheet's int8 rate that kernels made for Ampere can reach: its other half needs wgmma."""
+
+
 def priors(gpu: Gpu) -> Coefficients:
     """Coefficients of an uncalibrated card: its own published microbenchmarks where there are any, else the class's."""
     items = {
@@ -288,6 +302,7 @@ def priors(gpu: Gpu) -> Coefficients:
         for name, value, error, (unit, low, high), origin, source in _PRIORS
     }
     if gpu.vendor == CPU:
+        items = {name: item for name, item in items.items() if name not in GPU_ONLY}
         for name, value, error, source in _CPU_PRIORS:
             base = items[name]
             # a CPU's attention kernel does not use the products' library: its rate is not bounded by theirs
@@ -296,6 +311,8 @@ def priors(gpu: Gpu) -> Coefficients:
             items[name] = replace(base, value=value, standard_error=error, high=high, origin="assumed", source=source)
         return Coefficients(items)
     items = {name: item for name, item in items.items() if not name.startswith("portable")}
+    if (gpu.compute_capability or (0, 0)) >= (9, 0):
+        items["matmul_int8"] = replace(items["matmul_int8"], value=HOPPER_INT8, standard_error=HOPPER_INT8 / 5)
     for name, measured, nominal in (
         ("matmul", gpu.measured_matmul_flops_per_s, max(gpu.bf16_flops_per_s, gpu.fp16_flops_per_s)),
         ("bandwidth", gpu.measured_bandwidth_bytes_per_s, gpu.bandwidth_bytes_per_s),

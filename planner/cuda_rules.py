@@ -91,8 +91,7 @@ def rules(arch: Architecture) -> tuple[Rule, ...]:
         "autocast_lists": "autocast runs norms, sums and losses in fp32 by CUDA's lists",
         "fused_softmax_cast": "a softmax from fp16 to fp32 converts inside its kernel",
         "softmax_backward_product": "the backward of a softmax writes gradient times output first",
-        "gemm_4bit_dequantizes": f"a 4-bit product of more than {GEMM_4BIT_FUSED_ROWS} rows, "
-        "dequantizes the whole weight into 16 bit",
+        "gemm_4bit_dequantizes": "a 4-bit product of more than some dozen rows dequantizes its whole weight to 16 bit",
         "int8_kernels": "an 8-bit product keeps an int32 result and, for bf16, an fp16 one beside its output",
         "blas_workspaces": f"{cublas_handles()} cuBLAS handles hold {workspace:,} bytes each",
         "host_scalars": "optimizer step counters and Python scalars stay in host memory",
@@ -156,7 +155,6 @@ def cublas_handles(*, trains: bool = True) -> int:
 
 BLOCKSIZE_4BIT = 64
 NESTED_BLOCKSIZE = 256
-GEMM_4BIT_FUSED_ROWS = 512
 
 
 def absmax_blocks(elements: int) -> int:
@@ -189,15 +187,48 @@ def gemm_4bit_temporaries(n: int, k: int, *, double_quant: bool, compute_bytes: 
     return (("absmax_dq", scales), ("absmax", scales), weight) if double_quant else (weight,)
 
 
+FUSED_4BIT_ROWS: dict[str, tuple[tuple[float, int], ...]] = {
+    "sm75": ((3.0, 64), (0.5, 64), (0.0, 32)),
+    "sm80": ((3.0, 128), (1.0, 32), (0.0, 16)),
+    "sm86": ((1.0, 128), (0.5, 64), (0.0, 16)),
+    "sm90": ((3.0, 64), (2.0, 48), (1.0, 32), (0.75, 16), (0.0, 4)),
+    "sm100": ((3.0, 32), (0.0, 4)),
+    "other": ((3.0, 256), (2.0, 128), (0.8, 64), (0.0, 8)),
+}
+"""(least waves of output tiles of 64 columns, most rows of input) for which a weight of 4 Mi elements or more meets the
+fused kernel: _gemm_4bit_use_custom_cuda. Where the source distinguishes shapes further, the lower limit, which
+allocates more, is taken. sm87, sm110 and cards without 16-bit matrix units for the dtype: 4 and 7 rows."""
+FUSED_4BIT_SMALL = {"sm75": 64, "sm80": 512, "sm90": 320, "other": 192}
+"""The same for smaller weights with k < n/2; other small ones run fused for 32 rows in a quarter of a wave, 16 in half
+of one."""
+_SMALL_4BIT = 4 << 20
+
+
 def gemm_4bit_dequantizes(m: int, n: int, k: int, *, compute_bytes: int, arch: Architecture) -> bool:
     """Whether bitsandbytes' CUDA gemm_4bit dequantizes the whole weight instead of running its fused kernel.
 
-    Source: bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit: above 1536 rows of input, or k not a multiple of the
-    block size, always; up to 4 rows never. In between a table per GPU decides, with limits from 8 to 512 rows (only
-    small weights with k < n/2 on sm80 go further); taken here as fused up to 512. The backward dequantizes in any
-    case, so this moves a step's peak only where the forward holds it.
+    Source: bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit: above a number of input rows that depends on the GPU and
+    the weight's shape, and always where k is not a multiple of the block size. Seen on an H200: at 128 rows every
+    weight of an 8B model is dequantized.
     """
-    return bool(k % BLOCKSIZE_4BIT) or m > GEMM_4BIT_FUSED_ROWS
+    return bool(k % BLOCKSIZE_4BIT) or m > _fused_4bit_rows(n, k, compute_bytes, arch)
+
+
+def _fused_4bit_rows(n: int, k: int, compute_bytes: int, arch: Architecture) -> int:
+    """Most rows of input that the fused 4-bit kernel takes."""
+    major, minor = arch.capability
+    if arch.capability < (7, 5) or compute_bytes == 4:
+        return 7
+    if arch.capability == (8, 7) or major == 11:
+        return 4
+    name = f"sm{major}{minor}" if major not in (9, 10) else f"sm{major}0"
+    waves = -(-n // 64) / max(arch.num_sms, 1)
+    if n * k < _SMALL_4BIT and major != 10:
+        if 2 * k < n:
+            return FUSED_4BIT_SMALL.get(name, FUSED_4BIT_SMALL["other"])
+        return 32 if waves <= 0.25 else 16 if waves <= 0.5 else 4
+    tiers = FUSED_4BIT_ROWS.get(name, FUSED_4BIT_ROWS["other"])
+    return next(rows for least, rows in tiers if waves >= least)
 
 
 def int8_matmul_temporaries(outputs: int, dtype: str) -> tuple[tuple[str, int], ...]:
@@ -273,12 +304,17 @@ def sdpa_kernel(
     return "efficient"
 
 
-def prefers_cudnn_attention(capability: tuple[int, int], cudnn_version: int) -> bool:
-    """Whether torch 2.13 and later tries cuDNN's attention first (set `Architecture.cudnn_attention` from it).
+CUDNN_FIRST = (2, 11)
+"""First torch release whose wheels bring a cuDNN above 9.15.0 (2.10 has the rule already; pytorch's own release notes
+and huggingface/transformers#48163; seen on an H200 with torch 2.11 and cuDNN 9.19)."""
+
+
+def prefers_cudnn_attention(capability: tuple[int, int], torch: tuple[int, int]) -> bool:
+    """Whether scaled_dot_product_attention tries cuDNN first, masks included.
 
     Source: sdp_utils.cpp check_prefer_cudnn_attention: cuDNN above 9.15.0 on sm90, sm100 and sm103.
     """
-    return cudnn_version > 91500 and capability in ((9, 0), (9, 3), (10, 0), (10, 3))
+    return torch >= CUDNN_FIRST and capability in ((9, 0), (9, 3), (10, 0), (10, 3))
 
 
 def efficient_backward_workspace(

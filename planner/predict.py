@@ -101,12 +101,13 @@ def architecture(gpu: Gpu | None, training: TrainingSpec) -> cuda_rules.Architec
     versions = training.versions
     if gpu is not None and gpu.vendor == CPU:
         return replace(cuda_rules.Architecture.plain(), torch=versions.torch, bitsandbytes=versions.bitsandbytes)
-    known = gpu is not None and gpu.compute_capability is not None
+    capability = (gpu.compute_capability if gpu is not None else None) or (8, 0)
     return cuda_rules.Architecture(
-        capability=gpu.compute_capability if known and gpu and gpu.compute_capability else (8, 0),
+        capability=capability,
         num_sms=(gpu.sm_count if gpu else 0) or 108,
         torch=versions.torch,
         bitsandbytes=versions.bitsandbytes,
+        cudnn_attention=cuda_rules.prefers_cudnn_attention(capability, versions.torch),
     )
 
 

@@ -172,7 +172,10 @@ class Clock:
             seconds, bound = (self._active(values) for values in self.known[_product_key(kernel)])
         else:
             moved = self._values(kernel.bytes) if group.one_by_one else self._sum(group.bytes)
-            made = Kernel(kernel.op, kernel.dtype, self._values(kernel.flops), moved, 0.0, 0, None, False)
+            made = Kernel(
+                kernel.op, kernel.dtype, self._values(kernel.flops), moved, 0.0, 0, None, False,
+                elements=self._values(kernel.elements),
+            )  # fmt: skip
             price = self.rates.price(made, self._values(self.grid.length))
             seconds, bound = self.grid.np.maximum(price.compute, price.memory), 0.0
         times = group.calls if group.one_by_one else 1
@@ -245,7 +248,7 @@ def kernel_groups(record: Record) -> list[Group]:
     for kernel in record.kernels:
         key = (
             kernel.segment, kernel.recomputed, kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops,
-            kernel.count, kernel.layout,
+            kernel.count, kernel.layout, kernel.elements,
         )  # fmt: skip
         counted[key] = counted.get(key, 0) + 1
         some[key] = kernel
@@ -255,7 +258,7 @@ def kernel_groups(record: Record) -> list[Group]:
         part = part_of(segment.phase, kernel.recomputed)
         if part is None:
             continue
-        one_by_one = kernel.shape is not None or kernel.op.startswith(("flash", "efficient"))
+        one_by_one = kernel.shape is not None or kernel.op.startswith(("flash", "efficient", "cudnn", "indexed"))
         place = (part, kernel.op, *(key[3:] if one_by_one else ()))
         if place not in groups:
             groups[place] = Group(part, kernel, one_by_one)

@@ -30,13 +30,25 @@ TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
 SPLITS = (1, 2, 4, 8, 16, 32)
 """Into how many parts the inner dimension may be cut when there are fewer tiles than multiprocessors."""
 
+FP32_LANES = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64, (8, 7): 128}
+"""fp32 lanes of a multiprocessor by compute capability, else 128 (CUDA C++ Programming Guide, arithmetic throughput):
+with the data sheet's fp32 rate they give multiprocessors times clock."""
+
 PORTABLE_VECTORS = ("avx2", "avx", "unknown")
 """Vector units of CPUs without 16-bit products in oneDNN."""
 
 _PRODUCTS = {"matmul": "matrix products", "lora": "adapters", "bmm": "attention"}
-_FUSED = ("flash_attention", "efficient_attention")
+_FUSED = ("flash_attention", "efficient_attention", "cudnn_attention")
+_INT8 = ("int8_quantize", "int8_dequantize")
 COMPILED_LAUNCHES = 0.3
 """Share of the launches that torch.compile leaves where it fuses element-wise kernels: assumed."""
+LOG_SOFTMAX_PASSES = 2.0
+"""Rows of a whole vocabulary do not fit a block's shared memory: log_softmax reads its input three times and writes
+once, its backward reads the gradient twice and the result once (ATen/native/cuda/SoftMax.cu cunn_SoftMaxForward,
+cunn_SoftMaxBackward), where the program counts input and output once."""
+SHORTEST_KERNEL_S = 1.6e-6
+"""What a profiler shows of the shortest kernels (H200: 1.5 to 1.8 us); the rest of kernel_latency is the gap to the
+next."""
 NINETY_PERCENT = 1.645
 """Standard errors on either side of a 90 % interval."""
 FORMULA_ERROR = 0.10
@@ -153,6 +165,9 @@ class Rates:
         self.compiled = training.compile
         self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
         self._tiles = self._tile_rates()
+        clock = gpu.fp32_flops_per_s / (2 * FP32_LANES.get(self.capability, 128))
+        self.indexed_per_s = 0.0 if gpu.synchronous else clock * self.c["indexed"]
+        """Elements that kernels which compute an index for each get through in a second; 0: as fast as memory."""
 
     def peak(self, dtype: str) -> float:
         """Data-sheet FLOP/s of products of `dtype`: without bf16 units (before capability 8.0) those of fp32."""
@@ -168,7 +183,13 @@ class Rates:
 
     def product(self, dtype: str) -> float:
         """FLOP/s that a large product reaches."""
-        return self.peak(dtype) * self.c["matmul_fp32" if self.simt(dtype) else "matmul"]
+        return self.peak(dtype) * self.c[self.product_name(dtype)]
+
+    def product_name(self, dtype: str) -> str:
+        """The coefficient of large products of `dtype`."""
+        if dtype == "int8" and not self.gpu.synchronous:
+            return "matmul_int8"
+        return "matmul_fp32" if self.simt(dtype) else "matmul"
 
     def simt(self, dtype: str) -> bool:
         """Whether products of `dtype` run without matrix units, at the rate of fp32."""
@@ -227,12 +248,12 @@ class Rates:
         """Arithmetic seconds of a fused attention kernel; its FLOPs count the causal half only."""
         backward = kernel.op.endswith("_backward")
         way = "backward" if backward else "forward"
-        share = self.c[f"efficient_{way}"] if kernel.op.startswith("efficient") else self.c[f"flash_{way}"]
+        share = self.c[f"{kernel.op.partition('_')[0]}_{way}"]
         if kernel.dtype == FP32 and (kernel.op.startswith("efficient") or self.gpu.synchronous):
             return kernel.flops / (self.product(FP32) * self.c["efficient_fp32"])
-        if kernel.op.startswith("flash"):
-            if self.capability >= (9, 0):
-                share = share * self.c["flash_hopper"]
+        if kernel.op.startswith("flash") and self.capability >= (9, 0):
+            share = share * self.c["flash_hopper"]
+        if kernel.op.startswith(("flash", "cudnn")):
             share = share * tokens_per_row / (tokens_per_row + self.c["flash_length_half"])
         return kernel.flops / (self.product(kernel.dtype) * share)
 
@@ -249,13 +270,18 @@ class Rates:
         if kernel.op == "host_transfer":
             return _Price(0.0, kernel.bytes / self.c["host_link"], latency)
         traffic = kernel.bytes / self.bytes_per_s
+        if kernel.op == "log_softmax" and not self.gpu.synchronous:
+            traffic = traffic * LOG_SOFTMAX_PASSES
+        if kernel.op == "indexed" and self.indexed_per_s and not self.compiled:
+            traffic = _maximum(traffic, kernel.elements / self.indexed_per_s)
         if self.latency_share(kernel) != 1.0:
             traffic = traffic * self.c["compiled_traffic"]
         return _Price(0.0, traffic, latency * self.latency_share(kernel))
 
     def latency_share(self, kernel: Kernel) -> float:
         """Share of the recorded kernels that run: torch.compile merges element-wise ones."""
-        own = kernel.shape is not None or kernel.op.startswith((*_FUSED, "dequantize", "host_transfer", "optimizer"))
+        ops = (*_FUSED, *_INT8, "dequantize", "host_transfer", "optimizer")
+        own = kernel.shape is not None or kernel.op.startswith(ops)
         return COMPILED_LAUNCHES if self.compiled and not own else 1.0
 
     def launched(self, kernel: Kernel) -> float:
@@ -264,9 +290,17 @@ class Rates:
         return COMPILED_LAUNCHES if fused else 1.0
 
     def host_s(self, op: str, part: str, launches: Number, calls: Number) -> Number:
-        """Seconds the host takes to launch kernels of an operation that is called `calls` times."""
-        name = {"optimizer": "launch_optimizer", "backward": "launch_backward"}.get(part, "launch_forward")
-        seconds = launches * self.c[name]
+        """Seconds the host takes to launch kernels of an operation that is called `calls` times.
+
+        A GPU's optimizer also touches every tensor once, however many share a kernel. A recomputation has its own
+        cost: non-reentrant checkpoints pack and unpack every saved tensor in Python (torch/utils/checkpoint.py).
+        """
+        own = {"optimizer": "launch_optimizer", "backward": "launch_backward"}
+        if not self.gpu.synchronous:
+            own["recomputation"] = "launch_recomputation"
+            if part == "optimizer":
+                launches = launches + calls
+        seconds = launches * self.c[own.get(part, "launch_forward")]
         if op in ("dequantize", "int8_quantize"):
             seconds = seconds + calls * self.c["launch_quantized"]
         return seconds
@@ -288,8 +322,8 @@ def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coeff
 
 def phase_seconds(
     run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients
-) -> tuple[dict[str, Number], Number]:
-    """Seconds of each of PARTS (of one micro batch, and of the optimizer) and of the whole step, and nothing else.
+) -> tuple[dict[str, Number], Number, dict[str, Number]]:
+    """Seconds of each of PARTS (of one micro batch, and of the optimizer), of the whole step, of each of CLASSES.
 
     What a fit asks for thousands of times: the same sums as `step_time`, without its ledger.
     """
@@ -297,7 +331,7 @@ def phase_seconds(
     for kernel in run.kernels:
         sums.add(kernel, run)
     whole = sums.whole_step(coefficients)
-    return sums.parts(whole), whole.total
+    return sums.parts(whole), whole.total, sums.class_s
 
 
 class Sums:
@@ -316,6 +350,8 @@ class Sums:
         self.latency: Number = 0.0
         self.classes = {name: [0.0, 0.0, 0.0, 0.0, 0.0] for name in CLASSES}
         """Per class: seconds, FLOPs, bytes, launches, seconds bound by arithmetic (all over one optimizer step)."""
+        self.class_s: dict[str, Number] = dict.fromkeys(CLASSES, 0.0)
+        """Seconds that kernels run over one optimizer step, by class: without the gaps between them."""
         self.by_coefficient: dict[str, Number] = {}
         self.known: dict[tuple[Any, ...], _Price] = {}
         self.accumulation = training.gradient_accumulation_steps
@@ -332,22 +368,28 @@ class Sums:
         launches = kernel.count * self.rates.launched(kernel) * times
         self.device[part] += seconds * times
         self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
+        steps = times if part == "optimizer" else times * self.accumulation
+        kind = class_of(kernel.op, segment.layer)
+        busy = _maximum(price.compute, price.memory) + kernel.count * SHORTEST_KERNEL_S
+        self.class_s[kind] += busy * steps
         if not self.explained:
             return
         self.flops[part] += kernel.flops * times
-        steps = times if part == "optimizer" else times * self.accumulation
         self.compute += price.compute * steps
         self.memory += price.memory * steps
         self.latency += price.latency * steps
         bound = _share(price.compute, price.memory)
-        line = self.classes[class_of(kernel.op, segment.layer)]
+        line = self.classes[kind]
         for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
             line[place] += amount * steps
         for name, share in shares_of(self.rates, kernel, bound):
             self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
 
     def _price(self, kernel: Kernel) -> _Price:
-        key = (kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count, kernel.layout)
+        key = (
+            kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count, kernel.layout,
+            kernel.elements,
+        )  # fmt: skip
         found = self.known.get(key)
         if found is None:
             found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
@@ -364,11 +406,35 @@ class Sums:
         host = sum(self.host[p] for p in micro) * steps + self.host["optimizer"]
         overhead = self.rates.c["framework_step"]
         # what a GPU waits for its host; a CPU does both in turn
-        wait = host if self.rates.gpu.synchronous else _maximum(host - device, 0.0 * device)
+        wait = host if self.rates.gpu.synchronous else _maximum(self._queued() - device, 0.0 * device)
         total = device + wait + overhead
         shares = _uncertainty(self.by_coefficient, wait, overhead, total, coefficients)
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
         return WholeStep(device, host, wait, total, spread, shares)
+
+    def _queued(self) -> Number:
+        """Seconds of a step whose host launches ahead: the slowest way through it.
+
+        The device begins a phase when the host does, and the host runs ahead of it until the step ends: up to some
+        phase the host decides, from there on the device. Of the micro batches only the first and the last matter.
+        """
+        host, device = (
+            (p["forward"], p["recomputation"] + p["backward"], p["optimizer"]) for p in (self.host, self.device)
+        )
+        slower = [_maximum(h, d) for h, d in zip(host, device, strict=True)]
+        more = self.accumulation - 1
+        hosts, devices = more * (host[0] + host[1]), more * (device[0] + device[1])
+        ways = (
+            slower[0] + device[1] + devices + device[2],
+            host[0] + slower[1] + devices + device[2],
+            hosts + slower[0] + device[1] + device[2],
+            hosts + host[0] + slower[1] + device[2],
+            hosts + host[0] + host[1] + slower[2],
+        )
+        longest = ways[0]
+        for way in ways[1:]:
+            longest = _maximum(longest, way)
+        return longest
 
     def parts(self, whole: WholeStep) -> dict[str, Number]:
         """Seconds of each part: its kernels, and its share of the waiting for the host."""
@@ -427,15 +493,18 @@ class Sums:
 def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
     """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
     if kernel.shape is not None:
-        own = [("matmul_fp32" if rates.simt(kernel.dtype) else "matmul", bound), ("bandwidth", 1.0 - bound)]
+        own = [(rates.product_name(kernel.dtype), bound), ("bandwidth", 1.0 - bound)]
         if kernel.layout != "nt" and rates.portable(kernel.dtype):
             own.append((f"portable_{kernel.layout}", bound))
         return tuple(own)
     if kernel.op.startswith(_FUSED):
         if kernel.dtype == FP32:
             return (("efficient_fp32", 1.0),)
-        family = "flash" if kernel.op.startswith("flash") else "efficient"
+        family = kernel.op.partition("_")[0]
         return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
+    if kernel.op == "indexed" and rates.indexed_per_s:
+        slow = kernel.elements / rates.indexed_per_s > kernel.bytes / rates.bytes_per_s
+        return (("indexed", slow * 1.0), ("bandwidth", 1.0 - slow * 1.0))
     return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
 
 
@@ -454,7 +523,7 @@ def class_of(op: str, layer: int) -> str:
         return _PRODUCTS[op]
     if op.startswith(_FUSED):
         return "attention"
-    if op in ("dequantize", "int8_quantize"):
+    if op == "dequantize" or op in _INT8:
         return "dequantization"
     if op == "optimizer":
         return "optimizer"

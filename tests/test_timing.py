@@ -88,8 +88,9 @@ def test_time_grows_faster_than_the_length() -> None:
 
 
 def test_bandwidth_changes_only_what_waits_for_memory() -> None:
-    fast = replace(A100, bandwidth_bytes_per_s=2 * A100.bandwidth_bytes_per_s)
-    slow_time, fast_time = run(micro_batch_size=4).time, run(micro_batch_size=4, gpu=fast).time
+    slow = replace(A100, fp32_flops_per_s=100 * A100.fp32_flops_per_s)  # no kernel waits for its index arithmetic
+    fast = replace(slow, bandwidth_bytes_per_s=2 * A100.bandwidth_bytes_per_s)
+    slow_time, fast_time = run(micro_batch_size=4, gpu=slow).time, run(micro_batch_size=4, gpu=fast).time
     assert slow_time is not None
     assert fast_time is not None
     after = {line.name: line for line in fast_time.ledger}
@@ -99,6 +100,20 @@ def test_bandwidth_changes_only_what_waits_for_memory() -> None:
         if line.name == "element-wise":
             assert 1.8 < line.seconds / after[line.name].seconds <= 2.0
         assert after[line.name].flops == line.flops
+
+
+def test_passes_that_compute_an_index_follow_the_clock_where_memory_is_fast() -> None:
+    fast = replace(A100, bandwidth_bytes_per_s=10 * A100.bandwidth_bytes_per_s)
+    faster = replace(fast, bandwidth_bytes_per_s=2 * fast.bandwidth_bytes_per_s)
+    seconds_of = [_element_wise_s(gpu) for gpu in (A100, fast, faster)]
+    assert seconds_of[0] < 10 * seconds_of[1] / 2
+    assert seconds_of[1] < 1.3 * seconds_of[2]
+
+
+def _element_wise_s(gpu: Gpu) -> float:
+    time = run(micro_batch_size=4, gpu=gpu).time
+    assert time is not None
+    return float(next(line.seconds for line in time.ledger if line.name == "element-wise"))
 
 
 def test_small_work_waits_for_the_host() -> None:

@@ -247,10 +247,10 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
         kernel = "flash" if step.train.attention == "flash2" else sdpa_kernel(step, spec, q.dtype)
         if kernel == "math":
             out = _math(step, spec, q, k, v)
-        elif kernel == "efficient":
-            out = _efficient(step, spec, q, k, v)
+        elif kernel == "efficient" or (kernel == "cudnn" and _masked(step, spec)):
+            out = _efficient(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "efficient_attention")
         else:
-            out = _flash(step, spec, q, k, v)
+            out = _flash(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "flash_attention")
             if eager.leads_with_heads(step, spec) and step.train.attention == "sdpa":
                 out = ops.contiguous(eng, out, "attention")
         del named
@@ -314,17 +314,19 @@ def _flash_dtype(step: Step) -> str:
     return step.train.base_dtype if step.train.base_dtype != FP32 else step.train.quantization.compute_dtype
 
 
-def _attention_flops(step: Step, spec: Attention) -> Size:
-    """Causal scores and values: 2 products of b*H*s*s*d, half of them masked away."""
+def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
+    """Causal scores and values: 2 products of b*H*s*s*d, half of them left out; with a `masked` tensor none is."""
     v_dim = spec.v_head_dim or spec.head_dim
-    window = spec.sliding_window
+    window = 0 if masked else spec.sliding_window
     keys = min(window, step.seq) if window else step.seq
-    share = 0.5 if keys is step.seq else 1.0
+    share = 0.5 if keys is step.seq and not masked else 1.0
     return 2.0 * step.batch * step.seq * keys * spec.num_heads * (spec.head_dim + v_dim) * share
 
 
-def _flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-2: keeps q, k, v, output and logsumexp."""
+def _flash(
+    step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, op: str = "flash_attention"
+) -> Tensor:  # fmt: skip
+    """FlashAttention-2: keeps q, k, v, output and logsumexp; so does cuDNN's kernel."""
     b, s, heads = step.batch, step.seq, spec.num_heads
     if step.train.versions.transformers < REPEATS_BEFORE_FLASH:
         groups = heads // spec.num_kv_heads
@@ -332,12 +334,14 @@ def _flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tens
     buffers = cuda_rules.flash_backward_workspace(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
     return ops.fused_attention(
         step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
-        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="flash_attention",
+        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op=op,
     )  # fmt: skip
 
 
-def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Memory-efficient attention: a 4-D mask is kept as a bias."""
+def _efficient(
+    step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, op: str = "efficient_attention"
+) -> Tensor:  # fmt: skip
+    """Memory-efficient attention, and cuDNN's with a mask: a 4-D mask is kept as a bias."""
     eng = step.eng
     masked, kv_heads = _masked(step, spec), spec.num_kv_heads
     mask: Tensor | None = None
@@ -350,8 +354,7 @@ def _efficient(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     buffers = cuda_rules.efficient_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim, ITEMSIZE[q.dtype])
     return ops.fused_attention(
         eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * cuda_rules.round_up(s, 32),
-        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="efficient_attention",
-        mask=mask,
+        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked), op=op, mask=mask,
     )  # fmt: skip
 
 
@@ -392,8 +395,8 @@ def _own_mask(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
     rows = b * spec.num_heads * cuda_rules.round_up(s, 32)
     out = ops.fused_attention(
         eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=rows,
-        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op="efficient_attention",
-        mask=bias,
+        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked=True),
+        op="efficient_attention", mask=bias,
     )  # fmt: skip
     del arg, causal, mask, bias
     return out
@@ -475,11 +478,11 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
     first = ops.mul(eng, ops.cast(eng, x, dtype, "rotary"), cos, "rotary")
     half = x.numel // 2
     x1, x2 = ops.narrow(eng, x, half), ops.narrow(eng, x, half)
-    turned = ops.cat_half(eng, ops.negate(eng, x2), x1, "rotary")
+    turned = ops.cat_half(eng, ops.negate(eng, x2, strided=True), x1, "rotary")
     turned = ops.cast(eng, turned, dtype, "rotary")
     second = ops.mul(eng, turned, sin, "rotary")
     del turned, x1, x2
-    out = ops.add(eng, first, second, "rotary")
+    out = ops.add(eng, first, second, "rotary", strided=True)  # first has q's strides, second those of a new tensor
     del first, second
     if kept is not None:
         out = ops.cat_half(eng, out, kept, "rotary")

@@ -52,11 +52,11 @@ INPUT_GRAD: dict[Layout, Layout] = {"nt": "nn", "nn": "nt", "tn": "nn"}
 class Kernel:
     """One device kernel (or a few of the same kind): floating-point operations, bytes moved, launches."""
 
-    __slots__ = ("bytes", "count", "dtype", "flops", "layout", "op", "recomputed", "segment", "shape")
+    __slots__ = ("bytes", "count", "dtype", "elements", "flops", "layout", "op", "recomputed", "segment", "shape")
 
     def __init__(
         self, op: str, dtype: str, flops: Size, nbytes: Size, count: Size, segment: int, shape: Shape | None,
-        recomputed: bool, layout: Layout = "nt",
+        recomputed: bool, layout: Layout = "nt", elements: Size = 0,
     ) -> None:  # fmt: skip
         self.op = op
         self.dtype = dtype
@@ -69,6 +69,8 @@ class Kernel:
         """Whether checkpointing runs it a second time, inside the backward."""
         self.layout = layout
         """Of a matrix product."""
+        self.elements = elements
+        """Results of a kernel that computes an index for each ("indexed"): strides, broadcasts, conversions."""
 
 
 class Segment:
@@ -255,12 +257,23 @@ class Engine:
 
     def kernel(
         self, op: str, dtype: str, nbytes: Size, flops: Size = 0, count: Size = 1, shape: Shape | None = None,
-        layout: Layout = "nt",
+        layout: Layout = "nt", elements: Size = 0,
     ) -> None:  # fmt: skip
-        """Record work on the device."""
+        """Record work on the device; `elements` of an "indexed" kernel."""
         record = self.record
         segment = len(record.segments) - 1
-        record.kernels.append(Kernel(op, dtype, flops, nbytes, count, segment, shape, self.recomputing, layout))
+        record.kernels.append(
+            Kernel(op, dtype, flops, nbytes, count, segment, shape, self.recomputing, layout, elements)
+        )
+
+    def indexed(self, dtype: str, nbytes: Size, elements: Size) -> None:
+        """Record an element-wise kernel that computes addresses one by one instead of reading vectors.
+
+        Source: ATen/native/cuda/CUDALoops.cuh: only contiguous operands of the result's dtype take
+        vectorized_elementwise_kernel (and copies from fp32 to 16 bits, Copy.cu); others go through offset
+        calculators (elementwise_kernel, unrolled_elementwise_kernel).
+        """
+        self.kernel("indexed", dtype, nbytes, elements=elements)
 
     def matmul(
         self, op: str, dtype: str, m: Size, n: Size, k: Size, batch: Size = 1, count: Size = 1, layout: Layout = "nt"

@@ -350,9 +350,11 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     out = eng.empty(m * n, FP16, "linear_8bit" if x.dtype == FP16 else "int8_product")
     if x.dtype != FP16:
         out = ops.unary(eng, out, "linear_8bit", x.dtype)
-    eng.kernel("int8_quantize", x.dtype, x.nbytes + x.numel)
+    eng.kernel("int8_quantize", FP16, 5 * x.numel)  # a row is read for its maximum, then again
     eng.matmul("matmul", "int8", m, n, k)
-    eng.kernel("elementwise", x.dtype, m * n * 4 + out.nbytes)
+    eng.kernel("int8_dequantize", FP16, m * n * 6)
+    if held.bias is not None and held.bias.dtype != FP16:  # not fused into that kernel (backends/cuda/ops.py)
+        eng.indexed(FP16, m * n * 4, m * n)
     del product, quantized, scales
     numel, dtype = x.numel, x.dtype
 
@@ -375,9 +377,10 @@ def _backward_8bit(step: Step, spec: Linear, numel: Size, dtype: str) -> Tensor:
 
 def _dequantize_8bit(step: Step, spec: Linear, dtype: str) -> Tensor:
     """CB.to(dtype).mul_(scales)."""
-    weight = step.eng.empty(spec.weight_elements, dtype, "dequantize")
-    op = "elementwise" if step.arch.on_cpu else "dequantize"  # operations of torch, none of bitsandbytes
-    step.eng.kernel(op, dtype, spec.weight_elements + 3 * weight.nbytes, count=2)
+    elements = spec.weight_elements
+    weight = step.eng.empty(elements, dtype, "dequantize")
+    step.eng.indexed(dtype, elements + weight.nbytes, elements)  # a conversion and a broadcast product, both of torch
+    step.eng.indexed(dtype, 2 * weight.nbytes, elements)
     return weight
 
 

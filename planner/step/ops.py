@@ -40,11 +40,27 @@ def promote(a: str, b: str) -> str:
 # --- element-wise --------------------------------------------------------------------------------------------------
 
 
-def unary(eng: Engine, x: Tensor, op: str, dtype: str | None = None) -> Tensor:
-    """A pass without backward of its own: output like x."""
+def unary(eng: Engine, x: Tensor, op: str, dtype: str | None = None, strided: bool = False) -> Tensor:
+    """A pass without backward of its own: output like x. `strided`: x or the output is not contiguous."""
     out = eng.empty(x.numel, dtype or x.dtype, op)
-    eng.kernel("elementwise", out.dtype, x.nbytes + out.nbytes)
+    if strided or (out.dtype != x.dtype and x.dtype != FP32):  # fp32 to 16 bits is copied by vectors
+        eng.indexed(out.dtype, x.nbytes + out.nbytes, out.numel)
+    else:
+        eng.kernel("elementwise", out.dtype, x.nbytes + out.nbytes)
     return out
+
+
+def binary(eng: Engine, a: Tensor, b: Tensor, out: Tensor, strided: bool = False) -> None:
+    """Record a pass over two tensors; a broadcast smaller one makes the kernel compute indices."""
+    moved = a.nbytes + b.nbytes + out.nbytes
+    if strided or _differ(a, b):
+        eng.indexed(out.dtype, moved, out.numel)
+    else:
+        eng.kernel("elementwise", out.dtype, moved)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return bool(a.numel != b.numel)
 
 
 def cast(eng: Engine, x: Tensor, dtype: str, op: str = "cast") -> Tensor:
@@ -80,7 +96,8 @@ def narrow(eng: Engine, x: Tensor, numel: Size, op: str = "slice_grad") -> Tenso
         grad = grads[0]
         assert grad is not None
         padded = eng.empty(full, grad.dtype, op)
-        eng.kernel("elementwise", grad.dtype, padded.nbytes + 2 * grad.nbytes, count=2)
+        eng.kernel("elementwise", grad.dtype, padded.nbytes)
+        eng.indexed(grad.dtype, 2 * grad.nbytes, grad.numel)
         return [padded]
 
     eng.link(out, (x,), backward)
@@ -96,7 +113,7 @@ def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad"
         dtype = next(g.dtype for g in grads if g is not None)
         missing = [eng.empty(n, dtype, op) for n, g in zip(numels, grads, strict=True) if g is None]
         out = eng.empty(full, dtype, op)
-        eng.kernel("elementwise", dtype, 2 * out.nbytes)
+        eng.indexed(dtype, 2 * out.nbytes, out.numel)
         del missing
         return [out]
 
@@ -106,16 +123,17 @@ def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad"
 
 def contiguous(eng: Engine, x: Tensor, op: str = "contiguous") -> Tensor:
     """A copy of a strided tensor."""
-    out = unary(eng, x, op)
+    out = unary(eng, x, op, strided=True)
     eng.link(out, (x,), lambda node, grads: [grads[0]])
     return out
 
 
-def add(eng: Engine, a: Tensor, b: Tensor, op: str = "add", numel: Size | None = None) -> Tensor:
+def add(
+    eng: Engine, a: Tensor, b: Tensor, op: str = "add", numel: Size | None = None, strided: bool = False
+) -> Tensor:  # fmt: skip
     """a + b: saves nothing; the gradient reaches both sides as it is."""
-    dtype = promote(a.dtype, b.dtype)
-    out = eng.empty(a.numel if numel is None else numel, dtype, op)
-    eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
+    out = eng.empty(a.numel if numel is None else numel, promote(a.dtype, b.dtype), op)
+    binary(eng, a, b, out, strided)
     eng.link(out, (a, b), lambda node, grads: [grads[0], grads[0]])
     return out
 
@@ -138,7 +156,7 @@ def scale(eng: Engine, x: Tensor, op: str = "scale") -> Tensor:
 def subtract(eng: Engine, a: Tensor, b: Tensor, op: str = "subtract") -> Tensor:
     """a - b: saves nothing; b's gradient is a negated copy."""
     out = eng.empty(a.numel, promote(a.dtype, b.dtype), op)
-    eng.kernel("elementwise", out.dtype, a.nbytes + b.nbytes + out.nbytes)
+    binary(eng, a, b, out)
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         return [grads[0], unary(eng, _grad(grads), f"{op}_grad")]
@@ -210,10 +228,10 @@ def shift(eng: Engine, x: Tensor, op: str = "shift") -> Tensor:
     return out
 
 
-def negate(eng: Engine, x: Tensor) -> Tensor:
+def negate(eng: Engine, x: Tensor, strided: bool = False) -> Tensor:
     """-x."""
-    out = unary(eng, x, "neg")
-    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), "neg_grad")])
+    out = unary(eng, x, "neg", strided=strided)
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), "neg_grad", strided=strided)])
     return out
 
 
@@ -233,20 +251,27 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
     if b.requires_grad:
         saved.append(a)
     needs = (a.requires_grad, b.requires_grad)
-    types = (a.dtype, b.dtype)
+    types = ((a.dtype, a.nbytes), (b.dtype, b.nbytes))
+    broadcasts = _differ(a, b)
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         grad = _grad(grads)
         results: list[Tensor | None] = [None, None]
         for side in (1, 0):
             if needs[side]:
-                other = types[1 - side]
-                results[side] = unary(eng, grad, "mul_grad", promote(grad.dtype, other))
+                dtype, other = types[1 - side]
+                made = eng.empty(grad.numel, promote(grad.dtype, dtype), "mul_grad")
+                moved = grad.nbytes + other + made.nbytes
+                if broadcasts:
+                    eng.indexed(made.dtype, moved, made.numel)
+                else:
+                    eng.kernel("elementwise", made.dtype, moved)
+                results[side] = made
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))
     out = eng.empty(big.numel, dtype, op)
-    eng.kernel("elementwise", dtype, a.nbytes + b.nbytes + out.nbytes)
+    binary(eng, a, b, out)
     eng.finish(made, out)
     return out
 
@@ -285,7 +310,7 @@ def mean_last(eng: Engine, x: Tensor, rows: Size) -> Tensor:
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         out = eng.empty(full, _grad(grads).dtype, "mean_grad")
-        eng.kernel("elementwise", out.dtype, out.nbytes)
+        eng.indexed(out.dtype, out.nbytes, out.numel)
         return [out]
 
     eng.link(out, (x,), backward)
@@ -357,7 +382,7 @@ def cat_half(eng: Engine, first: Tensor, second: Tensor, op: str = "cat") -> Ten
         wide = promote(first.dtype, second.dtype)
         first, second = cast(eng, first, wide, op), cast(eng, second, wide, op)
     out = eng.empty(first.numel + second.numel, promote(first.dtype, second.dtype), op)
-    eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
+    eng.indexed(out.dtype, 2 * out.nbytes, out.numel)
     numels = (first.numel, second.numel)
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
@@ -373,7 +398,7 @@ def expand_copy(eng: Engine, x: Tensor, factor: int, op: str = "repeat_kv") -> T
     if factor == 1:
         return x
     out = eng.empty(x.numel * factor, x.dtype, op)
-    eng.kernel("elementwise", x.dtype, x.nbytes + out.nbytes)
+    eng.indexed(x.dtype, x.nbytes + out.nbytes, out.numel)
     small = x.numel
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
@@ -617,10 +642,13 @@ def cross_entropy(eng: Engine, logits: Tensor, tokens: Size) -> Tensor:
     """
     dtype = logits.dtype
     log_probs = eng.empty(logits.numel, dtype, "log_softmax")
-    eng.kernel("softmax", dtype, logits.nbytes + log_probs.nbytes)
+    eng.kernel("log_softmax", dtype, logits.nbytes + log_probs.nbytes)
 
     def softmax_backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [unary(eng, _grad(grads), "log_softmax_grad")]
+        grad = _grad(grads)
+        out = eng.empty(grad.numel, grad.dtype, "log_softmax_grad")
+        eng.kernel("log_softmax", grad.dtype, grad.nbytes + out.nbytes)
+        return [out]
 
     eng.link(log_probs, (logits,), softmax_backward, (log_probs.view(),))
     picked = cast(eng, log_probs, FP32, "nll_loss_cast") if eng.autocast else log_probs
