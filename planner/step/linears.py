@@ -174,8 +174,10 @@ def _adapter_product(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     outs = []
     for a, b, rank, width in held.lora:
         low = ops.linear(eng, ops.dropout(eng, x, p, "lora_dropout"), a, m, rank, k, op="lora_a")
-        outs.append(ops.scale(eng, ops.linear(eng, low, b, m, width, rank, op="lora_b"), "lora_scale"))
+        product = ops.linear(eng, low, b, m, width, rank, op="lora_b")
         del low
+        outs.append(ops.scale(eng, product, "lora_scale"))
+        del product
     out = outs[0]
     for other in outs[1:]:
         out = ops.cat_half(eng, out, other, "lora_slices")
