@@ -219,7 +219,7 @@ class _Run:
 
     def _biased_threads(self) -> int:
         """Threads with a cuBLASLt workspace: those that run a linear with a bias, quantized to 8 bit or not at all."""
-        held = [weights for layer in self.weights for weights in layer.linears.values()]
+        held = [*([self.head] if self.head else []), *(w for layer in self.weights for w in layer.linears.values())]
         biased = any(
             linear.bias is not None and linear.kind != "int8" and linear.spec.cls != "subclass" for linear in held
         )
