@@ -47,7 +47,11 @@ OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def main() -> int:
-    """Read one request from stdin, run it, write one JSON line to the real stdout."""
+    """Read one request from stdin, run it, write one JSON line to the real stdout; --ahead: import first."""
+    if sys.argv[1:] == ["--ahead"]:
+        from calibrate.workers import preload
+
+        preload()
     answer(json.loads(sys.stdin.read()))
     return 0
 

@@ -37,8 +37,6 @@ UNDETERMINED = 1.0
 """Relative standard error from the data alone above which the grid does not determine a coefficient."""
 SOFT = 2.0
 """Residuals, in units of NOISE, from where on the loss grows linearly."""
-BUSY = 0.7
-"""Share of a step in which the device must compute, for its kernels' seconds to be compared class by class."""
 MEASURED_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("matrix products", ("matrix products", "adapters")),
     ("attention", ("attention",)),
@@ -138,7 +136,7 @@ class Point:
     def compared(self) -> tuple[tuple[str, ...], ...]:
         """Which measured classes are compared, together where names do not tell them apart; none of an idle device."""
         kernels = self.measurement.kernels_s
-        if not kernels or sum(kernels.values()) < BUSY * self.measurement.step_s:
+        if not self.measurement.busy:
             return ()
         products, attention, dequantization, rest = (name for name, _ in MEASURED_CLASSES)
         if not kernels.get(attention):  # products and softmax of eager or math attention

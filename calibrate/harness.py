@@ -16,7 +16,7 @@ from calibrate import grid
 from calibrate.burst import timed_steps
 from calibrate.device import Device
 from calibrate.measurements import FINISHED, RunFolder, device_gpu
-from calibrate.workers import Forking, Workers, result_of
+from calibrate.workers import Forking, Workers, fresh_workers, result_of
 from planner import calibration, calibration_files
 from planner.errors import InvalidInput, PlannerError
 from planner.hardware import Gpu
@@ -97,7 +97,7 @@ def run(
         KeyboardInterrupt: finished bursts are kept.
     """
     gpu = _open(folder, device, settings)
-    own = workers or Forking(device.kind)
+    own = workers or (Forking() if device.kind == "cpu" else fresh_workers())
     state = _State(folder, device, gpu, settings, own, report)
     source = bursts if bursts is not None else grid.bursts(gpu, settings.check, settings.seed)
     try:

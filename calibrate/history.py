@@ -294,11 +294,11 @@ def _record_all(out: Path, budget_s: float) -> int:
     from calibrate import grid
     from calibrate.device import open_device
     from calibrate.measurements import device_gpu
-    from calibrate.workers import Forking, result_of
+    from calibrate.workers import fresh_workers, result_of
 
     device = open_device("cuda:0")
     gpu = device_gpu(device.identity())
-    workers, runs, began = Forking("cuda"), [], time.monotonic()
+    workers, runs, began = fresh_workers(), [], time.monotonic()
     try:
         for burst, conf in grid.histories(gpu):
             if time.monotonic() - began > budget_s:

@@ -33,6 +33,10 @@ DEVICE_KEYS = ("kind", "name")
 """What the identity of a device must have."""
 FINISHED = ("ok", "oom")
 """Results that a resumed run does not repeat."""
+BUSY = 0.7
+"""Share of a GPU's step in which it computes, from which on its kernels' seconds are looked at."""
+ALL_BUSY = 0.9
+"""The same, above which even a slow host does not matter."""
 DISTURBED_SHARE = 0.5
 """Share of the machine's processors that others used, above which a burst timed by the wall clock is disturbed."""
 
@@ -84,10 +88,28 @@ class Measurement:
         """Why the time should not be trusted; empty when it can be."""
         if self.result.get("others"):
             return "another process was on the GPU"
+        if self.forked and self.busy_share < ALL_BUSY:
+            return "the step waits for a host that a fork had slowed down"
         share = self.result.get("others_cpu_share") or 0.0
         if self.device.get("kind") == "cpu" and not self.thread_time and share > DISTURBED_SHARE:
             return f"others used {100 * share:.0f} % of the processors"
         return ""
+
+    @property
+    def forked(self) -> bool:
+        """Whether a GPU's burst ran in a forked process, whose host time says little (`calibrate.workers`)."""
+        return self.device.get("kind") == "cuda" and self.result.get("worker") == "forked"
+
+    @property
+    def busy_share(self) -> float:
+        """Share of a step in which a GPU computes, by the profiled step; 0 where none was profiled."""
+        kernels = self.kernels_s
+        return sum(kernels.values()) / self.step_s if kernels else 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether the GPU computes for most of a step."""
+        return self.busy_share >= BUSY
 
     @property
     def step_s(self) -> float:
@@ -103,7 +125,7 @@ class Measurement:
     @property
     def phases_s(self) -> tuple[float, ...] | None:
         """Seconds of forward, backward and optimizer: the least on a CPU, the median of a GPU's stream."""
-        if not self.result.get("phases_s"):
+        if not self.result.get("phases_s") or self.forked:
             return None
         chosen: Callable[[list[float]], float] = min if self.device.get("kind") == "cpu" else median
         return tuple(chosen([float(s) for s in phase]) for phase in zip(*self.result["phases_s"], strict=True))

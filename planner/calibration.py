@@ -134,7 +134,7 @@ STACK = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | None = None) -> Selection:
-    """The newest calibration of this card; else the dimensionless coefficients of the nearest card; else priors.
+    """The newest calibration of this card; else dimensionless coefficients of the nearest card akin; else priors.
 
     Calibrations under another FORMULA_VERSION are passed over, `versions` that differ from the fitted stack are told.
     """
@@ -145,7 +145,7 @@ def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | Non
         # a coefficient that came with a later release is at its prior
         filled = Coefficients({**priors(gpu), **newest}, newest.formula_error, newest.label)
         return Selection(filled, own[-1], _stack_notes(own[-1], versions))
-    others = [c for c in usable if (c.device.get("kind") == "cpu") == (gpu.vendor == CPU)]
+    others = [c for c in usable if _akin(c, gpu)]
     if not others:
         return Selection(priors(gpu), None, ())
     nearest = min(others, key=lambda c: _distance(c, gpu))
@@ -163,6 +163,15 @@ def matches(calibration: Calibration, gpu: Gpu) -> bool:
     return calibration.gpu_id == gpu.gpu_id
 
 
+def _akin(calibration: Calibration, gpu: Gpu) -> bool:
+    """Whether a card may borrow from another: CPUs from CPUs, GPUs from their own generation's matrix units."""
+    on_cpu = calibration.device.get("kind") == "cpu"
+    if on_cpu or gpu.vendor == CPU:
+        return on_cpu and gpu.vendor == CPU
+    major = (calibration.device.get("compute_capability") or (0,))[0]
+    return gpu.compute_capability is not None and bool(major == gpu.compute_capability[0])
+
+
 def _distance(calibration: Calibration, gpu: Gpu) -> tuple[float, str]:
     """Difference of the compute capabilities and of the bandwidths' logarithms: generation and class of a card."""
     major, minor = calibration.device.get("compute_capability") or (0, 0)
@@ -173,9 +182,11 @@ def _distance(calibration: Calibration, gpu: Gpu) -> tuple[float, str]:
 
 
 def _borrow(gpu: Gpu, other: Calibration) -> Coefficients:
+    """The other card's dimensionless coefficients; what was published of the card itself stays."""
     items = dict(priors(gpu))
+    own = {"matmul": gpu.measured_matmul_flops_per_s, "bandwidth": gpu.measured_bandwidth_bytes_per_s}
     for name, found in other.coefficients.items():
-        if found.origin != "fitted" or found.unit in ("s", "bytes/s"):
+        if found.origin != "fitted" or found.unit in ("s", "bytes/s") or own.get(name):
             continue
         error = math.hypot(found.standard_error, BORROWED_ERROR * found.value)
         items[name] = replace(found, standard_error=error, origin="borrowed", source=f"fitted on {other.label}")

@@ -133,12 +133,21 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-def program_class(arch: Architecture) -> Architecture:
+_REPRESENTATIVES = ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0))
+"""One compute capability of each kind that the rules of this module tell apart."""
+
+
+def program_class(arch: Architecture, *, four_bit: bool = True) -> Architecture:
     """All that the rules of this module read of an architecture beside the size of the cuBLAS workspaces.
 
-    Cards of one class run the same program; `blas_bytes` says how much of its memory is theirs.
+    Cards of one class run the same program; `blas_bytes` says how much of its memory is theirs. `four_bit`: whether the
+    base is a 4-bit one, whose fused kernels differ more.
     """
-    return replace(arch, capability=(8, 0) if arch.capability >= (8, 0) else (7, 0), num_sms=0)
+    rows, newer = fused_4bit_rows(arch.capability), arch.capability >= (8, 0)
+    kind = next(
+        c for c in _REPRESENTATIVES if (c >= (8, 0)) == newer and (fused_4bit_rows(c) == rows or not four_bit)
+    )  # fmt: skip
+    return replace(arch, capability=kind, num_sms=0)
 
 
 def blas_bytes(arch: Architecture) -> int:
@@ -200,21 +209,10 @@ def gemm_4bit_temporaries(n: int, k: int, *, double_quant: bool, compute_bytes: 
     return (("absmax_dq", scales), ("absmax", scales), weight) if double_quant else (weight,)
 
 
-FUSED_4BIT_ROWS: dict[str, tuple[tuple[float, int], ...]] = {
-    "sm75": ((3.0, 64), (0.5, 64), (0.0, 32)),
-    "sm80": ((3.0, 128), (1.0, 32), (0.0, 16)),
-    "sm86": ((1.0, 128), (0.5, 64), (0.0, 16)),
-    "sm90": ((3.0, 64), (2.0, 48), (1.0, 32), (0.75, 16), (0.0, 4)),
-    "sm100": ((3.0, 32), (0.0, 4)),
-    "other": ((3.0, 256), (2.0, 128), (0.8, 64), (0.0, 8)),
-}
-"""(least waves of output tiles of 64 columns, most rows of input) for which a weight of 4 Mi elements or more meets the
-fused kernel: _gemm_4bit_use_custom_cuda. Where the source distinguishes shapes further, the lower limit, which
-allocates more, is taken. sm87, sm110 and cards without 16-bit matrix units for the dtype: 4 and 7 rows."""
-FUSED_4BIT_SMALL = {"sm75": 64, "sm80": 512, "sm90": 320, "other": 192}
-"""The same for smaller weights with k < n/2; other small ones run fused for 32 rows in a quarter of a wave, 16 in half
-of one."""
-_SMALL_4BIT = 4 << 20
+FUSED_4BIT_ROWS = {(7, 5): 32, (8, 0): 16, (8, 6): 16, (8, 7): 4, (9, 0): 4, (10, 0): 4, (10, 3): 4, (11, 0): 4}
+"""Rows of input up to which every weight of a model meets bitsandbytes' fused 4-bit kernel, by compute capability, else
+8; without 16-bit matrix units, and for fp32, 7. _gemm_4bit_use_custom_cuda lets larger weights go further (64 rows on
+sm90, 128 on sm80, 256 elsewhere, for wide outputs): there a dequantization is counted that does not happen."""
 
 
 def gemm_4bit_dequantizes(m: int, n: int, k: int, *, compute_bytes: int, arch: Architecture) -> bool:
@@ -224,24 +222,14 @@ def gemm_4bit_dequantizes(m: int, n: int, k: int, *, compute_bytes: int, arch: A
     the weight's shape, and always where k is not a multiple of the block size. Seen on an H200: at 128 rows every
     weight of an 8B model is dequantized.
     """
-    return bool(k % BLOCKSIZE_4BIT) or m > _fused_4bit_rows(n, k, compute_bytes, arch)
+    return bool(k % BLOCKSIZE_4BIT) or m > fused_4bit_rows(arch.capability, compute_bytes)
 
 
-def _fused_4bit_rows(n: int, k: int, compute_bytes: int, arch: Architecture) -> int:
-    """Most rows of input that the fused 4-bit kernel takes."""
-    major, minor = arch.capability
-    if arch.capability < (7, 5) or compute_bytes == 4:
+def fused_4bit_rows(capability: tuple[int, int], compute_bytes: int = 2) -> int:
+    """Most rows of input that the fused 4-bit kernel takes for every weight."""
+    if capability < (7, 5) or compute_bytes == 4:
         return 7
-    if arch.capability == (8, 7) or major == 11:
-        return 4
-    name = f"sm{major}{minor}" if major not in (9, 10) else f"sm{major}0"
-    waves = -(-n // 64) / max(arch.num_sms, 1)
-    if n * k < _SMALL_4BIT and major != 10:
-        if 2 * k < n:
-            return FUSED_4BIT_SMALL.get(name, FUSED_4BIT_SMALL["other"])
-        return 32 if waves <= 0.25 else 16 if waves <= 0.5 else 4
-    tiers = FUSED_4BIT_ROWS.get(name, FUSED_4BIT_ROWS["other"])
-    return next(rows for least, rows in tiers if waves >= least)
+    return FUSED_4BIT_ROWS.get(capability, 8)
 
 
 def int8_matmul_temporaries(outputs: int, dtype: str) -> tuple[tuple[str, int], ...]:

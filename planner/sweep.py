@@ -237,9 +237,10 @@ class Sweeper:
             np.full(shape, np.nan),
         )
         classes: dict[Any, list[int]] = {}
+        four_bit = training.quantization.kind in ("nf4", "fp4")
         for number, card in enumerate(cards):
             arch = architecture(card, training)
-            classes.setdefault(cuda_rules.program_class(arch), []).append(number)
+            classes.setdefault(cuda_rules.program_class(arch, four_bit=four_bit), []).append(number)
         runs = sum(self._fill(made, numbers) for numbers in classes.values())
         full = (len(cards), *axes.shape)
         return made._replace(

@@ -45,6 +45,8 @@ class CardRates(Rates):
         self.multiprocessors = self._stacked([rates.multiprocessors for rates in self.each])
         self.bytes_per_s = self._stacked([rates.bytes_per_s for rates in self.each])
         self.dequantize_bytes_per_s = self._stacked([rates.dequantize_bytes_per_s for rates in self.each])
+        rates = [rates.indexed_per_s for rates in self.each if rates.indexed_per_s is not None]
+        self.indexed_per_s = self._stacked(rates) if rates else None
         self._tiles = self._tile_rates()
         self.products: dict[str, Any] = {}
         names = cards[0][1]
@@ -177,7 +179,8 @@ class Clock:
                 elements=self._values(kernel.elements),
             )  # fmt: skip
             price = self.rates.price(made, self._values(self.grid.length))
-            seconds, bound = self.grid.np.maximum(price.compute, price.memory), 0.0
+            seconds = self.grid.np.maximum(price.compute, price.memory)
+            bound = (price.compute > price.memory) * 1.0 if kernel.op == "indexed" else 0.0
         times = group.calls if group.one_by_one else 1
         latency = self.rates.c["kernel_latency"] * count * self.rates.latency_share(kernel)
         return seconds * times + latency, bound, count * self.rates.launched(kernel)

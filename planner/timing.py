@@ -166,8 +166,8 @@ class Rates:
         self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
         self._tiles = self._tile_rates()
         clock = gpu.fp32_flops_per_s / (2 * FP32_LANES.get(self.capability, 128))
-        self.indexed_per_s = 0.0 if gpu.synchronous else clock * self.c["indexed"]
-        """Elements that kernels which compute an index for each get through in a second; 0: as fast as memory."""
+        self.indexed_per_s: Number | None = None if gpu.synchronous else clock * self.c["indexed"]
+        """Elements that kernels which compute an index for each get through in a second; None: as fast as memory."""
 
     def peak(self, dtype: str) -> float:
         """Data-sheet FLOP/s of products of `dtype`: without bf16 units (before capability 8.0) those of fp32."""
@@ -272,8 +272,8 @@ class Rates:
         traffic = kernel.bytes / self.bytes_per_s
         if kernel.op == "log_softmax" and not self.gpu.synchronous:
             traffic = traffic * LOG_SOFTMAX_PASSES
-        if kernel.op == "indexed" and self.indexed_per_s and not self.compiled:
-            traffic = _maximum(traffic, kernel.elements / self.indexed_per_s)
+        if kernel.op == "indexed" and self.indexed_per_s is not None and not self.compiled:
+            return _Price(kernel.elements / self.indexed_per_s, traffic, latency)
         if self.latency_share(kernel) != 1.0:
             traffic = traffic * self.c["compiled_traffic"]
         return _Price(0.0, traffic, latency * self.latency_share(kernel))
@@ -502,9 +502,8 @@ def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, N
             return (("efficient_fp32", 1.0),)
         family = kernel.op.partition("_")[0]
         return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
-    if kernel.op == "indexed" and rates.indexed_per_s:
-        slow = kernel.elements / rates.indexed_per_s > kernel.bytes / rates.bytes_per_s
-        return (("indexed", slow * 1.0), ("bandwidth", 1.0 - slow * 1.0))
+    if kernel.op == "indexed" and rates.indexed_per_s is not None:
+        return (("indexed", bound), ("bandwidth", 1.0 - bound))
     return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
 
 

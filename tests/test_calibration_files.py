@@ -18,7 +18,7 @@ from planner.training import LoraSpec, TrainingSpec, Versions
 from tests.calibration_samples import CPU_FACTS
 from tests.test_timing import LLAMA
 
-H100, A100, T4 = (catalog.gpu(name) for name in ("h100-sxm", "a100-sxm4-80gb", "t4"))
+H100, A100, T4, L40S = (catalog.gpu(name) for name in ("h100-sxm", "a100-sxm4-80gb", "t4", "l40s"))
 VERSIONS = {"torch": "2.13.0+cu130", "transformers": "5.24.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"}
 
 
@@ -147,17 +147,29 @@ def test_another_stack_warns() -> None:
 
 
 def test_an_uncalibrated_card_borrows_what_has_no_unit() -> None:
-    found = select(A100, [made(H100, matmul=0.6), made(T4, matmul=0.3)])
+    card = replace(L40S, measured_matmul_flops_per_s=0.0)
+    found = select(card, [made(H100, matmul=0.5), made(A100, matmul=0.6), made(T4, matmul=0.3)])
     assert found.borrowed
     assert found.calibration is not None
-    assert found.calibration.gpu_id == H100.gpu_id  # nearer in generation and class than a T4
+    assert found.calibration.gpu_id == A100.gpu_id  # of its generation
     matmul = found.coefficients["matmul"]
     assert (matmul.value, matmul.origin) == (0.6, "borrowed")
     assert matmul.relative_error > made().coefficients["matmul"].relative_error
-    assert found.coefficients["launch_forward"] == priors(A100)["launch_forward"]  # seconds of that host stay there
+    assert found.coefficients["launch_forward"] == priors(card)["launch_forward"]  # seconds of that host stay there
     assert found.context_bytes is None
     assert "not calibrated" in found.notes[0]
     assert found.coefficients.formula_error == pytest.approx(0.06)
+
+
+def test_what_was_published_of_the_card_itself_is_not_replaced() -> None:
+    card = replace(L40S, measured_matmul_flops_per_s=0.7 * L40S.bf16_flops_per_s)
+    found = select(card, [made(A100, matmul=0.6)])
+    assert found.borrowed
+    assert found.coefficients["matmul"].value == pytest.approx(0.7)
+
+
+def test_cards_do_not_borrow_from_another_generation() -> None:
+    assert select(A100, [made(H100), made(T4)]).calibration is None
 
 
 def test_cards_do_not_borrow_from_a_cpu() -> None:
@@ -179,10 +191,10 @@ def test_a_calibration_narrows_the_interval() -> None:
 def test_a_chosen_file_serves_its_card_among_several(folder: Path) -> None:
     calibration_files.write(made(A100, created="2026-05-01", matmul=0.5))
     path = calibration_files.write(made(matmul=0.61))
-    found = calibration_files.select_each([H100, A100, T4], str(path))
+    found = calibration_files.select_each([H100, A100, L40S], str(path))
     assert found[H100.gpu_id].coefficients.value("matmul") == 0.61
     assert found[A100.gpu_id].coefficients.value("matmul") == 0.5
-    assert found[T4.gpu_id].borrowed
+    assert found[L40S.gpu_id].borrowed
     assert all(s.calibration is None for s in calibration_files.select_each([H100, T4], "none").values())
     with pytest.raises(InvalidInput, match="none of the cards"):
         calibration_files.select_each([A100, T4], str(path))

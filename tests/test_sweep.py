@@ -83,16 +83,19 @@ def test_every_choice_on_one_grid_shares_prices() -> None:
 
 def test_cards_of_one_class_run_the_same_program() -> None:
     """`program_class` names all that the program reads of a capability: checked on every card of the catalogue."""
-    model, training = model_of("Qwen/Qwen2.5-1.5B"), training_of("custom", "lora", {})
-    peaks: dict[Any, set[int]] = {}
-    for card in catalog.gpus():
-        arch = predict.architecture(card, training)
-        run = program.run(model, training, arch)
-        peaks.setdefault(cuda_rules.program_class(arch), set()).add(
-            memory.peak_bytes(run.record) - cuda_rules.blas_bytes(arch)
-        )
-    assert all(len(found) == 1 for found in peaks.values())
-    assert len(peaks) == 2
+    model = model_of("Qwen/Qwen2.5-1.5B")
+    for method, few_rows, classes in (("lora", False, 3), ("qlora", True, 5)):
+        training = training_of("custom", method, {})
+        if few_rows:  # where the cards' fused 4-bit kernels differ
+            training = replace(training, micro_batch_size=1, seq_len=12, gradient_checkpointing="none")
+        found: dict[Any, set[tuple[int, int]]] = {}
+        for card in catalog.gpus():
+            arch = predict.architecture(card, training)
+            run = program.run(model, training, arch)
+            seen = (memory.peak_bytes(run.record) - cuda_rules.blas_bytes(arch), len(run.record.kernels))
+            found.setdefault(cuda_rules.program_class(arch, four_bit=method == "qlora"), set()).add(seen)
+        assert all(len(seen) == 1 for seen in found.values()), method
+        assert len(found) == classes
 
 
 def test_verdicts_never_promise_more_than_predict() -> None:

@@ -371,7 +371,7 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     eng.matmul("matmul", "int8", m, n, k)
     eng.kernel("int8_dequantize", FP16, m * n * 6)
     if held.bias is not None and held.bias.dtype != FP16:  # not fused into that kernel (backends/cuda/ops.py)
-        eng.indexed(FP16, m * n * 4, m * n)
+        eng.indexed(FP16, m * n * 4, ops.MIXED * m * n)
     del product, quantized, scales
     numel, dtype = x.numel, x.dtype
 
@@ -397,7 +397,7 @@ def _dequantize_8bit(step: Step, spec: Linear, dtype: str) -> Tensor:
     elements = spec.weight_elements
     weight = step.eng.empty(elements, dtype, "dequantize")
     step.eng.indexed(dtype, elements + weight.nbytes, elements)  # a conversion and a broadcast product, both of torch
-    step.eng.indexed(dtype, 2 * weight.nbytes, elements)
+    step.eng.indexed(dtype, 2 * weight.nbytes, ops.MIXED * elements)
     return weight
 
 
