@@ -52,7 +52,8 @@ def test_torchs_trace_becomes_numbered_requests() -> None:
         entry("free_requested", 7, 512, 1), entry("segment_alloc", 4096, 2 << 20, 2), entry("alloc", 4096, 512, 3),
         entry("alloc", 4608, 1024, 4), entry("free_requested", 4096, 512, 5), entry("free_completed", 4096, 512, 6),
         entry("alloc", 4096, 256, 7), entry("segment_free", 4096, 2 << 20, 8),
-        entry("segment_map", 1 << 30, 20 << 20, 9), entry("free_requested", 4608, 1024, 10), entry("segment_unmap", 1 << 30, 20 << 20, 11),
+        entry("segment_map", 1 << 30, 20 << 20, 9), entry("free_requested", 4608, 1024, 10),
+        entry("segment_unmap", 1 << 30, 20 << 20, 11),
     ]  # fmt: skip
     events, segments, times = history.packed(entries)
     assert events == [512, 1024, -1, 256, -2]
