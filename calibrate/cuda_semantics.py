@@ -275,6 +275,7 @@ LATE_OPS = frozenset(
         "aten._softmax_backward_data",
         "aten._scaled_dot_product_flash_attention_backward",
         "aten._scaled_dot_product_efficient_attention_backward",
+        "aten._scaled_dot_product_cudnn_attention_backward",
     }
 )
 """Kernels that allocate their results first: structured kernels, and attention's dq, dk, dv."""
@@ -292,6 +293,7 @@ def kernel_temporaries(arch: Architecture) -> Callable[[Any, Sequence[Any], dict
     if arch.attention_workspaces:
         table["aten._scaled_dot_product_flash_attention_backward"] = _flash_backward
         table["aten._scaled_dot_product_efficient_attention_backward"] = _efficient_backward
+        table["aten._scaled_dot_product_cudnn_attention_backward"] = _cudnn_backward
     if not table:
         return lambda func, args, kwargs: ()
 
@@ -326,6 +328,12 @@ def _flash_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tup
     query, key = args[1], args[2]
     b, h, s_q, d = query.shape
     return cuda_rules.flash_backward_workspace(b, s_q, key.shape[2], h, key.shape[1], d)
+
+
+def _cudnn_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:
+    query, key = args[1], args[2]
+    b, h, s_q, d = query.shape
+    return cuda_rules.cudnn_backward_workspace(b, s_q, key.shape[2], h, key.shape[1], d)
 
 
 def _efficient_backward(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[tuple[str, int]]:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import itertools
 import json
 import sys
 import time
+import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from planner.allocator import CachingAllocator, Settings, parse_settings
+from planner.allocator import replay as planned
 from planner.errors import InvalidInput
 from planner.records import record
 
@@ -32,6 +33,8 @@ LIMIT_S = 60.0
 MOST_EVENTS = 2_000_000
 MOST_BYTES = 64 << 20
 """Of a recording, unpacked."""
+MOST_SIZE = 1 << 50
+"""Bytes of one request or segment."""
 
 
 @record
@@ -128,7 +131,7 @@ def read(path: Path) -> list[Recorded]:
     """Read a file of recordings.
 
     Raises:
-        InvalidInput: it is none, or larger than `MOST_BYTES`.
+        InvalidInput: it is none, larger than `MOST_BYTES`, or contradicts itself.
     """
     try:
         with gzip.open(path) as file:
@@ -136,9 +139,43 @@ def read(path: Path) -> list[Recorded]:
         document = json.loads(text) if len(text) <= MOST_BYTES else None
         if document is None or document["kind"] != KIND or document["version"] != VERSION:
             raise InvalidInput(f"{path} is not a recording of version {VERSION}, or larger than 64 MiB")
-        return [Recorded(**run) for run in document["runs"]]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        runs = [Recorded(**run) for run in document["runs"]]
+        for run in runs:
+            _check(run)
+    except InvalidInput:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise InvalidInput(f"{path} cannot be read as a recording: {type(error).__name__}") from None
+    return runs
+
+
+def _check(run: Recorded) -> None:
+    """Refuse what no allocator did.
+
+    Raises:
+        ValueError, TypeError: saying no more, the caller names the file.
+    """
+    alive: set[int] = set()
+    number = 0
+    for event in run.events:
+        if not isinstance(event, int) or not -MOST_EVENTS <= event <= MOST_SIZE:
+            raise ValueError
+        if event < 0:
+            alive.remove(-1 - event)
+        else:
+            alive.add(number)
+            number += 1
+    for place, size, address in run.segments:
+        if not (0 <= place <= len(run.events) and abs(size) <= MOST_SIZE and isinstance(address, int) and address >= 0):
+            raise ValueError
+    if not all(isinstance(run.counters[name], int) and run.counters[name] > 0 for name in ("allocated", "reserved")):
+        raise ValueError
+    for name, place in run.marks:
+        if not isinstance(name, str) or not isinstance(place, int):
+            raise TypeError
+    if not all(isinstance(part, Mapping) for part in (run.request, run.versions, run.device)):
+        raise TypeError
+    parse_settings(run.allocator)
 
 
 # --- replaying -----------------------------------------------------------------------------------------------------
@@ -157,14 +194,32 @@ class Replayed:
     segments: int
 
 
-def replay(run: Recorded, settings: Settings | None = None) -> Replayed:
-    """Replay what was requested and compare, segment by segment, what was taken from the driver."""
-    allocator = CachingAllocator(settings or run.settings)
+class _AtRecordedAddresses(CachingAllocator):
+    """Puts segments where the driver put them, not where the simulation thinks they would lie."""
+
+    def __init__(self, run: Recorded) -> None:
+        super().__init__(run.settings)
+        self.segments: dict[tuple[int, int], int] = {(place, size): at for place, size, at in run.segments}
+        self.event = 0
+
+    def _segment_address(self, wanted: int) -> int:
+        known = self.segments.get((self.event, wanted))
+        return super()._segment_address(wanted) if known is None else known
+
+
+def replay(run: Recorded, recorded_addresses: bool = False) -> Replayed:
+    """Replay what was requested and compare, segment by segment, what was taken from the driver.
+
+    `recorded_addresses`: segments lie where they really lay, so that only PyTorch's own rules are compared.
+    """
+    allocator = _AtRecordedAddresses(run) if recorded_addresses else CachingAllocator(run.settings)
     taken: list[tuple[int, int]] = []
     blocks: list[Any] = []
     for place, event in enumerate(run.events):
         before = allocator.reserved
-        if event > 0:
+        if isinstance(allocator, _AtRecordedAddresses):
+            allocator.event = place
+        if event >= 0:
             blocks.append(allocator.malloc(event))
         else:
             allocator.free(blocks[-1 - event])
@@ -195,11 +250,21 @@ def peak_reserved(run: Recorded) -> int:
     return highest
 
 
-def falling(run: Recorded) -> tuple[int, int]:
-    """How many segments lie below the one taken before them, and how many do not."""
-    addresses = [address for _, size, address in run.segments if size > 0]
-    below = sum(after < before for before, after in itertools.pairwise(addresses))
-    return below, max(len(addresses) - 1, 0) - below
+def predicted(run: Recorded) -> tuple[int, int]:
+    """Allocated and reserved memory that the program tells for the recorded configuration."""
+    from calibrate.measurements import Measurement, device_gpu
+    from planner import families
+    from planner.predict import STEPS, architecture, predict
+    from planner.step import program, sequence
+
+    item = Measurement(request=run.request, result={"versions": run.versions}, device=run.device)
+    spec, gpu = families.build_spec(item.config, model_id=item.model), device_gpu(run.device)
+    told = predict(spec, item.training, gpu)
+    if not run.allocator:
+        return told.allocated.expected, told.reserved.expected
+    record = program.run(spec, item.training, architecture(gpu, item.training)).record
+    again = planned(sequence.expand(record, STEPS), run.settings)
+    return again.peak_allocated, again.peak_reserved
 
 
 # --- command line --------------------------------------------------------------------------------------------------
@@ -217,8 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.command == "record":
         return _record_all(given.out, given.budget)
-    print("| model | method | layers | allocated | program | reserved | replay | program | segments equal |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    titles = "model", "method", "layers", "allocated", "program", "reserved", "replay", "program", "segments equal"
+    print(f"| {' | '.join(titles)} | at their addresses |\n{'|---' * 10}|")
     for path in given.files:
         for run in read(path):
             print(_row(run))
@@ -254,22 +319,18 @@ def _record_all(out: Path, budget_s: float) -> int:
 
 
 def _row(run: Recorded) -> str:
-    from calibrate.measurements import Measurement, device_gpu
-    from planner import families
-    from planner.predict import predict
+    from calibrate.measurements import Measurement
 
-    item = Measurement(request=run.request, result={"versions": run.versions}, device=run.device)
-    spec = families.build_spec(item.config, model_id=item.model)
-    told = predict(spec, item.training, device_gpu(run.device))
-    again = replay(run)
+    training = (item := Measurement(request=run.request, result={"versions": run.versions}, device=run.device)).training
+    told, again, exact = predicted(run), replay(run), replay(run, recorded_addresses=True)
     allocated, reserved = run.counters["allocated"], run.counters["reserved"]
-    training = item.training
     return (
         f"| {item.model} | {training.method} {training.quantization.kind} {training.micro_batch_size}x"
         f"{training.seq_len} | {run.request.get('layers')} | {allocated} "
-        f"| {100 * (told.allocated.expected / allocated - 1):+.3f} % | {reserved} "
+        f"| {100 * (told[0] / allocated - 1):+.3f} % | {reserved} "
         f"| {100 * (again.peak_reserved / peak_reserved(run) - 1):+.3f} % "
-        f"| {100 * (told.reserved.expected / reserved - 1):+.3f} % | {again.segments_equal} of {again.segments} |"
+        f"| {100 * (told[1] / reserved - 1):+.3f} % "
+        f"| {again.segments_equal} of {again.segments} | {exact.segments_equal} |"
     )
 
 

@@ -7,12 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from calibrate.optimizers import make_optimizer
 from calibrate.tracker import Tracker
 from calibrate.training_step import TrainingStep
-from planner.cuda_rules import Architecture, cublas_handles, cublas_workspace_bytes
+from planner.cuda_rules import (
+    CUBLASLT_WORKSPACE_BYTES,
+    Architecture,
+    cublas_handles,
+    cublas_workspace_bytes,
+    cublaslt_handles,
+)
 from planner.training import TrainingSpec
 
 LAYER = re.compile(r"(.*\.)?(layers|h|blocks|block)\.(\d+)$")
@@ -27,11 +35,19 @@ class Step(TrainingStep):
         if arch.blas_workspaces:
             for _ in range(cublas_handles()):
                 tracker.allocate(cublas_workspace_bytes(arch.capability), "cublas workspace")
+            for _ in range(self._biased_threads()):
+                tracker.allocate(CUBLASLT_WORKSPACE_BYTES, "cublas workspace")
 
     def _prepare(self) -> None:
         layers = [(m[3], module) for name, module in self.base.named_modules() if (m := LAYER.match(name))]
         self.num_layers = len(layers)
         self._label_modules(self.base, {id(module): int(index) for index, module in layers})
+
+    def _biased_threads(self) -> int:
+        """Threads with a cuBLASLt workspace (planner.cuda_rules.cublaslt_handles)."""
+        kinds = (nn.Linear, Conv1D, Linear4bit)
+        biased = any(type(m) in kinds and m.bias is not None for m in self.base.modules())
+        return cublaslt_handles(biased=biased, recomputes=self.training.gradient_checkpointing != "none")
 
     def _make_optimizer(self) -> Any:
         return make_optimizer(self.training, self.trainable, self.tracker)

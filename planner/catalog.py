@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from planner.errors import InvalidInput, UnknownName, one_line, unknown
-from planner.hardware import Gpu, Instance
+from planner.hardware import Gpu, Instance, context_bytes
 from planner.records import record
 from planner.units import GB, MiB
 
@@ -144,6 +144,7 @@ def _gpu(gpu_id: str, row: Mapping[str, Any]) -> Gpu:
         measured_matmul_flops_per_s=row.get("measured_matmul_tflops", 0) * 1e12,
         measured_bandwidth_bytes_per_s=row.get("measured_bandwidth_gb_s", 0) * 1e9,
         sm_count=int(row.get("sm_count", 0)),
+        context_bytes=context_bytes(int(row.get("sm_count", 0)), (major, minor) if capability else None),
         l2_bytes=int(row.get("l2_mib", 0) * MiB),
         tdp_w=float(row.get("tdp_w", 0)),
         sources=row["sources"],

@@ -160,6 +160,19 @@ def cublas_handles(*, trains: bool = True) -> int:
     return 2 if trains else 1
 
 
+CUBLASLT_WORKSPACE_BYTES = 1 << 20
+"""Workspace of one cuBLASLt handle and stream (ATen/cuda/CublasHandlePool.cpp parseCUDABlasLtWorkspaceSize)."""
+
+
+def cublaslt_handles(*, biased: bool, recomputes: bool) -> int:
+    """Threads that run a linear with a bias, which is addmm with the bias in cuBLASLt's epilogue, and hold a workspace.
+
+    The forward's, and autograd's where it recomputes. Source: ATen/native/cuda/Blas.cpp addmm_out_cuda_impl (a bias
+    of one dimension), CublasHandlePool.cpp getCUDABlasLtWorkspace. Seen on an H200 with torch 2.11.
+    """
+    return (1 + recomputes) if biased else 0
+
+
 # --- 4-bit weights ---------------------------------------------------------------------------------------------
 
 BLOCKSIZE_4BIT = 64
@@ -241,6 +254,19 @@ def flash_backward_workspace(b: int, s_q: int, s_k: int, h: int, h_kv: int, d: i
     s_pad = round_up(s_q, 128)
     d_pad = round_up(d, 32) if d <= 128 else round_up(d, 64)
     buffers = [("softmax_d", 4 * b * h * s_pad), ("dq_accum", 4 * b * s_pad * h * d_pad)]
+    if h_kv != h:
+        expanded = 2 * b * s_k * h * d
+        buffers += [("dk_expanded", expanded), ("dv_expanded", expanded)]
+    return tuple(buffers)
+
+
+def cudnn_backward_workspace(b: int, s_q: int, s_k: int, h: int, h_kv: int, d: int) -> tuple[tuple[str, int], ...]:
+    """The one workspace of cuDNN's attention backward, as its plan asks for it (cudnn/MHA.cpp get_workspace_size).
+
+    Closed source; read off recordings of an H200 (cuDNN 9.19, head sizes 64 and 128, data/measurements): the buffers
+    of FlashAttention-2 without padded rows, and 256 bytes.
+    """
+    buffers = [("softmax_sum", 4 * b * h * s_q), ("dq_accum", 4 * b * s_q * h * d), ("alignment", 256)]
     if h_kv != h:
         expanded = 2 * b * s_k * h * d
         buffers += [("dk_expanded", expanded), ("dv_expanded", expanded)]

@@ -9,9 +9,31 @@ from planner.units import MiB
 CPU = "CPU"
 """Vendor of a processor used as the device."""
 
-CONTEXT_BYTES = (128 * MiB, 350 * MiB, 640 * MiB)
-"""CUDA context of a PyTorch process, low/expected/high: assumed. It holds the driver's state and the kernels that
-were loaded (lazily since CUDA 11.7), so it grows with the number of libraries and differs between drivers."""
+CONTEXT_BYTES = (100 * MiB, 450 * MiB, 1536 * MiB)
+"""CUDA context of a PyTorch process on an unknown card, low/expected/high: assumed, see `context_bytes`."""
+
+RESIDENT_THREADS = {
+    (7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (11, 0): 1536, (12, 0): 1536, (12, 1): 1536,
+}  # fmt: skip
+"""Threads that a multiprocessor holds at a time by compute capability, else 2048 (CUDA C++ Programming Guide)."""
+CONTEXT_BASE, CONTEXT_PER_THREAD = 28 * MiB, 2_890
+"""The line through two measured cards: a T4 with 140.9 MiB (40 x 1024 threads) and an H200 with 771 (132 x 2048)."""
+CONTEXT_SHARES = (0.7, 1.0, 2.0)
+
+
+def context_bytes(sm_count: int, capability: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Low, expected and high CUDA context of a PyTorch process: interpolated between two measured cards.
+
+    The driver sets local memory and stacks aside for every thread that can be resident, beside its own state and the
+    kernels that were loaded so far (lazily since CUDA 11.7). The upper end has room for what some runs add, measured
+    on the H200 with 771 MiB: the communicator of NCCL (558 MiB on one rank) or CUDA_MODULE_LOADING=EAGER (730 and
+    more; not for both).
+    """
+    if sm_count < 1 or capability is None:
+        return CONTEXT_BYTES
+    threads = sm_count * RESIDENT_THREADS.get(capability, 2048)
+    low, expected, high = (int(share * (CONTEXT_BASE + CONTEXT_PER_THREAD * threads)) for share in CONTEXT_SHARES)
+    return low, expected, max(high, 640 * MiB)
 
 
 @record
@@ -49,6 +71,11 @@ class Gpu:
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
             raise InvalidInput(f"{self.gpu_id}: memory is {self.memory_bytes} bytes; must be positive")
+
+    @property
+    def assumes_context(self) -> bool:
+        """Whether no calibration measured the context of a process on this card."""
+        return self.context_bytes in (CONTEXT_BYTES, context_bytes(self.sm_count, self.compute_capability))
 
     @property
     def synchronous(self) -> bool:

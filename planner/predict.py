@@ -252,8 +252,9 @@ def allocator_ranges(
     the large pool is replayed. Returns allocated, reserved, and whether the card was too small for the replay.
     """
     share = sum(s for _, s in reasons)
-    small_reserved = -(-small // allocator.SMALL_SEGMENT) * allocator.SMALL_SEGMENT
     replayed = allocator.replay(events)
+    peak += replayed.peak_allocated - _requested(events)
+    small_reserved = -(-small // allocator.SMALL_SEGMENT) * allocator.SMALL_SEGMENT
     expected, ran_out = replayed.peak_reserved + small_reserved, False
     allocated = Range(
         low=int(peak * (1 - share)),
@@ -271,6 +272,18 @@ def allocator_ranges(
         high = max(expected, min(high, gpu.rooms[2]))  # the cache cannot outgrow the card
     reserved = Range(low=min(allocated.low, expected), expected=expected, high=high)
     return allocated, reserved, ran_out
+
+
+def _requested(events: list[tuple[int, int]]) -> int:
+    """Peak of what is asked for, in blocks of 512 bytes.
+
+    torch counts whole blocks as allocated, and a large one whose rest is at most 1 MiB is not split.
+    """
+    level = peak = 0
+    for _, size in events:
+        level += -(-size // allocator.MIN_BLOCK) * allocator.MIN_BLOCK if size > 0 else size // 512 * 512
+        peak = max(peak, level)
+    return peak
 
 
 def _within(events: list[tuple[int, int]], capacity: int) -> int | None:

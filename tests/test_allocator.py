@@ -410,3 +410,15 @@ def test_a_card_is_never_overdrawn(events, capacity, expandable):
             one.free(blocks.pop(storage))
         check(one)
         assert one.peak_reserved <= capacity * MIB
+
+
+def test_segments_fill_address_blocks_from_the_lowest_gap() -> None:
+    """What 20 MiB leave of a block of 32 MiB takes segments of 2 MiB, rising; a larger one begins a block below."""
+    allocator = CachingAllocator()
+    first, second = allocator.malloc(18 << 20), allocator.malloc(20 << 20)
+    small = [allocator.malloc(1 << 20) for _ in range(3)]
+    assert first is not None
+    assert second is not None
+    assert second.address == first.address - (32 << 20)
+    addresses = [block.address for block in small if block is not None]
+    assert addresses == [second.address + (n << 20) for n in (20, 21, 22)]

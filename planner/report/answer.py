@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.errors import one_line
-from planner.hardware import CONTEXT_BYTES, CPU, Gpu
+from planner.hardware import CPU, Gpu
 from planner.memory import Moment
 from planner.predict import Prediction
 from planner.sources import LoadedConfig
@@ -65,11 +65,11 @@ def components(answer: Answer) -> tuple[Component, ...]:
         Component(name, nbytes, "allocated", weights if name == "base weights" else "computed")
         for name, nbytes in p.breakdown.ledger
     ]
-    cache = p.reserved.expected - p.allocated.expected
+    cache = p.reserved.expected - sum(part.nbytes for part in parts)  # with what a block has more than its tensor
     if cache > 0:
         parts.append(Component("allocator cache", cache, "reserved", "computed"))
     beyond = p.device.expected - p.reserved.expected
-    origin = "assumed" if p.gpu is None or p.gpu.context_bytes == CONTEXT_BYTES else "fitted"
+    origin = "assumed" if p.gpu is None or p.gpu.assumes_context else "fitted"
     return (*parts, Component(context_name(p.gpu), beyond, "device", origin))
 
 

@@ -89,10 +89,12 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         del fused
     else:
         late = spec.qk_norm_after_rope
-        q = _projected_norm(step, held, None if late else spec.q_norm, linears.forward(step, group[0], x))
+        q = _by_heads(step, spec, linears.forward(step, group[0], x), spec.num_heads)
+        q = _projected_norm(step, held, None if late else spec.q_norm, q)
         if step.model.model_type in SCALES_QUERY:
             q = ops.scale(eng, q, "query")
-        k = _projected_norm(step, held, None if late else spec.k_norm, linears.forward(step, group[1], x))
+        k = _by_heads(step, spec, linears.forward(step, group[1], x), spec.num_kv_heads)
+        k = _projected_norm(step, held, None if late else spec.k_norm, k)
         v = linears.forward(step, group[2], x)
         if spec.clips_qkv:
             q, k, v = (picking.clamp_in_place(eng, y) for y in (q, k, v))
@@ -111,6 +113,15 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
     return named, q, k, v
+
+
+def _by_heads(step: Step, spec: Attention, x: Tensor, heads: int) -> Tensor:
+    """A projection's output by heads, where rotate_half follows."""
+    kind = step.model.model_type
+    turns = spec.position == "rope" and kind not in (*eager.ROTATES_TOKENS_FIRST, OWN_CODE)
+    if not turns or heads == 1 or step.train.kernels in ("unsloth", "fms-fused", "liger"):
+        return x
+    return ops.split_heads(step.eng, x)
 
 
 SCALES_QUERY = ("opt",)
@@ -331,7 +342,8 @@ def _flash(
     if step.train.versions.transformers < REPEATS_BEFORE_FLASH:
         groups = heads // spec.num_kv_heads
         k, v = ops.expand_copy(step.eng, k, groups), ops.expand_copy(step.eng, v, groups)
-    buffers = cuda_rules.flash_backward_workspace(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
+    rule = cuda_rules.flash_backward_workspace if op == "flash_attention" else cuda_rules.cudnn_backward_workspace
+    buffers = rule(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
     return ops.fused_attention(
         step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op=op,
@@ -352,8 +364,11 @@ def _efficient(
     v_dim = spec.v_head_dim or spec.head_dim
     b, s, heads = step.batch, step.seq, spec.num_heads
     buffers = cuda_rules.efficient_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim, ITEMSIZE[q.dtype])
+    rows = cuda_rules.round_up(s, 32)
+    if op == "cudnn_attention":
+        buffers, rows = cuda_rules.cudnn_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim), s
     return ops.fused_attention(
-        eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * cuda_rules.round_up(s, 32),
+        eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * rows,
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked), op=op, mask=mask,
     )  # fmt: skip
 

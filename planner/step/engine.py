@@ -99,6 +99,8 @@ class Record:
         self.sublayer_of: list[int] = []
         self.kernels: list[Kernel] = []
         self.segments: list[Segment] = [Segment("load", -1, 1, 0)]
+        self.first_products: dict[bool, tuple[int, int]] = {}
+        """In the backward (True) or before it: (segment, events before it) of the first product by cuBLAS."""
         self.closed = False
 
     def allocate(self, nbytes: Size, op: str) -> int:
@@ -126,7 +128,7 @@ class Record:
 class Tensor:
     """A tensor without data: element count, dtype, storage, and its place in the autograd graph."""
 
-    __slots__ = ("dtype", "grad", "node", "numel", "requires_grad", "slot", "storage")
+    __slots__ = ("dtype", "grad", "is_view", "node", "numel", "requires_grad", "slot", "storage")
 
     def __init__(self, storage: Storage, numel: Size, dtype: str) -> None:
         self.storage = storage
@@ -136,6 +138,8 @@ class Tensor:
         self.node: Node | None = None
         self.slot = 0
         self.grad: Tensor | None = None
+        self.is_view = False
+        """Whether torch holds its base beside it (autograd/variable.h DifferentiableViewMeta): two owners."""
 
     @property
     def nbytes(self) -> Size:
@@ -224,6 +228,8 @@ class Engine:
         """How many equal layers an emulated layer stands for (1 where not listed)."""
         self.recomputing = False
         """Whether a checkpoint runs its forward again."""
+        self.in_backward = False
+        """Whether autograd's own thread runs, recomputations included."""
         self._seq = 0
 
     # --- making tensors ---------------------------------------------------------------------------------------
@@ -282,6 +288,13 @@ class Engine:
         moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
         flops = 2.0 * batch * m * n * k  # a float: int64 would overflow silently in a sweep
         self.kernel(op, dtype, moved, flops, count, (batch, m, n, k), layout)
+        self.calls_blas()
+
+    def calls_blas(self) -> None:
+        """Remember the first product of each thread: its handle then gets its workspace."""
+        record = self.record
+        if self.in_backward not in record.first_products:
+            record.first_products[self.in_backward] = (len(record.segments) - 1, len(record.events))
 
     # --- the graph --------------------------------------------------------------------------------------------
 
@@ -497,6 +510,7 @@ class Engine:
         ready: list[tuple[int, int, Node]] = [(-start.seq, 0, start)]
         del first, grad
         outer, self.grad_enabled = self.grad_enabled, False
+        thread, self.in_backward = self.in_backward, True
         tie = 0
         while ready:
             node = heapq.heappop(ready)[2]
@@ -527,7 +541,7 @@ class Engine:
                     heapq.heappush(ready, (-target.seq, tie, target))
             node.edges = []
             del results, node
-        self.grad_enabled = outer
+        self.grad_enabled, self.in_backward = outer, thread
         self._drop_attributes(held)
 
     def _drop_attributes(self, held: list[tuple[int, tuple[Tensor, ...]]]) -> None:
@@ -594,7 +608,12 @@ class Engine:
             return
         self.kernel("elementwise", old.dtype, 2 * old.nbytes + grad.nbytes)
         # In place when the buffer holds the last reference (getrefcount adds its argument, this frame one name).
-        if self.accumulates_in_place and sys.getrefcount(old.storage) <= 2 and sys.getrefcount(old) <= 3:
+        if (
+            self.accumulates_in_place
+            and not old.is_view
+            and sys.getrefcount(old.storage) <= 2
+            and sys.getrefcount(old) <= 3
+        ):
             return
         buffer[index] = self.empty(old.numel, old.dtype, "accumulate_grad")
 

@@ -93,7 +93,7 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     quant = train.quantization
     if is_quantized(spec, quant, adapted, train.uses_own_modules):
         held.kind = quant.kind
-        held.packed = [eng.empty(n, "int8", f"weight_{name}") for name, n in quantized_bytes(spec, quant)]
+        held.packed = _quantized(step, spec, quant)
     else:
         held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
     held.dtype = train.base_dtype
@@ -103,6 +103,21 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     elif spec.bias:
         held.bias = step.weight(spec.out_features)
     return held
+
+
+def _quantized(step: Step, spec: Linear, quant: QuantizationSpec) -> list[Tensor]:
+    """What is kept of a weight; bitsandbytes gets it whole, on the GPU, and leaves holes in the cache behind.
+
+    Source: functional.py quantize_4bit: the weight, its scales, the packed weight; nested: scales less their mean.
+    """
+    eng = step.eng
+    whole: list[Tensor] = []
+    if quant.kind in ("nf4", "fp4") and not step.arch.on_cpu:
+        whole.append(eng.empty(spec.weight_elements, step.train.base_dtype, "loading"))
+        if quant.double_quant:
+            scales = cuda_rules.absmax_blocks(spec.weight_elements)
+            whole += [eng.empty(scales, FP32, "loading"), eng.empty(scales, FP32, "loading")]
+    return [eng.empty(n, "int8", f"weight_{name}") for name, n in quantized_bytes(spec, quant)]
 
 
 def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
@@ -174,8 +189,10 @@ def _adapter_product(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     outs = []
     for a, b, rank, width in held.lora:
         low = ops.linear(eng, ops.dropout(eng, x, p, "lora_dropout"), a, m, rank, k, op="lora_a")
-        outs.append(ops.scale(eng, ops.linear(eng, low, b, m, width, rank, op="lora_b"), "lora_scale"))
+        product = ops.linear(eng, low, b, m, width, rank, op="lora_b")
         del low
+        outs.append(ops.scale(eng, product, "lora_scale"))
+        del product
     out = outs[0]
     for other in outs[1:]:
         out = ops.cat_half(eng, out, other, "lora_slices")

@@ -128,6 +128,17 @@ def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad"
     return outs
 
 
+def split_heads(eng: Engine, x: Tensor, op: str = "heads_grad") -> Tensor:
+    """x.view(b, s, heads, d).transpose(1, 2), whose gradient comes back contiguous: the reshape copies it.
+
+    Slices, as rotate_half takes them, begin that gradient with contiguous zeros (slice_backward), and what is added
+    to it lands there.
+    """
+    out = x.view()
+    eng.link(out, (x,), lambda node, grads: [unary(eng, _grad(grads), op, strided=True)])
+    return out
+
+
 def contiguous(eng: Engine, x: Tensor, op: str = "contiguous") -> Tensor:
     """A copy of a strided tensor."""
     out = unary(eng, x, op, strided=True)
@@ -477,13 +488,13 @@ def linear(
 
         def of_input() -> None:
             if need_x:
-                results[0] = eng.empty(x_numel, dtype, f"{op}_grad")
+                results[0] = _viewed(eng.empty(x_numel, dtype, f"{op}_grad"))
                 eng.matmul(kind, dtype, m, k, n, layout="nn")
 
         if b is not None:
             of_input()
         if need_w:
-            results[1] = eng.empty(w_numel, dtype, "weight_grad")
+            results[1] = _viewed(eng.empty(w_numel, dtype, "weight_grad"))
             eng.matmul(kind, dtype, n, k, m, layout="tn")
         if b is None:
             of_input()
@@ -498,6 +509,12 @@ def linear(
     eng.matmul(kind, x.dtype, m, n, k)
     del arg
     return out
+
+
+def _viewed(grad: Tensor) -> Tensor:
+    """A gradient that went through a reshape or a transposition (ATen/native/Linear.cpp, LinearAlgebra.cpp matmul)."""
+    grad.is_view = True
+    return grad
 
 
 def bmm(

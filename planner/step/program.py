@@ -213,6 +213,18 @@ class _Run:
         if step.arch.blas_workspaces:
             workspace = cuda_rules.cublas_workspace_bytes(step.arch.capability)
             self.workspaces = [self.eng.workspace(workspace, "cublas") for _ in range(cuda_rules.cublas_handles())]
+            self.workspaces += [
+                self.eng.workspace(cuda_rules.CUBLASLT_WORKSPACE_BYTES, "cublas") for _ in range(self._biased_threads())
+            ]
+
+    def _biased_threads(self) -> int:
+        """Threads with a cuBLASLt workspace: those that run a linear with a bias, quantized to 8 bit or not at all."""
+        held = [*([self.head] if self.head else []), *(w for layer in self.weights for w in layer.linears.values())]
+        biased = any(
+            linear.bias is not None and linear.kind != "int8" and linear.spec.cls != "subclass" for linear in held
+        )
+        recomputes = self.step.train.gradient_checkpointing != "none"
+        return cuda_rules.cublaslt_handles(biased=biased, recomputes=recomputes)
 
     def _prepare(self) -> None:
         """prepare_model_for_kbit_training: one parameter after the other (peft utils/other.py)."""
@@ -490,11 +502,11 @@ class _Run:
     def _rotary_tables(self, numel: Size, dtype: str) -> tuple[Tensor, Tensor]:
         eng = self.eng
         angles = eng.empty(numel // 2, FP32, "rotary_tables")
+        eng.calls_blas()
         both = eng.empty(numel, FP32, "rotary_tables")
-        cos = ops.unary(eng, both, "rotary_tables")
-        cos = ops.cast(eng, ops.scale(eng, cos, "rotary_tables"), dtype, "rotary_tables")
-        sin = ops.unary(eng, both, "rotary_tables")
-        sin = ops.cast(eng, ops.scale(eng, sin, "rotary_tables"), dtype, "rotary_tables")
+        cos = ops.scale(eng, ops.unary(eng, both, "rotary_tables"), "rotary_tables")
+        sin = ops.scale(eng, ops.unary(eng, both, "rotary_tables"), "rotary_tables")
+        cos, sin = (ops.cast(eng, table, dtype, "rotary_tables") for table in (cos, sin))
         del angles, both
         return cos, sin
 

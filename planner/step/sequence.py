@@ -37,6 +37,10 @@ class _Layout:
         self.ordinal: dict[int, tuple[int, int]] = {}
         """Per storage: (segment, position among the allocations of that segment)."""
         self.real = real_layers(record)
+        blas = [index for index, op in enumerate(record.ops) if op == "cublas"]
+        self.late = dict(zip(blas, record.first_products.values(), strict=False))
+        """cuBLAS workspaces, noted with the weights as every steady step has them -> (segment, events before it) of
+        the product that asks for one in the first step: it may take, and keep, a piece of what was freed by then."""
         seen: dict[tuple[str, int], int] = {}
         for number, segment in enumerate(record.segments):
             times = seen.get((segment.phase, segment.layer), 0)
@@ -53,8 +57,11 @@ class _Layout:
         """The events of a segment above `smallest` bytes; names are relative to the segment's layer."""
         record, segment = self.record, self.record.segments[number]
         out: Template = []
-        for index, size in record.events[segment.start : segment.end]:
-            if -smallest <= size <= smallest:
+        late = {at: place for place, (where, at) in enumerate(self.late.values()) if where == number}
+        for position, (index, size) in enumerate(record.events[segment.start : segment.end], segment.start):
+            if position in late:
+                out.append(self._workspace(late.pop(position)))
+            if -smallest <= size <= smallest or index in self.late:
                 continue
             where, place = self.ordinal[index]
             owner = record.segments[where].layer
@@ -63,7 +70,12 @@ class _Layout:
             else:
                 offset = self.real[owner][-1] if owner >= 0 else 0
             out.append((size, self.kind_of[where] * _KIND + (offset + _BASE) * _LAYER + place))
-        return out
+        return out + [self._workspace(place) for place in late.values()]
+
+    def _workspace(self, place: int) -> tuple[int, int]:
+        """The event that makes the first (0) or second workspace; a negative name: made once, kept."""
+        index = list(self.late)[place]
+        return next(size for made, size in self.record.events if made == index), -1 - place
 
 
 def real_layers(record: Record) -> dict[int, range]:
@@ -104,7 +116,12 @@ def expand(record: Record, steps: int = 2, smallest: int = 0) -> list[tuple[int,
         for layer in _layers_of(segment, layout.real):
             shift = layer * _LAYER if segment.layer >= 0 else 0
             for size, name in template:
-                if size > 0:
+                if name < 0:
+                    if name not in ids:
+                        counter += 1
+                        ids[name] = counter
+                        out.append((counter, size))
+                elif size > 0:
                     counter += 1
                     ids[name + shift] = counter
                     if in_step:
@@ -166,6 +183,7 @@ class _Writer:
         self.events: list[tuple[int, int]] = []
         self.number = 0
         self.known: dict[int, tuple[_Layout, list[Template]]] = {}
+        self.workspaces: set[int] = set()
 
     def write(self, record: Record, phases: Container[str]) -> list[tuple[int, int]]:
         """Write the segments of these phases; return the storages that live on, with their bytes."""
@@ -180,7 +198,12 @@ class _Writer:
             for layer in _layers_of(segment, layout.real):
                 shift = layer * _LAYER if segment.layer >= 0 else 0
                 for size, name in template:
-                    if size > 0:
+                    if name < 0:
+                        if name not in self.workspaces:
+                            self.number += 1
+                            self.workspaces.add(name)
+                            self.events.append((self.number, size))
+                    elif size > 0:
                         self.number += 1
                         alive[name + shift] = (self.number, size)
                         self.events.append((self.number, size))
