@@ -133,7 +133,7 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     return 32 * 2**20 if capability[0] in (9, 10) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-_REPRESENTATIVES = ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0))
+_REPRESENTATIVES = ((7, 0), (7, 5), (8, 0), (8, 6), (8, 9))
 """One compute capability of each kind that the rules of this module tell apart."""
 
 
@@ -209,7 +209,7 @@ def gemm_4bit_temporaries(n: int, k: int, *, double_quant: bool, compute_bytes: 
     return (("absmax_dq", scales), ("absmax", scales), weight) if double_quant else (weight,)
 
 
-FUSED_4BIT_ROWS = {(7, 5): 32, (8, 0): 16, (8, 6): 16, (8, 7): 4, (9, 0): 4, (10, 0): 4, (10, 3): 4, (11, 0): 4}
+FUSED_4BIT_ROWS = {(7, 5): 32, (8, 0): 4, (8, 6): 16, (8, 7): 4, (9, 0): 4, (10, 0): 4, (10, 3): 4, (11, 0): 4}
 """Rows of input up to which every weight of a model meets bitsandbytes' fused 4-bit kernel, by compute capability, else
 8; without 16-bit matrix units, and for fp32, 7. _gemm_4bit_use_custom_cuda lets larger weights go further (64 rows on
 sm90, 128 on sm80, 256 elsewhere, for wide outputs): there a dequantization is counted that does not happen."""

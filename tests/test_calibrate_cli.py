@@ -244,6 +244,19 @@ def small_model() -> Any:
 
 
 @pytest.mark.slow
+def test_the_callback_reads_what_peft_writes_out_for_all_linear() -> None:
+    pytest.importorskip("transformers")
+    from calibrate.callback import _targets
+
+    full = [f"model.layers.{i}.{name}" for i in range(3) for name in ("self_attn.q_proj", "mlp.up_proj")]
+    assert _targets(full, 3) == ("mlp.up_proj", "self_attn.q_proj")
+    assert _targets(["k_proj", "q_proj"], 3) == ("k_proj", "q_proj")
+    with pytest.raises(ValueError, match="differ between layers"):
+        _targets(full[:-1], 3)
+    with pytest.raises(ValueError, match="differ between layers"):
+        _targets(full, 4)
+
+
 def test_the_callback_records_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("peft")

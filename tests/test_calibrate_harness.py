@@ -240,6 +240,31 @@ def test_a_folder_of_another_device_or_grid_is_refused(tmp_path: Path, monkeypat
         go(RunFolder(tmp_path), ["ok"], monkeypatch)
 
 
+def test_processes_are_started_ahead_and_none_is_left() -> None:
+    code = "import os, sys, json; r = json.load(sys.stdin); print(json.dumps({'n': r['n'], 'pid': os.getpid()}))"
+    workers = Spawning([sys.executable, "-c", code], ahead=2)
+    first = workers.run({"n": 1}, 60.0)
+    waiting = [item.process.pid for item in workers._waiting]
+    assert len(waiting) == 2
+    second = json.loads(workers.run({"n": 2}, 60.0).stdout)
+    assert json.loads(first.stdout)["n"] == 1
+    assert second == {"n": 2, "pid": waiting[0]}
+    left = [item.process for item in workers._waiting]
+    workers.close()
+    assert all(process.poll() is not None for process in left)
+    assert workers._waiting == []
+
+
+def test_a_process_that_died_while_it_waited_is_a_result() -> None:
+    workers = Spawning([sys.executable, "-c", "import sys; sys.exit(7)"], ahead=1)
+    workers.run({}, 60.0)
+    workers._waiting[0].process.wait()
+    ended = workers.run({}, 60.0)
+    assert (ended.code, ended.timed_out) == (7, False)
+    assert result_of(ended)["status"] == "error"
+    workers.close()
+
+
 def test_the_budget_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = replace(SETTINGS, budget_s=1.0)
     monkeypatch.setenv("FAULT", ",".join(["ok"] * 50))
