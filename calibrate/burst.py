@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from calibrate import history
@@ -75,15 +75,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     threads = int(request.get("threads", 1))
     device = open_device(request["device"], threads)
     sampler = MemorySampler(device.used_bytes)  # its baseline is what was there before this process's CUDA context
-    if device.kind == "cpu":
-        torch.set_num_threads(threads)
-    elif isinstance(device, CudaDevice):
-        torch.cuda.set_device(device.index)
-        if request.get("allocator"):
-            torch.cuda.memory._set_allocator_settings(request["allocator"])
-    torch.manual_seed(int(request.get("seed", 0)))
     burst = _Burst(request, device, sampler)
     try:
+        _prepare(device, request, threads)
         with sampler.running():
             burst.measure()
         status, message = "ok", ""
@@ -94,7 +88,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     except RuntimeError as error:
         kind = "oom" if _is_memory(str(error)) else "error"
         status, message = kind, one_line(f"{type(error).__name__}: {error}", 2000)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError) as error:
         status, message = "error", one_line(f"{type(error).__name__}: {error}", 2000)
     return {
         "status": status, "message": message, **burst.found, "device_memory": sampler.result(),
@@ -102,6 +96,19 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", "")),
         "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def _prepare(device: Device, request: dict[str, Any], threads: int) -> None:
+    """Make the device ready: threads of a CPU; a GPU's context, with the allocator's settings."""
+    import torch
+
+    if device.kind == "cpu":
+        torch.set_num_threads(threads)
+    elif isinstance(device, CudaDevice):
+        torch.cuda.set_device(device.index)
+        if request.get("allocator"):
+            torch.cuda.memory._set_allocator_settings(request["allocator"])
+    torch.manual_seed(int(request.get("seed", 0)))
 
 
 def timed_steps(most: int, step_s: float) -> int:
@@ -147,6 +154,8 @@ class _Burst:
         self.device = device
         self.sampler = sampler
         self.found: dict[str, Any] = {"memory": {}}
+        self.patches = ExitStack()
+        """What the libraries are told about this model, for as long as the process runs."""
 
     def measure(self) -> None:
         """Load, adapt, warm up, time, then look closer in untimed steps."""
@@ -186,6 +195,9 @@ class _Burst:
         model, notes = fake_model.build(config, training, self.request.get("layers"))
         self.found["notes"] = notes
         make = fake_model.RandomMaker(self.device.name)
+        self.patches.enter_context(
+            fake_model.quantized_parameters()
+        )  # weights are plain parameters: DoRA must find them
         for _ in fake_model.materialise(model, training, make):
             pass  # one module at a time: its 16-bit weight is gone before the next one is made
         self._mark("load and adapters")

@@ -39,7 +39,9 @@ PORTABLE_VECTORS = ("avx2", "avx", "unknown")
 
 _PRODUCTS = {"matmul": "matrix products", "lora": "adapters", "bmm": "attention"}
 _FUSED = ("flash_attention", "efficient_attention", "cudnn_attention")
-_INT8 = ("int8_quantize", "int8_dequantize")
+_INT8 = {"int8_quantize": 0.48, "int8_dequantize": 0.67}
+"""bitsandbytes' 8-bit kernels and the share of the reached bandwidth that each has (H200 profiles: kInt8VectorQuant, a
+block a row, 2.0 TB/s; kdequant_mm_int32_fp16 2.9 TB/s)."""
 COMPILED_LAUNCHES = 0.3
 """Share of the launches that torch.compile leaves where it fuses element-wise kernels: assumed."""
 LOG_SOFTMAX_PASSES = 2.0
@@ -267,6 +269,8 @@ class Rates:
             return _Price(self.attention_s(kernel, tokens_per_row), kernel.bytes / self.bytes_per_s, latency)
         if kernel.op == "dequantize":
             return _Price(0.0, kernel.bytes / self.dequantize_bytes_per_s, latency)
+        if kernel.op in _INT8:
+            return _Price(0.0, kernel.bytes / (self.bytes_per_s * _INT8[kernel.op]), latency)
         if kernel.op == "host_transfer":
             return _Price(0.0, kernel.bytes / self.c["host_link"], latency)
         traffic = kernel.bytes / self.bytes_per_s
