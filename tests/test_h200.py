@@ -41,15 +41,16 @@ def memory_errors() -> dict[str, list[float]]:
 def test_allocated_memory() -> None:
     errors = memory_errors()["allocated"]
     assert len(errors) >= 55
-    assert mean(map(abs, errors)) < 0.0025
-    assert max(errors) < 0.001
-    assert min(errors) > -0.03
+    assert mean(map(abs, errors)) < 0.0003
+    assert max(errors) < 0.0015
+    assert min(errors) > -0.0015
 
 
 def test_reserved_memory() -> None:
     errors = memory_errors()["reserved"]
-    assert mean(map(abs, errors)) < 0.025
+    assert mean(map(abs, errors)) < 0.008
     assert max(errors) < 0.13
+    assert min(errors) > -0.02
 
 
 def test_a_trainer_run_is_predicted_before_any_calibration() -> None:
