@@ -15,11 +15,12 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from calibrate.measurements import Measurement, Run, merge
+from calibrate.residuals import context, errors, memory_rows, memory_summary, summary
 from planner import families, timing
 from planner.calibration import FORMULA_VERSION, Calibration, Coefficient, Coefficients, priors
 from planner.errors import InvalidInput, MissingDependency, PlannerError, one_line
 from planner.hardware import Gpu
-from planner.predict import architecture, predict
+from planner.predict import architecture
 from planner.records import record
 from planner.step import program
 from planner.step.engine import Kernel, Record, Segment
@@ -495,25 +496,6 @@ def _row(item: Point, coefficients: Coefficients) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def errors(rows: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Signed relative errors of predicted against measured."""
-    return [row["predicted_s"] / row["measured_s"] - 1 for row in rows]
-
-
-def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and worst absolute error in percent."""
-    found = errors(rows)
-    if not found:
-        return {"bursts": 0}
-    worst = max(found, key=abs)
-    return {
-        "bursts": len(found),
-        "mean_error_pct": 100 * sum(abs(e) for e in found) / len(found),
-        "bias_pct": 100 * sum(found) / len(found),
-        "worst_pct": 100 * worst,
-    }
-
-
 def repeats(points: Iterable[Measurement]) -> list[float]:
     """|log ratio| of every repeated burst to the first of its kind."""
     first: dict[str, float] = {}
@@ -589,7 +571,7 @@ def _calibration(
         versions=last.versions,
         coefficients=Coefficients(items, formula_error),
         repeatability=repeat_interval(notes.repeated),
-        context_bytes=_context([p.measurement for p in problem.points]),
+        context_bytes=context([p.measurement for p in problem.points]),
         bursts=notes.timed,
         report=report | {"repeats": len(notes.repeated)},
     )
@@ -612,53 +594,6 @@ def _strong(names: Sequence[str], covariance: Any) -> list[list[Any]]:
             if abs(value) >= STRONG:
                 found.append([first, names[j], round(value, 3)])
     return found
-
-
-# --- memory --------------------------------------------------------------------------------------------------------
-
-
-def memory_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Predicted and measured peaks of every GPU burst; nothing of the prediction is fitted."""
-    rows, known = [], {}
-    for item in points:
-        measured = item.measurement.memory_bytes
-        if not measured:
-            continue
-        key = item.measurement.key
-        if key not in known:
-            spec = families.build_spec(item.measurement.config, model_id=item.measurement.model)
-            known[key] = predict(spec, item.training, item.gpu)
-        predicted = {name: getattr(known[key], name).expected for name in measured}
-        rows.append({"key": key, "measured": measured, "predicted": predicted})
-    return rows
-
-
-def memory_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and worst error by counter."""
-    found = {}
-    for name in ("allocated", "reserved", "device"):
-        pairs = [
-            {"measured_s": row["measured"][name], "predicted_s": row["predicted"][name]}
-            for row in rows
-            if row["measured"].get(name)
-        ]
-        if pairs:
-            found[name] = summary(pairs)
-    return found
-
-
-def _context(items: Iterable[Measurement]) -> tuple[int, int, int] | None:
-    """Device memory beyond the reserved peak: what formulas cannot know (context, libraries, workspaces)."""
-    beyond = []
-    for item in items:
-        marks = item.result.get("memory", {}).values()
-        reserved = max((mark.get("reserved", 0) for mark in marks), default=0)
-        if reserved and "device" in item.memory_bytes:
-            beyond.append(item.memory_bytes["device"] - reserved)
-    beyond.sort()
-    if not beyond:
-        return None
-    return max(beyond[0], 0), max(beyond[len(beyond) // 2], 0), max(beyond[-1], 0)
 
 
 # --- checking ------------------------------------------------------------------------------------------------------

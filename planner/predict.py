@@ -146,6 +146,7 @@ def predict(
     if gpu is not None and gpu.vendor == CPU:
         reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
     device = reserved.shifted(gpu.context_bytes if gpu is not None else CONTEXT_BYTES)
+    breakdown = _with_whole_blocks(breakdown, allocated.expected)
     return Prediction(
         model=model,
         training=training,
@@ -272,6 +273,14 @@ def allocator_ranges(
         high = max(expected, min(high, gpu.rooms[2]))  # the cache cannot outgrow the card
     reserved = Range(low=min(allocated.low, expected), expected=expected, high=high)
     return allocated, reserved, ran_out
+
+
+def _with_whole_blocks(found: memory.MemoryBreakdown, allocated: int) -> memory.MemoryBreakdown:
+    """The breakdown with what blocks have beyond their requests (`_requested`) as a line of its own."""
+    beyond = allocated - found.peak_allocated_bytes
+    if beyond <= 0:
+        return found
+    return replace(found, peak_allocated_bytes=allocated, ledger=(*found.ledger, ("unsplit blocks", beyond)))
 
 
 def _requested(events: list[tuple[int, int]]) -> int:

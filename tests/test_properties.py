@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from planner import catalog, memory
-from planner.cuda_rules import Architecture
+from planner.cuda_rules import CUBLASLT_WORKSPACE_BYTES, Architecture
 from planner.errors import PlannerError
 from planner.families import build_spec
 from planner.model import ModelSpec
@@ -125,14 +125,18 @@ TABLES = ("positions", "rotary_tables", "attention_mask")
 
 @pytest.mark.parametrize("seed", range(6))
 def test_checkpointing_does_not_increase_the_peak(seed: int) -> None:
-    """Except by the rotary tables and the mask, which a checkpoint's closure holds to the end of the backward."""
+    """Except by the rotary tables and the mask, which a checkpoint's closure holds to the end of the backward.
+
+    And by the cuBLASLt workspace of autograd's thread, where it recomputes linears with a bias.
+    """
     for name, training in cases(10, 100 + seed):
         spec = built(name)
         without = program.run(spec, dataclasses.replace(training, gradient_checkpointing="none"), ARCH).record
         tables = sum(n for i, n in without.events if n > 0 and without.ops[i] in TABLES)
         for mode in ("full", "offload"):
             checkpointed = peak(spec, dataclasses.replace(training, gradient_checkpointing=mode))
-            assert checkpointed <= memory.peak_bytes(without) + memory.rounded(tables), (name, training)
+            most = memory.peak_bytes(without) + memory.rounded(tables) + CUBLASLT_WORKSPACE_BYTES
+            assert checkpointed <= most, (name, training)
 
 
 @pytest.mark.slow
@@ -154,7 +158,7 @@ def test_the_libraries_keep_the_tables_of_a_checkpoint_longer() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     (without, buffers), (with_it, held) = (json.loads(line) for line in done.stdout.splitlines())
-    assert 0 < held - buffers <= with_it - without < 10_000
+    assert 0 < held - buffers <= with_it - without - CUBLASLT_WORKSPACE_BYTES < 10_000
 
 
 def test_small_tensors_keep_wide_states_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,10 @@ def test_first_generation_qwen_equals_its_own_code(case: Any) -> None:
         micro_batch_size=batch, seq_len=length, padded=True,
     )  # fmt: skip
     run = program.run(spec, settings, cuda_rules.Architecture(), full_depth=True, accumulates_in_place=False)
-    assert memory.peak_bytes(run.record, block=1) == pytest.approx(traced, rel=2e-4)
+    # the figures were traced before the trace knew cuBLASLt's workspaces: c_attn has a bias
+    threads = cuda_rules.cublaslt_handles(biased=True, recomputes=checkpointing != "none")
+    found = memory.peak_bytes(run.record, block=1) - threads * cuda_rules.CUBLASLT_WORKSPACE_BYTES
+    assert found == pytest.approx(traced, rel=2e-4)
 
 
 def test_logits_of_first_generation_qwen_stay_16_bit() -> None:

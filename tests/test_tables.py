@@ -56,7 +56,7 @@ def test_a_large_table_is_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given=given))
         found = predict.predict(model, training, catalog.gpu("l4"))
         assert found.time is not None
-        assert row["allocated_bytes"] == found.allocated.expected
+        assert 0.97 <= row["allocated_bytes"] / found.allocated.expected <= 1  # a sweep leaves out unsplit blocks
         assert row["step_s"] == pytest.approx(found.time.step_s.expected, rel=1e-9)
         made = cost.plan(
             found.time, catalog.gpu("l4"), cost.Amount(tokens=1e6), micro_batch_size=given["micro_batch_size"],
@@ -266,13 +266,13 @@ def test_the_largest_run_says_what_limits_it(capsys: pytest.CaptureFixture[str])
 def test_a_replay_that_limits_is_named() -> None:
     model = families.build_spec(sources.load_config("Qwen/Qwen2.5-7B").config, model_id="Qwen/Qwen2.5-7B")
     training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={}))
-    values = list(range(8896, 9345, 64))
-    found = largest(model, training, catalog.gpu("rtx-4090"), "seq_len", values)
-    assert (found.value, found.limited_by) == (9024, "allocator replay")
-    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 9088}))
-    after = predict.predict(model, above, catalog.gpu("rtx-4090"))
+    values = list(range(7936, 8769, 64))
+    found = largest(model, training, catalog.gpu("l4"), "seq_len", values)
+    assert (found.value, found.limited_by) == (8320, "allocator replay")
+    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 8384}))
+    after = predict.predict(model, above, catalog.gpu("l4"))
     assert after.verdict == "too close to call"
-    assert after.allocated.high < catalog.gpu("rtx-4090").rooms[2]
+    assert after.allocated.high < catalog.gpu("l4").rooms[2]
 
 
 def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,7 +364,7 @@ def test_results_show_in_a_notebook() -> None:
     wanted = predict.predict(
         model, stacks.to_training_spec(stacks.resolve("custom", method="qlora", given=given)), catalog.gpu("l4")
     )
-    assert row.allocated_bytes.item() == wanted.allocated.expected
+    assert 0.97 <= row.allocated_bytes.item() / wanted.allocated.expected <= 1
     assert found._repr_html_().count("<tr>") == 9
     assert "allocated" in wanted._repr_html_()
     with pytest.raises(PlannerError, match="unknown setting"):

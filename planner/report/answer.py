@@ -65,7 +65,7 @@ def components(answer: Answer) -> tuple[Component, ...]:
         Component(name, nbytes, "allocated", weights if name == "base weights" else "computed")
         for name, nbytes in p.breakdown.ledger
     ]
-    cache = p.reserved.expected - sum(part.nbytes for part in parts)  # with what a block has more than its tensor
+    cache = p.reserved.expected - p.allocated.expected
     if cache > 0:
         parts.append(Component("allocator cache", cache, "reserved", "computed"))
     beyond = p.device.expected - p.reserved.expected

@@ -11,7 +11,7 @@ from planner import cuda_rules
 from planner.model import Attention, Norm
 from planner.step import eager, linears, ops, picking
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.feed_forward import Finish
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
@@ -325,6 +325,43 @@ def _flash_dtype(step: Step) -> str:
     return step.train.base_dtype if step.train.base_dtype != FP32 else step.train.quantization.compute_dtype
 
 
+ATTENTION_BACKWARD = 2.5
+"""Products of a fused attention's backward over its forward's: scores anew, dV, dP, dQ, dK against two."""
+
+
+def fused_attention(
+    eng: Engine,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out_numel: Size,
+    logsumexp_numel: Size,
+    workspace_bytes: Size,
+    flops: Size,
+    op: str,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One fused attention kernel: saves q, k, v, output and logsumexp; dq, dk, dv and workspaces in backward."""
+    out = eng.empty(out_numel, q.dtype, op)
+    lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
+    rng = eng.empty(2, INT64, f"{op}_rng")
+    eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
+    saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
+    numels, dtype = (q.numel, k.numel, v.numel), q.dtype
+
+    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
+        work = eng.workspace(workspace_bytes, f"{op}_workspace")
+        moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
+        eng.kernel(f"{op}_backward", dtype, moved, flops * ATTENTION_BACKWARD, count=3)
+        del work
+        return results
+
+    eng.link(out, (q, k, v), backward, saved)
+    return out
+
+
 def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
     """Causal scores and values: 2 products of b*H*s*s*d, half of them left out; with a `masked` tensor none is."""
     v_dim = spec.v_head_dim or spec.head_dim
@@ -344,7 +381,7 @@ def _flash(
         k, v = ops.expand_copy(step.eng, k, groups), ops.expand_copy(step.eng, v, groups)
     rule = cuda_rules.flash_backward_workspace if op == "flash_attention" else cuda_rules.cudnn_backward_workspace
     buffers = rule(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
-    return ops.fused_attention(
+    return fused_attention(
         step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op=op,
     )  # fmt: skip
@@ -367,7 +404,7 @@ def _efficient(
     rows = cuda_rules.round_up(s, 32)
     if op == "cudnn_attention":
         buffers, rows = cuda_rules.cudnn_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim), s
-    return ops.fused_attention(
+    return fused_attention(
         eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * rows,
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked), op=op, mask=mask,
     )  # fmt: skip
@@ -408,7 +445,7 @@ def _own_mask(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
         b, s, s, spec.num_heads, spec.num_kv_heads, spec.head_dim, ITEMSIZE[q.dtype]
     )
     rows = b * spec.num_heads * cuda_rules.round_up(s, 32)
-    out = ops.fused_attention(
+    out = fused_attention(
         eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=rows,
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked=True),
         op="efficient_attention", mask=bias,

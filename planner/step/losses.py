@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from planner.step import linears, ops
 from planner.step.context import Step
-from planner.step.engine import FP32, ITEMSIZE, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.linears import LinearWeights
 
 UPCASTS_IN_FORWARD = (4, 46)
@@ -56,7 +56,7 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
     if train.kernels in ("unsloth", "fms-fused"):
         loss = _triton_cross_entropy(step, source)
     else:
-        loss = ops.cross_entropy(eng, source, step.tokens)
+        loss = cross_entropy(eng, source, step.tokens)
     del wide, source
     return loss, [logits]
 
@@ -155,7 +155,7 @@ def _chunk_loss(step: Step, part: Tensor, rows: Size) -> Tensor:
     eng = step.eng
     if step.train.compile:
         return _triton_cross_entropy_rows(step, part, rows)
-    return ops.cross_entropy(eng, ops.cast(eng, part, FP32, "logits_fp32"), rows)
+    return cross_entropy(eng, ops.cast(eng, part, FP32, "logits_fp32"), rows)
 
 
 def _triton_cross_entropy_rows(step: Step, part: Tensor, rows: Size) -> Tensor:
@@ -164,4 +164,35 @@ def _triton_cross_entropy_rows(step: Step, part: Tensor, rows: Size) -> Tensor:
     loss = eng.empty(1, FP32, "loss")
     eng.kernel("softmax", part.dtype, part.nbytes)
     eng.link(loss, (part,), lambda node, grads: [ops.unary(eng, node.saved[0], "logits_grad")], (part, stats))
+    return loss
+
+
+def cross_entropy(eng: Engine, logits: Tensor, tokens: Size) -> Tensor:
+    """F.cross_entropy on [tokens, vocab] logits: log_softmax and nll_loss, both keep their input.
+
+    cross_entropy names log_softmax's dtype itself, so CUDA autocast leaves 16-bit logits 16-bit there and casts only
+    for nll_loss (ATen/native/LossNLL.cpp, autocast_mode.h fp32_set_opt_dtype).
+    """
+    dtype = logits.dtype
+    log_probs = eng.empty(logits.numel, dtype, "log_softmax")
+    eng.kernel("log_softmax", dtype, logits.nbytes + log_probs.nbytes)
+
+    def softmax_backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        grad = ops._grad(grads)
+        out = eng.empty(grad.numel, grad.dtype, "log_softmax_grad")
+        eng.kernel("log_softmax", grad.dtype, grad.nbytes + out.nbytes)
+        return [out]
+
+    eng.link(log_probs, (logits,), softmax_backward, (log_probs.view(),))
+    picked = ops.cast(eng, log_probs, FP32, "nll_loss_cast") if eng.autocast else log_probs
+    loss = eng.empty(1, picked.dtype, "loss")
+    weight = eng.empty(1, picked.dtype, "loss")
+    count, kind = picked.numel, picked.dtype
+
+    def nll_backward(node: Node, grads: Grads) -> list[Tensor | None]:
+        out = eng.empty(count, kind, "nll_loss_grad")
+        eng.kernel("elementwise", kind, out.nbytes)
+        return [out]
+
+    eng.link(loss, (picked,), nll_backward, (picked, weight))
     return loss

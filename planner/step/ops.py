@@ -14,7 +14,6 @@ from planner.step.engine import (
     FP16,
     FP32,
     INPUT_GRAD,
-    INT64,
     ITEMSIZE,
     Engine,
     Grads,
@@ -616,77 +615,3 @@ def layer_norm(
 
     eng.link(out, (x, weight, bias), backward, saved)
     return out
-
-
-# --- attention -----------------------------------------------------------------------------------------------------
-
-
-ATTENTION_BACKWARD = 2.5
-"""Products of a fused attention's backward over its forward's: scores anew, dV, dP, dQ, dK against two."""
-
-
-def fused_attention(
-    eng: Engine,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    out_numel: Size,
-    logsumexp_numel: Size,
-    workspace_bytes: Size,
-    flops: Size,
-    op: str,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """One fused attention kernel: saves q, k, v, output and logsumexp; dq, dk, dv and workspaces in backward."""
-    out = eng.empty(out_numel, q.dtype, op)
-    lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
-    rng = eng.empty(2, INT64, f"{op}_rng")
-    eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
-    saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
-    numels, dtype = (q.numel, k.numel, v.numel), q.dtype
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
-        work = eng.workspace(workspace_bytes, f"{op}_workspace")
-        moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
-        eng.kernel(f"{op}_backward", dtype, moved, flops * ATTENTION_BACKWARD, count=3)
-        del work
-        return results
-
-    eng.link(out, (q, k, v), backward, saved)
-    return out
-
-
-# --- loss ----------------------------------------------------------------------------------------------------------
-
-
-def cross_entropy(eng: Engine, logits: Tensor, tokens: Size) -> Tensor:
-    """F.cross_entropy on [tokens, vocab] logits: log_softmax and nll_loss, both keep their input.
-
-    cross_entropy names log_softmax's dtype itself, so CUDA autocast leaves 16-bit logits 16-bit there and casts only
-    for nll_loss (ATen/native/LossNLL.cpp, autocast_mode.h fp32_set_opt_dtype).
-    """
-    dtype = logits.dtype
-    log_probs = eng.empty(logits.numel, dtype, "log_softmax")
-    eng.kernel("log_softmax", dtype, logits.nbytes + log_probs.nbytes)
-
-    def softmax_backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        grad = _grad(grads)
-        out = eng.empty(grad.numel, grad.dtype, "log_softmax_grad")
-        eng.kernel("log_softmax", grad.dtype, grad.nbytes + out.nbytes)
-        return [out]
-
-    eng.link(log_probs, (logits,), softmax_backward, (log_probs.view(),))
-    picked = cast(eng, log_probs, FP32, "nll_loss_cast") if eng.autocast else log_probs
-    loss = eng.empty(1, picked.dtype, "loss")
-    weight = eng.empty(1, picked.dtype, "loss")
-    count, kind = picked.numel, picked.dtype
-
-    def nll_backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        out = eng.empty(count, kind, "nll_loss_grad")
-        eng.kernel("elementwise", kind, out.nbytes)
-        return [out]
-
-    eng.link(loss, (picked,), nll_backward, (picked, weight))
-    return loss
