@@ -1,4 +1,6 @@
-.PHONY: test lint bench agreement readme
+.PHONY: test lint bench agreement readme gpu
+
+PYTHON ?= .venv/bin/python
 
 test:  ## set up .venv and run every check, as .ci/run does
 	python3 .ci/check.py
@@ -14,3 +16,11 @@ agreement:  ## the program against the real libraries' trace, 200 drawn configur
 
 readme:  ## write what the commands print now into README.md
 	.venv/bin/python tests/test_docs.py
+
+gpu:  ## all that a lent GPU should measure, in gpu/ (9 minutes): grid, its check on other models, the allocator
+	$(PYTHON) -m planner.cli.main calibrate run --device cuda:0 --budget 5m --out gpu/fit
+	$(PYTHON) -m planner.cli.main calibrate run --device cuda:0 --budget 2m --check --seed 31 --out gpu/check
+	$(PYTHON) -m calibrate.history record --out gpu/history.json.gz
+	$(PYTHON) -m calibrate.history compare gpu/history.json.gz
+	$(PYTHON) -m planner.cli.main calibrate fit gpu/fit --out gpu/calibration.json
+	$(PYTHON) -m planner.cli.main calibrate validate gpu/check --calibration gpu/calibration.json

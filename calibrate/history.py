@@ -22,7 +22,7 @@ from typing import Any
 
 from planner.allocator import CachingAllocator, Settings, parse_settings
 from planner.allocator import replay as planned
-from planner.errors import InvalidInput
+from planner.errors import InvalidInput, PlannerError
 from planner.records import record
 
 KIND, VERSION = "loraplan-history", 1
@@ -280,11 +280,17 @@ def main(arguments: list[str] | None = None) -> int:
     comparing = commands.add_parser("compare")
     comparing.add_argument("files", type=Path, nargs="+")
     given = parser.parse_args(arguments)
-    if given.command == "record":
-        return _record_all(given.out, given.budget)
+    try:
+        return _record_all(given.out, given.budget) if given.command == "record" else _compare_all(given.files)
+    except PlannerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _compare_all(files: Sequence[Path]) -> int:
     titles = "model", "method", "layers", "allocated", "program", "reserved", "replay", "program", "segments equal"
     print(f"| {' | '.join(titles)} | at their addresses |\n{'|---' * 10}|")
-    for path in given.files:
+    for path in files:
         for run in read(path):
             print(_row(run))
     return 0

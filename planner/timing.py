@@ -252,12 +252,12 @@ class Rates:
         way = "backward" if backward else "forward"
         share = self.c[f"{kernel.op.partition('_')[0]}_{way}"]
         if kernel.dtype == FP32 and (kernel.op.startswith("efficient") or self.gpu.synchronous):
-            return kernel.flops / (self.product(FP32) * self.c["efficient_fp32"])
+            return kernel.elements / (self.product(FP32) * self.c["efficient_fp32"])
         if kernel.op.startswith("flash") and self.capability >= (9, 0):
             share = share * self.c["flash_hopper"]
         if kernel.op.startswith(("flash", "cudnn")):
             share = share * tokens_per_row / (tokens_per_row + self.c["flash_length_half"])
-        return kernel.flops / (self.product(kernel.dtype) * share)
+        return kernel.elements / (self.product(kernel.dtype) * share)
 
     def price(self, kernel: Kernel, tokens_per_row: Number) -> _Price:
         """Seconds of one recorded kernel."""

@@ -11,7 +11,7 @@ from typing import Any
 from calibrate import grid
 from calibrate.fit import point
 from calibrate.measurements import Measurement, Run
-from planner import catalog, processor
+from planner import catalog, processor, timing
 from planner.calibration import Coefficients, priors
 from planner.hardware import Gpu
 
@@ -59,8 +59,23 @@ def synthetic(
         result: dict[str, Any] = {"status": "ok", "protocol": 1, "steps_s": totals, "versions": {"torch": "2.13.0"}}
         if device["kind"] == "cpu":
             result |= {"steps_ran_s": totals, "phases_s": seen, "threads": 1}
+        else:
+            result |= profiled(empty, gpu, truth, totals[0] / exact[0])
         items.append(measurement(burst, device, result))
     return Run(device=device, versions={"torch": "2.13.0"}, created="2026-01-01T00:00:00", measurements=tuple(items))
+
+
+def profiled(burst: Measurement, gpu: Gpu, truth: Coefficients, factor: float) -> dict[str, Any]:
+    """Phases and kernels' seconds of a GPU's burst under `truth`, all `factor` times as long."""
+    made = point(burst, gpu)
+    parts, _, classes = timing.phase_seconds(made.kernels, made.training, gpu, truth)
+    phases = [parts["forward"], parts["backward"] + parts["recomputation"], parts["optimizer"]]
+    kernels = {name: float(seconds) * factor for name, seconds in classes.items() if name != "adapters"}
+    kernels["matrix products"] += float(classes["adapters"]) * factor
+    return {
+        "phases_s": [[float(seconds) * factor for seconds in phases]],
+        "profile": {"seconds_by_class": kernels},
+    }  # fmt: skip
 
 
 def cpu_bursts(number: int) -> list[grid.Burst]:

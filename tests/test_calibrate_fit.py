@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from calibrate import fit, grid
+from calibrate import fit, grid, residuals
 from calibrate.measurements import merge
 from planner import processor, timing
 from planner.calibration import Calibration, priors
@@ -184,10 +184,10 @@ def test_memory_is_compared_and_the_context_measured() -> None:
     item = measurement(burst, H100_FACTS, result)
     assert item.step_s == 0.11
     assert item.memory_bytes == {"allocated": 4 * gib, "reserved": 5 * gib, "device": 5 * gib + 400 * 2**20}
-    rows = fit.memory_rows([fit.point(item, H100)])
+    rows = residuals.memory_rows([fit.point(item, H100)])
     assert rows[0]["predicted"]["allocated"] > gib
-    assert fit.memory_summary(rows)["reserved"]["bursts"] == 1
-    assert fit._context([item]) == (400 * 2**20,) * 3
+    assert residuals.memory_summary(rows)["reserved"]["bursts"] == 1
+    assert residuals.context([item]) == (400 * 2**20,) * 3
 
 
 def test_a_cpu_without_avx512_has_a_rate_for_each_layout_of_16_bit_products() -> None:

@@ -123,3 +123,12 @@ def test_files_that_are_no_recording_are_refused(tmp_path: Path, content: bytes)
         history.read(path)
     with pytest.raises(InvalidInput):
         history.read(tmp_path / "missing.gz")
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.json.gz"
+    bad.write_bytes(b"no recording")
+    assert history.main(["compare", str(bad)]) == 2
+    seen = capsys.readouterr().err
+    assert seen.startswith("error: ")
+    assert seen.count("\n") == 1

@@ -341,12 +341,16 @@ def fused_attention(
     flops: Size,
     op: str,
     mask: Tensor | None = None,
+    padding: float = 1.0,
 ) -> Tensor:
-    """One fused attention kernel: saves q, k, v, output and logsumexp; dq, dk, dv and workspaces in backward."""
+    """One fused attention kernel: saves q, k, v, output and logsumexp; dq, dk, dv and workspaces in backward.
+
+    `padding`: FLOPs that the kernel does over those that count.
+    """
     out = eng.empty(out_numel, q.dtype, op)
     lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
     rng = eng.empty(2, INT64, f"{op}_rng")
-    eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops)
+    eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops, elements=flops * padding)
     saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
     numels, dtype = (q.numel, k.numel, v.numel), q.dtype
 
@@ -354,12 +358,33 @@ def fused_attention(
         results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
         work = eng.workspace(workspace_bytes, f"{op}_workspace")
         moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
-        eng.kernel(f"{op}_backward", dtype, moved, flops * ATTENTION_BACKWARD, count=3)
+        again = flops * ATTENTION_BACKWARD
+        eng.kernel(f"{op}_backward", dtype, moved, again, count=3, elements=again * padding)
         del work
         return results
 
     eng.link(out, (q, k, v), backward, saved)
     return out
+
+
+FLASH_HEADS = (32, 64, 96, 128, 192, 256)
+"""Head sizes that FlashAttention-2 has kernels for (flash_attn/src/flash_fwd_launch_template.h); others are padded."""
+CUDNN_HEADS = 64
+"""cuDNN's kernels on Hopper take multiples of this (an H200 ran tiles of 128 for heads of 96)."""
+MASKED_CUDNN = 1.3
+"""How much longer cuDNN's kernel takes that reads a bias for every score (H200: 1.26 with heads of 128, 1.36 of 96)."""
+
+
+def _padding(step: Step, spec: Attention, op: str, masked: bool = False) -> float:
+    """FLOPs that a GPU's fused kernel does, its heads padded, over those that count."""
+    size = spec.head_dim
+    if step.arch.on_cpu:
+        return 1.0
+    if op == "cudnn_attention":
+        return cuda_rules.round_up(size, CUDNN_HEADS) / size * (MASKED_CUDNN if masked else 1.0)
+    if op == "flash_attention":
+        return next((known for known in FLASH_HEADS if known >= size), size) / size
+    return 1.0
 
 
 def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
@@ -384,6 +409,7 @@ def _flash(
     return fused_attention(
         step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op=op,
+        padding=_padding(step, spec, op),
     )  # fmt: skip
 
 
@@ -407,6 +433,7 @@ def _efficient(
     return fused_attention(
         eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * rows,
         workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked), op=op, mask=mask,
+        padding=_padding(step, spec, op, masked),
     )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ class Kernel:
         self.layout = layout
         """Of a matrix product."""
         self.elements = elements
-        """Results of a kernel that computes an index for each ("indexed"): strides, broadcasts, conversions."""
+        """Results of a kernel that computes an index for each ("indexed"): strides, broadcasts, conversions. Of a
+        fused attention kernel the FLOPs it really does."""
 
 
 class Segment:
