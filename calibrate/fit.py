@@ -124,9 +124,7 @@ class Point:
         """Seconds of the phases where they were timed, else of the step; then of a busy GPU's kernels by class."""
         phases = self.measurement.phases_s
         found = [self.measurement.step_s] if phases is None else list(phases)
-        names = {name: tuple(k for k, _ in MEASURED_CLASSES if k == name) for name, _ in MEASURED_CLASSES}
-        names["the rest"] = ("element-wise", "loss", "optimizer")
-        return found + self._by_class(self.measurement.kernels_s, names)
+        return found + self._by_class(self.measurement.kernels_s, dict(MEASURED_CLASSES))
 
     def _by_class(self, seconds: Mapping[str, float], members: Mapping[str, tuple[str, ...]]) -> list[float]:
         """Sums over the classes of kernels that are compared."""
