@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from calibrate import fake_model
-from calibrate.step import LAYER
+from calibrate.layer_paths import LAYER
 
 _NUMBERS = ("layer_idx", "layer_index", "layer_id", "layer_number", "idx")
 """Attributes that count layers and say nothing else."""

@@ -195,9 +195,8 @@ class _Burst:
         model, notes = fake_model.build(config, training, self.request.get("layers"))
         self.found["notes"] = notes
         make = fake_model.RandomMaker(self.device.name)
-        self.patches.enter_context(
-            fake_model.quantized_parameters()
-        )  # weights are plain parameters: DoRA must find them
+        # quantized weights are plain parameters here, and DoRA must find them
+        self.patches.enter_context(fake_model.quantized_parameters())
         for _ in fake_model.materialise(model, training, make):
             pass  # one module at a time: its 16-bit weight is gone before the next one is made
         self._mark("load and adapters")

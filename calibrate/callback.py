@@ -9,7 +9,6 @@ is a warning and switches the callback off.
 from __future__ import annotations
 
 import functools
-import re
 import sys
 import time
 import warnings
@@ -22,6 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from calibrate.device import Device, open_device
+from calibrate.layer_paths import IN_LAYER
 from calibrate.measurements import device_gpu, write_json
 from calibrate.measurements import to_document as _document
 from planner import calibration_files, families
@@ -222,16 +222,12 @@ def _lora(model: Any) -> LoraSpec | None:
     )
 
 
-IN_LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)\.")
-"""The way to a decoder layer: PEFT writes "all-linear" out as the full names of all layers' modules."""
-
-
 def _depth(model: Any) -> int:
     return int(getattr(model.config, "num_hidden_layers", 0))
 
 
 def _targets(names: list[str], depth: int) -> tuple[str, ...]:
-    """Module names as a user gives them: those of one layer where every layer has the same.
+    """Module names as a user gives them: PEFT writes "all-linear" out as the full names of all layers' modules.
 
     Raises:
         ValueError: layers with different adapters, which loraplan does not model.

@@ -15,6 +15,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from calibrate.layer_paths import IN_LAYER
 from planner import cuda_rules
 from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.training import LoraSpec, TrainingSpec
@@ -24,8 +25,6 @@ NOT_CONFIG = ("torch_dtype", "dtype", "quantization_config", "architectures", "a
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 MARKS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "all-linear": r"layers|blocks|\.h\."}
 """How module paths show what a target keyword means."""
-IN_LAYER = re.compile(r"^.*\.(layers|h|blocks|block)\.\d+\.")
-"""The way to a decoder layer: what follows names a module in it ("attn.c_proj" where the MLP has a c_proj too)."""
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 

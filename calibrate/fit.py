@@ -51,9 +51,9 @@ REFITS = 3
 STRONG = 0.9
 """Correlations above this are reported."""
 NINETY_PERCENT = 1.645
-NOT_MEASURED = ("compiled_traffic", "host_link", "flash_hopper", "framework_step")
-"""What no burst contains (torch.compile, offloading, a trainer's loop), and a factor that one card shows only in
-products with flash_forward and flash_backward."""
+NOT_MEASURED = ("compiled_traffic", "host_link", "flash_hopper")
+"""What no burst contains (torch.compile, offloading), and a factor that one card shows only in products with
+flash_forward and flash_backward."""
 FAMILIES = (
     (
         "launch_forward",
@@ -107,8 +107,7 @@ class Point:
     def predicted(self, coefficients: Coefficients) -> list[float]:
         """Seconds to compare with `measured`."""
         parts, total, classes = timing.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
-        total = float(total) - self.overhead_s(coefficients)
-        found = [total]
+        found = [float(total) - self.overhead_s(coefficients)]
         if self.measurement.phases_s is not None:
             steps = self.training.gradient_accumulation_steps
             backward = (parts["backward"] + parts["recomputation"]) * steps

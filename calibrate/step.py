@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from calibrate.layer_paths import LAYER
 from calibrate.optimizers import make_optimizer
 from calibrate.tracker import Tracker
 from calibrate.training_step import TrainingStep
@@ -22,8 +22,6 @@ from planner.cuda_rules import (
     cublaslt_handles,
 )
 from planner.training import TrainingSpec
-
-LAYER = re.compile(r"(.*\.)?(layers|h|blocks|block)\.(\d+)$")
 
 
 class Step(TrainingStep):

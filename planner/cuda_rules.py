@@ -319,8 +319,8 @@ def sdpa_kernel(
 
 
 CUDNN_FIRST = (2, 11)
-"""First torch release whose wheels bring a cuDNN above 9.15.0 (2.10 has the rule already; pytorch's own release notes
-and huggingface/transformers#48163; seen on an H200 with torch 2.11 and cuDNN 9.19)."""
+"""First torch release whose wheels bring a cuDNN above 9.15.0 (2.10 has the rule already:
+huggingface/transformers#48163; seen on an H200 with torch 2.11 and cuDNN 9.19)."""
 
 
 def prefers_cudnn_attention(capability: tuple[int, int], torch: tuple[int, int]) -> bool:

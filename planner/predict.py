@@ -146,7 +146,7 @@ def predict(
     if gpu is not None and gpu.vendor == CPU:
         reserved = allocated  # a CPU's memory is malloc's: no cache that is kept
     device = reserved.shifted(gpu.context_bytes if gpu is not None else CONTEXT_BYTES)
-    breakdown = _with_whole_blocks(breakdown, allocated.expected)
+    breakdown = with_whole_blocks(breakdown, allocated.expected)
     return Prediction(
         model=model,
         training=training,
@@ -254,7 +254,8 @@ def allocator_ranges(
     """
     share = sum(s for _, s in reasons)
     replayed = allocator.replay(events)
-    peak += replayed.peak_allocated - _requested(events)
+    if gpu is None or gpu.vendor != CPU:
+        peak += replayed.peak_allocated - _requested(events)
     small_reserved = -(-small // allocator.SMALL_SEGMENT) * allocator.SMALL_SEGMENT
     expected, ran_out = replayed.peak_reserved + small_reserved, False
     allocated = Range(
@@ -275,7 +276,7 @@ def allocator_ranges(
     return allocated, reserved, ran_out
 
 
-def _with_whole_blocks(found: memory.MemoryBreakdown, allocated: int) -> memory.MemoryBreakdown:
+def with_whole_blocks(found: memory.MemoryBreakdown, allocated: int) -> memory.MemoryBreakdown:
     """The breakdown with what blocks have beyond their requests (`_requested`) as a line of its own."""
     beyond = allocated - found.peak_allocated_bytes
     if beyond <= 0:
@@ -290,7 +291,7 @@ def _requested(events: list[tuple[int, int]]) -> int:
     """
     level = peak = 0
     for _, size in events:
-        level += -(-size // allocator.MIN_BLOCK) * allocator.MIN_BLOCK if size > 0 else size // 512 * 512
+        level += memory.rounded(size)
         peak = max(peak, level)
     return peak
 

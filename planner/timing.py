@@ -247,7 +247,7 @@ class Rates:
         return self.gpu.synchronous and not self.simt(dtype) and self.gpu.architecture in PORTABLE_VECTORS
 
     def attention_s(self, kernel: Kernel, tokens_per_row: Number) -> Number:
-        """Arithmetic seconds of a fused attention kernel; its FLOPs count the causal half only."""
+        """Arithmetic seconds of a fused attention kernel, by the FLOPs that it does."""
         backward = kernel.op.endswith("_backward")
         way = "backward" if backward else "forward"
         share = self.c[f"{kernel.op.partition('_')[0]}_{way}"]

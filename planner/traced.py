@@ -15,7 +15,7 @@ from planner.errors import InvalidInput
 from planner.hardware import CONTEXT_BYTES, Gpu
 from planner.memory import MemoryBreakdown, Moment, SegmentPeak
 from planner.model import ModelSpec, UnreadModel
-from planner.predict import Prediction, allocator_ranges, training_warnings, verdict_for
+from planner.predict import Prediction, allocator_ranges, training_warnings, verdict_for, with_whole_blocks
 from planner.records import record
 from planner.training import TrainingSpec
 
@@ -176,6 +176,13 @@ def predict_traced(
     small, large = _pools(traced.events)
     allocated, reserved, ran_out = allocator_ranges(large, small, peak.peak, reasons, gpu)
     segments = tuple(SegmentPeak(phase=s.phase, layer=s.layer, bytes=s.peak) for s in traced.segments)
+    breakdown = MemoryBreakdown(
+        peak_allocated_bytes=peak.peak,
+        moment=traced.moment,
+        ledger=peak.ledger,
+        static_bytes=traced.static_bytes,
+        segments=segments,
+    )
     notes = training_warnings(model, training, gpu) if model is not None else ()
     return Prediction(
         model=model or traced.model,
@@ -184,13 +191,7 @@ def predict_traced(
         allocated=allocated,
         reserved=reserved,
         device=reserved.shifted(gpu.context_bytes if gpu is not None else CONTEXT_BYTES),
-        breakdown=MemoryBreakdown(
-            peak_allocated_bytes=peak.peak,
-            moment=traced.moment,
-            ledger=peak.ledger,
-            static_bytes=traced.static_bytes,
-            segments=segments,
-        ),
+        breakdown=with_whole_blocks(breakdown, allocated.expected),
         trainable_parameters=traced.trainable_parameters,
         verdict=verdict_for(gpu, allocated, ran_out) if gpu else None,
         warnings=(*warnings, *traced.notes, *notes),

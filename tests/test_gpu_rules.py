@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -49,7 +49,7 @@ def library_choice(sms: int, capability: tuple[int, int]) -> Chooses:
         "functools": functools, "torch": torch, "_gpu_dispatch_props": lambda index: (sms, *capability),
     }  # fmt: skip
     exec(compile(ast.Module(body=body, type_ignores=[]), str(source), "exec"), space)
-    return space["_gemm_4bit_use_custom_cuda"]  # type: ignore[no-any-return]
+    return cast(Chooses, space["_gemm_4bit_use_custom_cuda"])
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -177,7 +177,10 @@ def _frontier(
     return 0 if rows else 1
 
 
-CACHE = "live memory and time exact; room is left for the allocator's cache, estimated from a replay of one pair"
+CACHE = (
+    "live memory (without unsplit blocks) and time exact; room is left for the allocator's cache, estimated from a "
+    "replay of one pair"
+)
 
 
 def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption: Caption | None = None) -> None:
