@@ -348,3 +348,20 @@ def efficient_backward_workspace(
         expanded = b * s_k * h * d * itemsize
         buffers += [("dk_expanded", expanded), ("dv_expanded", expanded)]
     return tuple(buffers)
+
+
+def warmup_bytes(
+    parameters: int, quantized: int, kind: str, *, itemsize: int, transformers: tuple[int, int]
+) -> int:
+    """What from_pretrained takes in one piece, and gives back, before it puts weights on the GPU itself.
+
+    Source: transformers modeling_utils.py caching_allocator_warmup, in 4.50: the bytes of the unquantized model; in 4.51
+    to 4.57: half of them for every quantizer (a factor 4 for 2); since 5.0 (get_total_byte_count): what the weights
+    are going to need, half a byte for a 4-bit one, without scales. It is not more than the card has, less 1.2 GiB.
+    """
+    if transformers < (4, 50):
+        return 0
+    if transformers < (5, 0):
+        return parameters * itemsize // (2 if kind != "none" and transformers >= (4, 51) else 1)
+    half_bytes = {"nf4": 1, "fp4": 1, "int8": 2}.get(kind, 2 * itemsize)
+    return (parameters - quantized) * itemsize + quantized * half_bytes // 2

@@ -21,7 +21,7 @@ KEYS: tuple[str, ...] = (
     "lora_dropout", "target_modules", "target_slices", "modules_to_save", "use_dora", "use_rslora",
     "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "use_reentrant",
     "attention", "padded", "kernels", "loss", "optimizer", "optimizer_in_backward", "max_grad_norm", "keeps_outputs",
-    "outputs_to_fp32", "compile", "tf32", "untied_head",
+    "outputs_to_fp32", "compile", "tf32", "untied_head", "device_map",
 )  # fmt: skip
 """Option keys in the order they are resolved: a default may depend on keys to its left only."""
 
@@ -35,7 +35,7 @@ QUANTIZATION_KEYS = frozenset(
 )
 _BOOLEANS = frozenset(
     {"double_quant", "kbit_preparation", "fp32_norms_only", "use_dora", "use_rslora", "use_reentrant", "padded"}
-    | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "tf32", "untied_head"}
+    | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "tf32", "untied_head", "device_map"}
 )
 _CHOSEN = {
     "method": "method", "quantization": "quantization", "base_dtype": "dtype", "compute_dtype": "dtype",
@@ -327,6 +327,9 @@ _NEUTRAL: tuple[Default, ...] = (
     _d("compile", False, ""),
     _d("tf32", False, ""),
     _d("untied_head", False, ""),
+    _d("device_map", False, "", untied_head=True),
+    _d("device_map", True, "", quantization=BNB),
+    _d("device_map", False, ""),
 )
 
 _TF = "transformers 5.23 training_args.py"

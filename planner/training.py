@@ -158,6 +158,8 @@ class TrainingSpec:
     untied_head: bool = False
     """The stack keeps its own head weight even where the model ties it (litgpt)."""
     optimizer_in_backward: bool = False
+    device_map: bool = False
+    """from_pretrained puts the weights on the GPU itself (a device map; always where it quantizes)."""
     versions: Versions = field(default_factory=Versions)
 
     def __post_init__(self) -> None:

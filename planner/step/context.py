@@ -84,8 +84,8 @@ class Step:
     def frozen(self, numel: Size, dtype: str) -> Tensor:
         """Allocate a frozen base parameter; before k-bit preparation it lies in the dtype that was loaded."""
         if not self.train.kbit_preparation:
-            return self.eng.parameter(numel, dtype, "weight")
-        held = self.eng.parameter(numel, self.train.base_dtype, "weight")
+            return self.eng.read(numel, dtype, "weight")
+        held = self.eng.read(numel, self.train.base_dtype, "weight")
         if held.dtype != FP32:
             self.widened.append((self.eng.layer, held))
         return held

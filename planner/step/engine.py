@@ -102,6 +102,10 @@ class Record:
         self.segments: list[Segment] = [Segment("load", -1, 1, 0)]
         self.first_products: dict[bool, tuple[int, int]] = {}
         """In the backward (True) or before it: (segment, events before it) of the first product by cuBLAS."""
+        self.arrivals: list[int] = []
+        """Storages that hold a weight of the base model as it was read, before it is quantized or cast."""
+        self.readers = 0
+        """Threads that read them ahead (`loading.overlap`); 0: none."""
         self.closed = False
 
     def allocate(self, nbytes: Size, op: str) -> int:
@@ -247,6 +251,12 @@ class Engine:
     def workspace(self, nbytes: Size, op: str) -> Storage:
         """Allocate bytes inside a kernel; they live as long as the caller keeps the handle."""
         return Storage(self.record, nbytes, op)
+
+    def read(self, numel: Size, dtype: str, op: str) -> Tensor:
+        """Allocate a weight that comes from the checkpoint."""
+        tensor = self.empty(numel, dtype, op)
+        self.record.arrivals.append(tensor.storage.index)
+        return tensor
 
     def parameter(self, numel: Size, dtype: str, op: str, trainable: bool = False) -> Tensor:
         """Allocate a leaf: frozen, or trainable with an AccumulateGrad node."""

@@ -113,7 +113,7 @@ def _quantized(step: Step, spec: Linear, quant: QuantizationSpec) -> list[Tensor
     eng = step.eng
     whole: list[Tensor] = []
     if quant.kind in ("nf4", "fp4") and not step.arch.on_cpu:
-        whole.append(eng.empty(spec.weight_elements, step.train.base_dtype, "loading"))
+        whole.append(eng.read(spec.weight_elements, step.train.base_dtype, "loading"))
         if quant.double_quant:
             scales = cuda_rules.absmax_blocks(spec.weight_elements)
             whole += [eng.empty(scales, FP32, "loading"), eng.empty(scales, FP32, "loading")]

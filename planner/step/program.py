@@ -14,7 +14,7 @@ from typing import Any
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
-from planner.step import layers, linears, losses, ops
+from planner.step import layers, linears, loading, losses, ops
 from planner.step.attention import FP32_TABLES, HALF_TABLES, OWN_CODE, always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
@@ -181,6 +181,10 @@ class _Run:
         trainable = train.method == "full"
         adapted = {(id(a.layer), a.name): a for a in resolve_targets(model, train.lora)} if train.lora else {}
         self._begin("load", -1)
+        loading.warm_up(step, adapted)
+        self.eng.record.readers = loading.readers(step)
+        if loading.by_name(step) and not model.tied:
+            self.head = self._load_head(trainable)
         table = model.token_embedding
         tables = [table] + ([model.position_embedding] if model.position_embedding else [])
         loaded = [self._table(t.num_parameters, trainable, t.rows + t.width) for t in tables]
@@ -205,7 +209,8 @@ class _Run:
         self._begin("load", -1)
         if model.final_norm is not None:
             self.outer_norms[model.final_norm.name] = self._norm(model.final_norm)
-        self.head = self._load_head(trainable)
+        if self.head is None:
+            self.head = self._load_head(trainable)
         self._count(-1)
         self._prepare()
         if train.lora:
@@ -266,11 +271,15 @@ class _Run:
         held = LayerWeights(layer)
         if self.step.model.model_type == OWN_CODE:
             held.buffer = self.eng.empty(LOGN_POSITIONS, self.step.train.base_dtype, "weight")
-        for spec in layer.linears:
-            held.linears[spec.name] = linears.load_base(self.step, spec, spec.name in adapted)
-        for spec_norm in (*layer.attention.norms, *layer.norms):
-            if spec_norm.name not in held.norms:
-                held.norms[spec_norm.name] = self._norm(spec_norm)
+        specs = {spec.name: spec for spec in layer.linears}
+        norms = {spec.name: spec for spec in (*layer.attention.norms, *layer.norms)}
+        names = [*specs, *norms]
+        for name in sorted(names) if loading.by_name(self.step) else names:
+            if name in specs:
+                held.linears[name] = linears.load_base(self.step, specs[name], name in adapted)
+            else:
+                held.norms[name] = self._norm(norms[name])
+        held.linears = {name: held.linears[name] for name in specs}  # in the order of the modules again
         if layer.experts is not None:
             self._load_experts(held)
         if self.step.model.model_type in LAYER_BUFFERS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 
 from planner.step.engine import Record, Segment
+from planner.step.loading import overlap
 
 _LOADING = ("load",)
 _STATE = ("state",)
@@ -37,6 +38,9 @@ class _Layout:
         self.ordinal: dict[int, tuple[int, int]] = {}
         """Per storage: (segment, position among the allocations of that segment)."""
         self.real = real_layers(record)
+        arrivals = frozenset(record.arrivals)
+        self.arrivals: dict[int, set[int]] = {}
+        """Segment -> names, at layer 0, of the weights as they were read."""
         blas = [index for index, op in enumerate(record.ops) if op == "cublas"]
         self.late = dict(zip(blas, record.first_products.values(), strict=False))
         """cuBLAS workspaces, noted with the weights as every steady step has them -> (segment, events before it) of
@@ -50,6 +54,8 @@ class _Layout:
             place = 0
             for index, size in record.events[segment.start : segment.end]:
                 if size > 0:
+                    if index in arrivals:
+                        self.arrivals.setdefault(number, set()).add(self._name(self.kind_of[-1], 0, place))
                     self.ordinal[index] = (number, place)
                     place += 1
 
@@ -69,8 +75,36 @@ class _Layout:
                 offset = owner - segment.layer
             else:
                 offset = self.real[owner][-1] if owner >= 0 else 0
-            out.append((size, self.kind_of[where] * _KIND + (offset + _BASE) * _LAYER + place))
+            out.append((size, self._name(self.kind_of[where], offset, place)))
         return out + [self._workspace(place) for place in late.values()]
+
+    @staticmethod
+    def _name(kind: int, offset: int, place: int) -> int:
+        return kind * _KIND + (offset + _BASE) * _LAYER + place
+
+    def loading(self, smallest: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
+        """Events above `smallest` bytes of the loading of all layers, and the storage of every name; from 1 on."""
+        events: list[tuple[int, int]] = []
+        names: dict[int, int] = {}
+        arrivals: list[int] = []
+        alone = not self.record.readers  # how long a weight takes to read decides what else is there, small or not
+        for number, segment in enumerate(self.record.segments):
+            if segment.phase not in _LOADING:
+                continue
+            template = self.template(number, smallest if alone else 0)
+            read = self.arrivals.get(number, ())
+            for layer in _layers_of(segment, self.real):
+                shift = layer * _LAYER if segment.layer >= 0 else 0
+                for size, name in template:
+                    if size > 0:
+                        names[name + shift] = len(names) + 1
+                        if name in read:
+                            arrivals.append(len(names))
+                    events.append((names[name + shift], size))
+        if not alone:
+            events = overlap(events, arrivals, self.record.readers)
+            events = [event for event in events if not -smallest <= event[1] <= smallest]
+        return events, names
 
     def _workspace(self, place: int) -> tuple[int, int]:
         """The event that makes the first (0) or second workspace; a negative name: made once, kept."""
@@ -99,11 +133,10 @@ def expand(record: Record, steps: int = 2, smallest: int = 0) -> list[tuple[int,
     is freed at its end, as zero_grad(set_to_none=True) does. Requests of at most `smallest` bytes are left out.
     """
     layout = _Layout(record)
-    templates = [layout.template(number, smallest) for number in range(len(record.segments))]
-    out: list[tuple[int, int]] = []
-    ids: dict[int, int] = {}
+    out, ids = layout.loading(smallest)
+    counter = len(ids)
+    templates = [[] if s.phase in _LOADING else layout.template(n, smallest) for n, s in enumerate(record.segments)]
     alive: dict[int, int] = {}
-    counter = 0
     for number, in_step in _order(record, steps):
         if number < 0:  # the end of a step
             out += [(storage, -size) for storage, size in alive.items()]
@@ -152,7 +185,7 @@ def unequal(
     after = (order[-1][0] // accumulation + 1) * accumulation
     micro_batches = [*order, *((after + i, longest) for i in range(min(accumulation, 2)))]
     out = _Writer(smallest)
-    out.write(record_of(longest, False), _LOADING)
+    out.load(record_of(longest, False))
     gradients: list[tuple[int, int]] = []
     has_state = False
     for place, (number, length) in enumerate(micro_batches):
@@ -184,6 +217,11 @@ class _Writer:
         self.number = 0
         self.known: dict[int, tuple[_Layout, list[Template]]] = {}
         self.workspaces: set[int] = set()
+
+    def load(self, record: Record) -> None:
+        """Write the loading, which comes first."""
+        self.events, names = _Layout(record).loading(self.smallest)
+        self.number = len(names)
 
     def write(self, record: Record, phases: Container[str]) -> list[tuple[int, int]]:
         """Write the segments of these phases; return the storages that live on, with their bytes."""
@@ -241,13 +279,10 @@ def _layers_of(segment: Segment, real: dict[int, range]) -> range | list[int]:
 
 
 def _order(record: Record, steps: int) -> Iterator[tuple[int, bool]]:
-    """Segment numbers in the order of a run, with whether they belong to a step; -1 ends a step."""
-    loading = [i for i, s in enumerate(record.segments) if s.phase in _LOADING]
+    """Segments after loading in the order of a run, with whether they belong to a step; -1 ends a step."""
     state = [i for i, s in enumerate(record.segments) if s.phase in _STATE]
     optimizer = [i for i, s in enumerate(record.segments) if s.phase == "optimizer"]
     rest = [i for i, s in enumerate(record.segments) if s.phase not in ("load", "state", "optimizer")]
-    for number in loading:
-        yield number, False
     for step in range(steps):
         for number in rest:
             yield number, True

@@ -1,0 +1,101 @@
+"""How transformers' from_pretrained takes memory when it puts the weights on the GPU itself (`device_map`).
+
+It begins with one block of the model's size, which it gives back at once, so that the weights find room there
+(`cuda_rules.warmup_bytes`). Since 5.0 threads read weights ahead of the one that quantizes them: what they have read
+lies on the GPU in 16 bit until its turn comes, and takes the place of what is made meanwhile. What the cache looks
+like when training begins follows from that order, and how large it grows from how it looks.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+from planner import cuda_rules
+from planner.step import linears
+from planner.step.context import Step
+from planner.step.engine import ITEMSIZE, Size
+
+READERS = 4
+"""Threads that read weights (transformers core_model_loading.py GLOBAL_WORKERS; fewer where there are fewer cores)."""
+
+# Seconds. The first three: medians of from_pretrained on CPU cores (transformers 5.17 and 5.24, tiny NF4 modules, this
+# project, 2026-11): 0.04 to 0.18 ms, 0.4 to 0.7 ms, 0.04 to 0.08 ms. The rate, a mapped file through pageable memory, is
+# assumed.
+_ANNOUNCE_S = 1e-4
+"""To hand a weight to the readers; nothing is quantized before all are handed out."""
+_QUANTIZE_S = 5e-4
+_READ_S = 5e-5
+_READ_BYTES_PER_S = 2e9
+
+Event = tuple[int, Size]
+"""(storage, bytes taken; negative: given back)."""
+
+
+def readers(step: Step) -> int:
+    """Threads that read weights of this run ahead; 0: every weight is read when its turn comes.
+
+    The source of 5.4 and later says that a model that is quantized while it is read is read in sequence. Measured runs
+    of 5.17 on a T4 say otherwise: after loading, and only where bitsandbytes quantized, equal runs hold unlike blocks.
+    """
+    train = step.train
+    return READERS if train.device_map and train.versions.transformers >= (5, 0) and not step.arch.on_cpu else 0
+
+
+def warm_up(step: Step, adapted: Iterable[tuple[int, str]]) -> None:
+    """Take and give back the block that from_pretrained begins with."""
+    train, model = step.train, step.model
+    if not train.device_map or step.arch.on_cpu:
+        return
+    targets = set(adapted)
+    quantized = sum(
+        spec.weight_elements * number
+        for layer, number in model.distinct_layers()
+        for spec in layer.linears
+        if linears.is_quantized(spec, train.quantization, (id(layer), spec.name) in targets)
+    )
+    nbytes = cuda_rules.warmup_bytes(
+        model.num_parameters,
+        quantized,
+        train.quantization.kind,
+        itemsize=ITEMSIZE[train.base_dtype],
+        transformers=train.versions.transformers,
+    )
+    if nbytes:
+        step.eng.empty(nbytes, "int8", "loading")
+
+
+def by_name(step: Step) -> bool:
+    """Whether weights come in the order of their names, not of the modules (safetensors; sorted since 5.0)."""
+    return step.train.device_map and step.train.method != "full"
+
+
+def overlap(events: Sequence[Event], arrivals: Sequence[int], threads: int) -> list[Event]:
+    """Return the events of loading in the order that `threads` readers and one quantizing thread make.
+
+    `events` are those of reading in sequence; `arrivals` the storages that hold a weight as it was read, in that order.
+    What follows an arrival there, up to the next one, is its quantization. Times are nominal: see the constants.
+    """
+    starts = {storage: number for number, storage in enumerate(arrivals)}
+    first = next((place for place, (storage, _) in enumerate(events) if storage in starts), len(events))
+    work: list[list[Event]] = [[] for _ in arrivals]
+    read: list[Event] = []
+    for event in events[first:]:
+        if event[0] in starts and event[1] > 0:
+            read.append(event)
+        else:
+            work[len(read) - 1].append(event)
+    free = [0.0] * threads
+    now = len(read) * _ANNOUNCE_S
+    timed: list[tuple[float, int, Event]] = []
+    for number, (event, following) in enumerate(zip(read, work, strict=True)):
+        begins = max(heapq.heappop(free), number * _ANNOUNCE_S)
+        ends = begins + _READ_S + event[1] / _READ_BYTES_PER_S
+        heapq.heappush(free, ends)
+        timed.append((begins, len(timed), event))
+        now = max(now, ends)
+        made = [item for item in following if item[1] > 0]
+        timed += [(now, len(timed) + i, item) for i, item in enumerate(made)]
+        now += _QUANTIZE_S * bool(following)
+        timed += [(now, len(timed) + i, item) for i, item in enumerate(item for item in following if item[1] < 0)]
+    return [*events[:first], *(event for _, _, event in sorted(timed, key=lambda item: item[:2]))]
