@@ -28,8 +28,8 @@ MARKS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "a
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
-    """Return the transformers config object, optionally with the first `layers` decoder layers only."""
+def model_config(config: dict[str, Any], layers: int | None = None, added_tokens: int = 0) -> Any:
+    """Return the transformers config object, optionally with the first `layers` decoder layers only, or more tokens."""
     import transformers
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -53,6 +53,8 @@ def model_config(config: dict[str, Any], layers: int | None = None) -> Any:
         values[depth] = layers
         if "max_window_layers" in values:
             values["max_window_layers"] = min(values["max_window_layers"], layers)
+    if "vocab_size" in values:
+        values["vocab_size"] += added_tokens
     built = AutoConfig.for_model(model_type, **values)
     built.use_cache = False
     return built
@@ -64,7 +66,7 @@ def build(config: dict[str, Any], training: TrainingSpec, layers: int | None = N
     Order as a user's script has it: load (quantized), prepare for k-bit training, adapters, checkpointing.
     """
     notes: list[str] = []
-    cfg = model_config(config, layers)
+    cfg = model_config(config, layers, training.added_tokens)
     model = _load(cfg, training, notes)
     if training.quantization.kind != "none":
         _quantize(model, training)

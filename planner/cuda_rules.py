@@ -350,9 +350,7 @@ def efficient_backward_workspace(
     return tuple(buffers)
 
 
-def warmup_bytes(
-    parameters: int, quantized: int, kind: str, *, itemsize: int, transformers: tuple[int, int]
-) -> int:
+def warmup_bytes(parameters: int, quantized: int, kind: str, *, itemsize: int, transformers: tuple[int, int]) -> int:
     """What from_pretrained takes in one piece, and gives back, before it puts weights on the GPU itself.
 
     Source: transformers modeling_utils.py caching_allocator_warmup, in 4.50: the bytes of the unquantized model; in 4.51
@@ -365,3 +363,12 @@ def warmup_bytes(
         return parameters * itemsize // (2 if kind != "none" and transformers >= (4, 51) else 1)
     half_bytes = {"nf4": 1, "fp4": 1, "int8": 2}.get(kind, 2 * itemsize)
     return (parameters - quantized) * itemsize + quantized * half_bytes // 2
+
+
+def colons_are_slices(torch: tuple[int, int]) -> bool:
+    """Whether `:` in an index with several entries makes an autograd node of its own.
+
+    Source: aten/src/ATen/TensorIndexing.h applySlice: up to 2.8 a slice is left out where its end equals the length
+    (sym_eq), and `:` ends at the largest integer; since 2.9 where it reaches the length (sym_le).
+    """
+    return torch < (2, 9)

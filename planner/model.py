@@ -7,7 +7,7 @@ written with them. Shapes are in elements.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Literal
 
 from planner.errors import InvalidInput
@@ -359,6 +359,17 @@ class ModelSpec:
             kinds[id(layer)] = layer
         for key, number in counts.items():
             yield kinds[key], number
+
+    def with_tokens(self, added: int) -> ModelSpec:
+        """The model after resize_token_embeddings(vocab_size + added): table, head and logits grow."""
+        if not added:
+            return self
+        return replace(
+            self,
+            vocab_size=self.vocab_size + added,
+            token_embedding=replace(self.token_embedding, rows=self.token_embedding.rows + added),
+            head=replace(self.head, out_features=self.head.out_features + added),
+        )
 
     @property
     def num_parameters(self) -> int:

@@ -21,7 +21,7 @@ KEYS: tuple[str, ...] = (
     "lora_dropout", "target_modules", "target_slices", "modules_to_save", "use_dora", "use_rslora",
     "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "use_reentrant",
     "attention", "padded", "kernels", "loss", "optimizer", "optimizer_in_backward", "max_grad_norm", "keeps_outputs",
-    "outputs_to_fp32", "compile", "tf32", "untied_head", "device_map",
+    "outputs_to_fp32", "compile", "tf32", "untied_head", "added_tokens", "device_map",
 )  # fmt: skip
 """Option keys in the order they are resolved: a default may depend on keys to its left only."""
 
@@ -327,7 +327,7 @@ _NEUTRAL: tuple[Default, ...] = (
     _d("compile", False, ""),
     _d("tf32", False, ""),
     _d("untied_head", False, ""),
-    _d("device_map", False, "", untied_head=True),
+    _d("added_tokens", 0, ""),
     _d("device_map", True, "", quantization=BNB),
     _d("device_map", False, ""),
 )
@@ -522,6 +522,7 @@ _TORCHTUNE = Stack(
             gradient_accumulation_steps=1,
         ),
         _d("max_grad_norm", 0.0, "torchtune 0.4.0 recipes clip_grad_norm null"),
+        _d("device_map", False, "torchtune 0.4.0 (loads by itself)"),
     ),
     notes=("until July 2024 only linears with an adapter were quantized (quantized_modules adapted-only)",),
     read="torchtune 0.4.0 (2024-11), pytorch/torchtune@bd2a0fc",
@@ -559,6 +560,7 @@ _LITGPT = Stack(
         _d("max_grad_norm", 0.0, f"{_LIT}:litgpt/args.py max_norm"),
         _d("keeps_outputs", True, f"{_LIT_LORA} fit (the logits list stays bound during backward)"),
         _d("untied_head", True, f"{_LIT}:litgpt/model.py"),
+        _d("device_map", False, f"{_LIT}:litgpt/utils.py (loads by itself)"),
     ),
     notes=(
         "logits chunks become fp32 on leaving the model (Fabric convert_output) and all of them stay alive",
@@ -591,6 +593,7 @@ _FMS_STACK = Stack(
         _d("attention", "flash2", f"{_FT}:tuning/config/configs.py use_flash_attn"),
         _d("optimizer", "adamw", _TF4),
         _d("outputs_to_fp32", True, _ACC, autocast=("bf16", "fp16")),
+        _d("added_tokens", 1, f"{_FT}:tuning/utils/tokenizer_data_utils.py (a padding token, where there is none)"),
     ),
     notes=(
         "the accelerated plugins keep norms, embeddings and head in 16 bit; plain TRL preparation keeps norms in fp32",

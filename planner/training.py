@@ -158,6 +158,8 @@ class TrainingSpec:
     untied_head: bool = False
     """The stack keeps its own head weight even where the model ties it (litgpt)."""
     optimizer_in_backward: bool = False
+    added_tokens: int = 0
+    """Tokens that the framework adds to the vocabulary before training (resize_token_embeddings)."""
     device_map: bool = False
     """from_pretrained puts the weights on the GPU itself (a device map; always where it quantizes)."""
     versions: Versions = field(default_factory=Versions)
@@ -175,6 +177,7 @@ class TrainingSpec:
         _positive("micro_batch_size", self.micro_batch_size, highest=2**20)
         _positive("seq_len", self.seq_len, highest=2**27)
         _positive("gradient_accumulation_steps", self.gradient_accumulation_steps, highest=2**20)
+        _positive("added_tokens", self.added_tokens, lowest=0, highest=2**20)
         quantized = self.quantization.kind != "none"
         if self.method == "full" and (self.lora or quantized):
             what = "a LoRA adapter" if self.lora else f"a {self.quantization.kind} base"

@@ -177,6 +177,13 @@ TRAINING: dict[str, tuple[Option, ...]] = {
         ),
         Option(("--fp32-norms/--no-fp32-norms",), "fp32_norms_only", _FLAG, "Only the norms are fp32."),
         Option(("--untied-head/--no-untied-head",), "untied_head", _FLAG, "The head has its own weight."),
+        Option(("--added-tokens",), "added_tokens", int, "Tokens added to the vocabulary: table and head grow."),
+        Option(
+            ("--device-map/--no-device-map",),
+            "device_map",
+            _FLAG,
+            "from_pretrained puts the weights on the GPU itself (it does where it quantizes).",
+        ),
     ),
     "Batch, checkpointing, kernels": (
         Option(("--batch", "--micro-batch-size"), "micro_batch_size", int, "Rows per micro batch."),

@@ -9,30 +9,18 @@ from dataclasses import replace
 
 from planner import cuda_rules
 from planner.model import Attention, Norm
-from planner.step import eager, linears, ops, picking
+from planner.step import eager, linears, ops, picking, positions
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.feed_forward import Finish
 from planner.step.linears import LayerWeights, LinearWeights
 from planner.step.norms import norm
 
-REPEATS_BEFORE_FLASH = (4, 48)
-"""Before: flash attention got key/value heads repeated to all query heads (modeling_mistral.py v4.45.2)."""
-
-
-FP32_TABLES = ("codegen", "ernie4_5", "olmo", "olmo2", "olmo3")
-"""Model types whose rotary embedding leaves cos and sin in fp32 (models/olmo2/modeling_olmo2.py): so are products with
-them, and apply_rotary_pos_emb casts both results back at its end; ernie4_5 casts q and k in each product itself."""
-
-FP32_ROTARY = ("cohere", "cohere2")
-"""Model types whose apply_rotary_pos_emb casts q and k to fp32 first, and back at its end (modeling_cohere.py)."""
-
-INTERLEAVES_TABLES = ("ernie4_5", "glm", "glm4", "helium")
-"""Model types that copy cos and sin in every layer, each entry twice (models/glm/modeling_glm.py)."""
-
-
-OWN_CODE = "qwen"
-"""First-generation Qwen: modeling_qwen.py comes with the checkpoint, and this file follows it where it differs."""
+REPEATS_BEFORE = (4, 48)
+"""Before: the attention module itself repeats key/value heads to all query heads, under the same names (repeat_kv in
+the attention classes of 4.43 to 4.47); since then the attention function does, if at all."""
+REPEATS_FOR_FLASH = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2")
+"""Model types whose flash attention class did so too (modeling files of 4.43 to 4.47)."""
 
 
 def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
@@ -44,6 +32,10 @@ def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None =
         q, k, v = _project_mla(step, held, x)
     else:
         named, q, k, v = _project(step, held, spec, x)
+    if _repeats_in_module(step, spec):
+        k = eager.repeat_heads(step, spec, k)
+        v = eager.repeat_heads(step, spec, v)
+        spec = replace(spec, num_kv_heads=spec.num_heads)
     out, names = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
     result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
@@ -58,6 +50,16 @@ def _heads_after_projection(step: Step, spec: Attention) -> Attention:
     if step.model.model_type == "falcon" and 1 < spec.num_kv_heads < spec.num_heads and not step.train.uses_own_modules:
         return replace(spec, num_kv_heads=spec.num_heads)
     return spec
+
+
+def _repeats_in_module(step: Step, spec: Attention) -> bool:
+    """Whether q, k, v leave the projections of an old release with equally many heads."""
+    train, kind = step.train, step.model.model_type
+    if train.versions.transformers >= REPEATS_BEFORE or train.uses_own_modules or spec.kind == "mla":
+        return False
+    if spec.num_kv_heads == spec.num_heads or kind in ("falcon", "gpt_bigcode") or runs_eager(step, spec):
+        return False
+    return train.attention == "sdpa" or kind in REPEATS_FOR_FLASH
 
 
 Projected = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]
@@ -104,11 +106,16 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
     if spec.position == "rope":
         if step.model.model_type in eager.ROTATES_TOKENS_FIRST:
             source = v.dtype
-            q, k, parts = _rotate_tokens_first(step, spec, q, k)
+            q, k, parts = positions.rotate_tokens_first(step, spec, q, k)
             q, k = ops.cast(eng, q, source, "rotary"), ops.cast(eng, k, source, "rotary")  # codegen's tables are fp32
             named += parts
         else:
-            q, k = _rotate(step, spec, q, k)
+            if positions.tables_per_layer(step):
+                step.cos_sin = positions.tables(step, spec, v.dtype)
+                named += step.cos_sin
+            q, k = positions.rotate(step, spec, q, k)
+            if positions.tables_per_layer(step):
+                step.cos_sin = None
     if spec.qk_norm_after_rope:
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
@@ -118,7 +125,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
 def _by_heads(step: Step, spec: Attention, x: Tensor, heads: int) -> Tensor:
     """A projection's output by heads, where rotate_half follows."""
     kind = step.model.model_type
-    turns = spec.position == "rope" and kind not in (*eager.ROTATES_TOKENS_FIRST, OWN_CODE)
+    turns = spec.position == "rope" and kind not in (*eager.ROTATES_TOKENS_FIRST, positions.OWN_CODE)
     if not turns or heads == 1 or step.train.kernels in ("unsloth", "fms-fused", "liger"):
         return x
     return ops.split_heads(step.eng, x)
@@ -199,8 +206,8 @@ def _project_mla(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Ten
     del kv_low
     k_pass, value = ops.split(eng, kv, (t * heads * nope, t * heads * v_dim))
     del kv
-    q_rot = rotary(step, q_rot, t * heads * rope, 0)
-    k_rot = rotary(step, k_rot, t * rope, 0)
+    q_rot = positions.rotary(step, q_rot, t * heads * rope, 0)
+    k_rot = positions.rotary(step, k_rot, t * rope, 0)
     q_out = ops.cat_half(eng, q_pass, q_rot, "mla_cat")
     k_out = ops.cat_half(eng, k_pass, eager.broadcast(step, k_rot, heads), "mla_cat")
     return q_out, k_out, value
@@ -242,7 +249,7 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
     eng = step.eng
     arg = (q, k, v)
     names: tuple[Tensor, ...] = ()
-    if step.model.model_type == OWN_CODE:
+    if step.model.model_type == positions.OWN_CODE:
         flash = step.train.attention == "flash2"
         out = (_unpadded_flash if flash else _own_mask)(step, spec, q, k, v)
     elif runs_eager(step, spec):
@@ -401,9 +408,6 @@ def _flash(
 ) -> Tensor:  # fmt: skip
     """FlashAttention-2: keeps q, k, v, output and logsumexp; so does cuDNN's kernel."""
     b, s, heads = step.batch, step.seq, spec.num_heads
-    if step.train.versions.transformers < REPEATS_BEFORE_FLASH:
-        groups = heads // spec.num_kv_heads
-        k, v = ops.expand_copy(step.eng, k, groups), ops.expand_copy(step.eng, v, groups)
     rule = cuda_rules.flash_backward_workspace if op == "flash_attention" else cuda_rules.cudnn_backward_workspace
     buffers = rule(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
     return fused_attention(
@@ -489,128 +493,3 @@ SPREADS_BEFORE_PADDING = (2, 2)
 
 def _aligned(length: Size) -> bool:
     return not isinstance(length, int) or length % MASK_ALIGNMENT == 0
-
-
-def _rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """apply_rotary_pos_emb on q and k."""
-    eng, t, kind = step.eng, step.tokens, step.model.model_type
-    assert step.cos_sin is not None
-    source, tables = q.dtype, step.cos_sin
-    fused = step.train.kernels in ("unsloth", "fms-fused", "liger")
-    if kind in INTERLEAVES_TABLES and not fused:
-        tables = ops.unary(eng, tables[0], "rotary"), ops.unary(eng, tables[1], "rotary")
-    if kind in FP32_ROTARY and not fused:
-        q, k = ops.cast(eng, q, FP32, "rotary"), ops.cast(eng, k, FP32, "rotary")
-    part = spec.rotary_dim or spec.head_dim
-    rest = spec.head_dim - part
-    q_turned = rotary(step, q, t * spec.num_heads * part, t * spec.num_heads * rest, tables)
-    k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest, tables)
-    if kind not in (*FP32_ROTARY, *FP32_TABLES):
-        return q_turned, k_turned
-    return ops.cast(eng, q_turned, source, "rotary"), ops.cast(eng, k_turned, source, "rotary")
-
-
-def _rotate_tokens_first(
-    step: Step, spec: Attention, q: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """gptj and codegen: k first, each with its own copies of the tables; the frame names every part."""
-    eng, t = step.eng, step.tokens
-    assert step.cos_sin is not None
-    cos, sin = step.cos_sin
-    part = spec.rotary_dim or spec.head_dim
-    rest = spec.head_dim - part
-
-    def turned(x: Tensor, heads: int) -> Tensor:
-        tables = eng.empty(step.seq * part, cos.dtype, "rotary"), eng.empty(step.seq * part, sin.dtype, "rotary")
-        return rotary(step, ops.narrow(eng, x, t * heads * part), t * heads * part, 0, tables)
-
-    k_turned = turned(k, spec.num_kv_heads)
-    q_turned = turned(q, spec.num_heads)
-    key = ops.cat_half(eng, k_turned, ops.narrow(eng, k, t * spec.num_kv_heads * rest), "rotary")
-    query = ops.cat_half(eng, q_turned, ops.narrow(eng, q, t * spec.num_heads * rest), "rotary")
-    return query, key, (q, k, q_turned, k_turned)
-
-
-def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """x*cos + rotate_half(x)*sin for one of q, k, with a pass-through part when partial."""
-    eng = step.eng
-    tables = tables or step.cos_sin
-    assert tables is not None
-    cos, sin = tables
-    if step.train.kernels in ("unsloth", "fms-fused", "liger"):
-        return _fused_rotary(step, x)
-    if step.model.model_type in ROTATES_HALVES:
-        return _rotary_halves(step, x)
-    kept: Tensor | None = None
-    source = x.dtype
-    own = step.model.model_type == OWN_CODE
-    if own:
-        x = ops.cast(eng, x, FP32, "rotary")
-    if own and step.train.attention == "flash2":
-        return ops.cast(eng, _triton_rotary(step, x), source, "rotary")
-    if own or not (isinstance(rest, int) and rest == 0):  # its own code appends the rest even where there is none
-        full = x
-        x = ops.narrow(eng, full, rotated)
-        kept = ops.narrow(eng, full, rest)
-        del full
-    dtype = cos.dtype if step.model.model_type == "ernie4_5" else x.dtype
-    first = ops.mul(eng, ops.cast(eng, x, dtype, "rotary"), cos, "rotary")
-    half = x.numel // 2
-    x1, x2 = ops.narrow(eng, x, half), ops.narrow(eng, x, half)
-    turned = ops.cat_half(eng, ops.negate(eng, x2, strided=True), x1, "rotary")
-    turned = ops.cast(eng, turned, dtype, "rotary")
-    second = ops.mul(eng, turned, sin, "rotary")
-    del turned, x1, x2
-    out = ops.add(eng, first, second, "rotary", strided=True)  # first has q's strides, second those of a new tensor
-    del first, second
-    if kept is not None:
-        out = ops.cat_half(eng, out, kept, "rotary")
-    elif step.model.model_type in eager.JOINS_NOTHING:
-        out = ops.contiguous(eng, out, "rotary")
-    return ops.cast(eng, out, source, "rotary") if own else out
-
-
-HALF_TABLES = ("codegen", "gpt_oss", "gptj")
-"""Model types whose rotary tables hold each angle once."""
-
-ROTATES_HALVES = ("gpt_oss",)
-"""Model types that rotate both halves apart and join them (models/gpt_oss/modeling_gpt_oss.py _apply_rotary_emb)."""
-
-
-def _rotary_halves(step: Step, x: Tensor) -> Tensor:
-    """cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin), with tables of half a head."""
-    eng = step.eng
-    assert step.cos_sin is not None
-    cos, sin = step.cos_sin
-    half = x.numel // 2
-    x1, x2 = ops.split(eng, x, (half, half), "rotary_grad")
-    first = ops.subtract(eng, ops.mul(eng, x1, cos, "rotary"), ops.mul(eng, x2, sin, "rotary"), "rotary")
-    second = ops.add(eng, ops.mul(eng, x2, cos, "rotary"), ops.mul(eng, x1, sin, "rotary"), "rotary")
-    return ops.cat_half(eng, first, second, "rotary")
-
-
-def _triton_rotary(step: Step, x: Tensor) -> Tensor:
-    """flash-attn's ApplyRotaryEmb out of place: a new tensor; the backward clones the gradient first (2.3.4)."""
-    eng = step.eng
-    out = ops.unary(eng, x, "rotary")
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        cloned = ops.unary(eng, ops._grad(grads), "rotary_grad")
-        return [ops.unary(eng, cloned, "rotary_grad")]
-
-    eng.link(out, (x,), backward)
-    return out
-
-
-def _fused_rotary(step: Step, x: Tensor) -> Tensor:
-    """A Triton rotary: in place on q and k, forward and backward (Liger, unsloth, fms fast rope)."""
-    out = x.view()
-    eng = step.eng
-    eng.kernel("elementwise", x.dtype, 2 * x.nbytes)
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        eng.kernel("elementwise", ops._grad(grads).dtype, 2 * ops._grad(grads).nbytes)
-        return [grads[0]]
-
-    eng.link(out, (x,), backward)
-    return out

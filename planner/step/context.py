@@ -24,7 +24,7 @@ class Step:
         arch: cuda_rules.Architecture,
         accumulates_in_place: bool = True,
     ) -> None:
-        self.eng = Engine(accumulates_in_place)
+        self.eng = Engine(accumulates_in_place, cuda_rules.colons_are_slices(arch.torch))
         self.model = model
         self.train = train
         self.arch = arch

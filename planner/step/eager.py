@@ -264,6 +264,8 @@ def broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
 def repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
     """repeat_kv: expand and reshape; the reshape of a single head is a view, of several a copy."""
     groups = spec.num_heads // spec.num_kv_heads
+    if groups > 1:
+        x = ops.colons(step.eng, x, 4)  # hidden_states[:, :, None, :, :]
     if spec.num_kv_heads == 1 and groups > 1:
         return broadcast(step, x, groups)
     return ops.expand_copy(step.eng, x, groups)

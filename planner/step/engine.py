@@ -217,10 +217,12 @@ class _StopRecompute(Exception):
 class Engine:
     """Grad mode, autocast mode, the graph being built and the record being written."""
 
-    def __init__(self, accumulates_in_place: bool = True) -> None:
+    def __init__(self, accumulates_in_place: bool = True, colons_are_slices: bool = False) -> None:
         self.record = Record()
         self.accumulates_in_place = accumulates_in_place
         """False under a dispatch mode: torch then adds gradients out of place (isTensorSubclassLike)."""
+        self.colons_are_slices = colons_are_slices
+        """Whether `:` in an index makes a node, whose backward copies the gradient (cuda_rules.colons_are_slices)."""
         self.grad_enabled = True
         self.autocast: str | None = None
         self.cast_cache: dict[int, tuple[int, Tensor]] = {}

@@ -8,8 +8,8 @@ a module runs.
 from __future__ import annotations
 
 from planner.model import Norm
-from planner.step import linears, ops
-from planner.step.attention import OWN_CODE, attention
+from planner.step import linears, ops, positions
+from planner.step.attention import attention
 from planner.step.context import Step
 from planner.step.eager import DROPOUT
 from planner.step.engine import Tensor
@@ -23,7 +23,7 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     spec = held.spec
     arg = x
     try:
-        if step.model.model_type == OWN_CODE:
+        if step.model.model_type == positions.OWN_CODE:
             out = _qwen_layer(step, held, x)
         elif spec.parallel:
             out = _parallel_layer(step, held, x)

@@ -23,9 +23,25 @@ SHIFTS_ALWAYS = ("qwen",)
 """Model types whose own code copies logits[..., :-1, :] whatever the release of transformers."""
 
 
+_SLICED_LATE = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granitemoe", "mpt", "opt")
+SLICES_HIDDEN_SINCE: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(_SLICED_LATE, (5, 0)),  # not in 4.48, in 5.24
+    **dict.fromkeys(("falcon", "olmo2"), (4, 47)),
+    **dict.fromkeys(("baichuan", "chatglm", "internlm2", "mimo", "qwen"), _NO_RELEASE),
+}
+"""model_type -> release since which the head reads hidden_states[:, -0:, :] (logits_to_keep); else 4.45."""
+
+
+def _slices_hidden(step: Step) -> bool:
+    since = SLICES_HIDDEN_SINCE.get(step.model.model_type, (4, 45))
+    return step.train.versions.transformers >= since and not step.train.uses_own_modules
+
+
 def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and the logits the caller can still reach (none when they never exist whole)."""
     kind = step.train.loss
+    if _slices_hidden(step):
+        hidden = ops.colons(step.eng, hidden, 3)
     if kind == "fused":
         return _fused_linear_cross_entropy(step, head, hidden), []
     if kind == "chunked":
@@ -52,7 +68,9 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
     source = wide
     if release < SHIFTS_BY_COPY or model.model_type in SHIFTS_ALWAYS:
         rows = step.batch * (step.seq - 1)
-        source = ops.contiguous(eng, ops.narrow(eng, wide, rows * model.vocab_size, "logits_grad"), "logits_shifted")
+        shifted = ops.narrow(eng, wide, rows * model.vocab_size, "logits_grad")
+        source = ops.contiguous(eng, ops.colons(eng, shifted, 1, "logits_grad"), "logits_shifted")
+        del shifted
     if train.kernels in ("unsloth", "fms-fused"):
         loss = _triton_cross_entropy(step, source)
     else:

@@ -110,6 +110,13 @@ def narrow(eng: Engine, x: Tensor, numel: Size, op: str = "slice_grad") -> Tenso
     return out
 
 
+def colons(eng: Engine, x: Tensor, number: int, op: str = "slice_grad") -> Tensor:
+    """x[:, :] with so many colons: x itself, or in old releases a slice of all of it for each."""
+    for _ in range(number if eng.colons_are_slices else 0):
+        x = narrow(eng, x, x.numel, op)
+    return x
+
+
 def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad") -> list[Tensor]:
     """torch.split/chunk: views; the backward concatenates, filling missing parts with zeros."""
     outs = [x.view(n) for n in numels]

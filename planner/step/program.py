@@ -14,8 +14,8 @@ from typing import Any
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
-from planner.step import layers, linears, loading, losses, ops
-from planner.step.attention import FP32_TABLES, HALF_TABLES, OWN_CODE, always_masks, needs_window_mask, runs_eager
+from planner.step import layers, linears, loading, losses, ops, positions
+from planner.step.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
 from planner.step.engine import FP32, INT64, Record, Size, Tensor
@@ -115,6 +115,7 @@ def run(
     accumulates_in_place: bool = True,
 ) -> Program:
     """Run one training step of `train` on `model` symbolically and return everything that happened."""
+    model = model.with_tokens(train.added_tokens)
     step = Step(model, train, arch, accumulates_in_place)
     stack = plan_layers(model, full_depth)
     step.eng.repeats = stack.repeats
@@ -198,7 +199,7 @@ class _Run:
             self.buffers = [self.eng.empty(entries, FP32, "weight")]
         if model.model_type in MASK_BUFFERS:
             self.buffers = [self.eng.empty(model.max_position_embeddings**2, "int8", "weight")]
-        if model.model_type == OWN_CODE:  # RotaryEmbedding caches cos and sin of twice the longest row so far
+        if model.model_type == positions.OWN_CODE:  # RotaryEmbedding caches cos and sin of twice the longest row so far
             width = model.layers[0].attention.head_dim
             self.buffers = [self.eng.empty(2 * step.seq * width, FP32, "rotary_tables") for _ in range(2)]
         self._count(-1)
@@ -212,6 +213,7 @@ class _Run:
         if self.head is None:
             self.head = self._load_head(trainable)
         self._count(-1)
+        self._resize()
         self._prepare()
         if train.lora:
             self._load_adapters(adapted)
@@ -230,6 +232,19 @@ class _Run:
         )
         recomputes = self.step.train.gradient_checkpointing != "none"
         return cuda_rules.cublaslt_handles(biased=biased, recomputes=recomputes)
+
+    def _resize(self) -> None:
+        """resize_token_embeddings: the longer table exists before the old one goes, then so with the head.
+
+        A model that is not quantized is still on the CPU.
+        """
+        train, eng = self.step.train, self.eng
+        if not train.added_tokens or train.quantization.kind == "none":
+            return
+        assert self.embedding is not None and self.head is not None
+        head = self.head.weight
+        for held in (self.embedding, *([head] if head is not None and head is not self.embedding else [])):
+            held.storage = eng.empty(held.numel, held.dtype, "weight").storage
 
     def _prepare(self) -> None:
         """prepare_model_for_kbit_training: one parameter after the other (peft utils/other.py)."""
@@ -269,7 +284,7 @@ class _Run:
 
     def _load_layer(self, layer: Layer, adapted: set[str]) -> LayerWeights:
         held = LayerWeights(layer)
-        if self.step.model.model_type == OWN_CODE:
+        if self.step.model.model_type == positions.OWN_CODE:
             held.buffer = self.eng.empty(LOGN_POSITIONS, self.step.train.base_dtype, "weight")
         specs = {spec.name: spec for spec in layer.linears}
         norms = {spec.name: spec for spec in (*layer.attention.norms, *layer.norms)}
@@ -477,7 +492,7 @@ class _Run:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
         step, eng, model = self.step, self.eng, self.step.model
         spec = model.layers[0].attention
-        if model.model_type == OWN_CODE:
+        if model.model_type == positions.OWN_CODE:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
             self.rotary[False] = (
                 self.buffers[0].view(step.seq * spec.head_dim),
@@ -485,14 +500,11 @@ class _Run:
             )
             return
         if spec.position == "rope" or model.model_type == "falcon":  # falcon makes them beside ALiBi too
-            width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
-            width = width // 2 if model.model_type in HALF_TABLES else width
-            numel = step.seq * width
             self.position_ids = eng.empty(step.seq, INT64, "positions")
-            kind = FP32 if model.model_type in FP32_TABLES else dtype
             windows = {bool(held.spec.attention.sliding_window) for held in self.weights}
-            for windowed in windows if model.model_type in TABLES_BY_WINDOW else {False}:
-                self.rotary[windowed] = self._rotary_tables(numel, kind)
+            if not positions.tables_per_layer(step):
+                for windowed in windows if model.model_type in TABLES_BY_WINDOW else {False}:
+                    self.rotary[windowed] = positions.tables(step, spec, dtype)
         assert self.embedding is not None
         eager, entries = runs_eager(step, spec), step.batch * step.seq * step.seq
         if spec.position == "alibi":
@@ -507,17 +519,6 @@ class _Run:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
-
-    def _rotary_tables(self, numel: Size, dtype: str) -> tuple[Tensor, Tensor]:
-        eng = self.eng
-        angles = eng.empty(numel // 2, FP32, "rotary_tables")
-        eng.calls_blas()
-        both = eng.empty(numel, FP32, "rotary_tables")
-        cos = ops.scale(eng, ops.unary(eng, both, "rotary_tables"), "rotary_tables")
-        sin = ops.scale(eng, ops.unary(eng, both, "rotary_tables"), "rotary_tables")
-        cos, sin = (ops.cast(eng, table, dtype, "rotary_tables") for table in (cos, sin))
-        del angles, both
-        return cos, sin
 
     def _masks_window(self, held: LayerWeights) -> bool:
         """Whether a layer takes the mask of a window; gpt_neo's local layers add their own buffer to the common one."""
