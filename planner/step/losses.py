@@ -67,16 +67,22 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
         logits = wide
     source = wide
     if release < SHIFTS_BY_COPY or model.model_type in SHIFTS_ALWAYS:
-        rows = step.batch * (step.seq - 1)
-        shifted = ops.narrow(eng, wide, rows * model.vocab_size, "logits_grad")
-        source = ops.contiguous(eng, ops.colons(eng, shifted, 1, "logits_grad"), "logits_shifted")
-        del shifted
+        source = _all_but_last(step, wide, model.vocab_size, "logits")
     if train.kernels in ("unsloth", "fms-fused"):
         loss = _triton_cross_entropy(step, source)
     else:
         loss = cross_entropy(eng, source, step.tokens)
     del wide, source
     return loss, [logits]
+
+
+def _all_but_last(step: Step, x: Tensor, width: int, op: str) -> Tensor:
+    """x[..., :-1, :].contiguous(): a copy, but of a single row, which is contiguous as it is."""
+    eng, whole = step.eng, x
+    x = ops.narrow(eng, whole, step.batch * (step.seq - 1) * width, f"{op}_grad")
+    x = ops.colons(eng, x, 1, f"{op}_grad")
+    alone = isinstance(step.batch, int) and step.batch == 1  # a sweep over batches has the copy throughout
+    return x if alone else ops.contiguous(eng, x, f"{op}_shifted")
 
 
 def _triton_cross_entropy(step: Step, logits: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor)
     weight = ops.autocast_half(eng, linears.plain_weight(step, head, hidden.dtype))
     h, v = model.hidden_size, model.vocab_size
     t = step.batch * (step.seq - 1)
-    shifted = ops.contiguous(eng, ops.narrow(eng, hidden, t * h), "loss_input")
+    shifted = _all_but_last(step, hidden, h, "loss_input")
     grad_input = eng.empty(t * h, hidden.dtype, "loss_input_grad")
     grad_weight = eng.empty(v * h, weight.dtype, "weight_grad") if weight.requires_grad else None
     losses = eng.empty(t, FP32, "loss")
