@@ -27,6 +27,8 @@ class Architecture:
     num_sms: int = 108
     torch: tuple[int, int] = (2, 13)
     bitsandbytes: tuple[int, int] = (0, 50)
+    warmup_limit: int = 0
+    """Most that `warmup_bytes` may be on this card; 0: no card is given, or the weights would not fit beside it."""
     cudnn_attention: bool = False
     """PyTorch prefers cuDNN's attention (newest releases on sm90/sm100 with a recent cuDNN)."""
     sdpa_kernels: bool = True
@@ -353,9 +355,9 @@ def efficient_backward_workspace(
 def warmup_bytes(parameters: int, quantized: int, kind: str, *, itemsize: int, transformers: tuple[int, int]) -> int:
     """What from_pretrained takes in one piece, and gives back, before it puts weights on the GPU itself.
 
-    Source: transformers modeling_utils.py caching_allocator_warmup, in 4.50: the bytes of the unquantized model; in 4.51
-    to 4.57: half of them for every quantizer (a factor 4 for 2); since 5.0 (get_total_byte_count): what the weights
-    are going to need, half a byte for a 4-bit one, without scales. It is not more than the card has, less 1.2 GiB.
+    Source: transformers modeling_utils.py caching_allocator_warmup. 4.50: the bytes of the unquantized model. 4.51 to
+    4.57: half of them for every quantizer (a factor 4 for 2). Since 5.0 (get_total_byte_count): what the weights are
+    going to need, half a byte for a 4-bit one, without scales (more than the card has: the weights do not fit).
     """
     if transformers < (4, 50):
         return 0
@@ -372,3 +374,13 @@ def colons_are_slices(torch: tuple[int, int]) -> bool:
     (sym_eq), and `:` ends at the largest integer; since 2.9 where it reaches the length (sym_le).
     """
     return torch < (2, 9)
+
+
+def warmup_limit(free: int, transformers: tuple[int, int]) -> int:
+    """Most of `free` bytes of a card that the block of `warmup_bytes` takes where it exceeds what is needed; 0: any.
+
+    Source: the same function, 4.52 to 4.57: free memory less 1.2 GiB (4.50 and 4.51: 95 % of it).
+    """
+    if not (4, 50) <= transformers < (5, 0):
+        return 0
+    return max(free - int(1.2 * 2**30), 0) if transformers >= (4, 52) else free * 95 // 100

@@ -496,6 +496,7 @@ _UNSLOTH = Stack(
 )
 
 _TT = "torchtune 0.4.0 recipes/configs/llama3_2/3B"
+_TT_FULL = f"{_TT}_full_single_device.yaml"
 _TORCHTUNE = Stack(
     "torchtune",
     (
@@ -507,20 +508,14 @@ _TORCHTUNE = Stack(
         _d("lora_alpha", 16.0, "pytorch/torchtune@bd2a0fc:recipes/configs/llama3_1/8B_qlora_single_device.yaml"),
         _d("target_modules", ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), f"{_TT}_lora"),
         _d("micro_batch_size", 4, f"{_TT}_lora_single_device.yaml batch_size"),
-        _d("gradient_accumulation_steps", 1, f"{_TT}_full_single_device.yaml", method="full"),
+        _d("gradient_accumulation_steps", 1, f"{_TT_FULL}", method="full"),
         _d("gradient_accumulation_steps", 8, f"{_TT}_lora_single_device.yaml"),
         _d("gradient_checkpointing", "full", f"{_TT}_lora_single_device.yaml enable_activation_checkpointing"),
         _d("use_reentrant", False, "torch CheckpointWrapper (set_activation_checkpointing)"),
         _d("loss", "chunked", f"{_TT}_lora_single_device.yaml CEWithChunkedOutputLoss"),
-        _d("optimizer", "paged-adamw-8bit", f"{_TT}_full_single_device.yaml", method="full"),
+        _d("optimizer", "paged-adamw-8bit", f"{_TT_FULL}", method="full"),
         _d("optimizer", "adamw-fused", f"{_TT}_lora_single_device.yaml fused: True"),
-        _d(
-            "optimizer_in_backward",
-            True,
-            f"{_TT}_full_single_device.yaml optimizer_in_bwd",
-            method="full",
-            gradient_accumulation_steps=1,
-        ),
+        _d("optimizer_in_backward", True, f"{_TT_FULL} optimizer_in_bwd", method="full", gradient_accumulation_steps=1),
         _d("max_grad_norm", 0.0, "torchtune 0.4.0 recipes clip_grad_norm null"),
         _d("device_map", False, "torchtune 0.4.0 (loads by itself)"),
     ),

@@ -102,10 +102,8 @@ class Record:
         self.segments: list[Segment] = [Segment("load", -1, 1, 0)]
         self.first_products: dict[bool, tuple[int, int]] = {}
         """In the backward (True) or before it: (segment, events before it) of the first product by cuBLAS."""
-        self.arrivals: list[int] = []
-        """Storages that hold a weight of the base model as it was read, before it is quantized or cast."""
-        self.readers = 0
-        """Threads that read them ahead (`loading.overlap`); 0: none."""
+        self.arrivals: list[int] = []  # storages that hold a weight as it was read
+        self.readers = 0  # threads that read them ahead (loading.overlap)
         self.closed = False
 
     def allocate(self, nbytes: Size, op: str) -> int:
@@ -222,7 +220,7 @@ class Engine:
         self.accumulates_in_place = accumulates_in_place
         """False under a dispatch mode: torch then adds gradients out of place (isTensorSubclassLike)."""
         self.colons_are_slices = colons_are_slices
-        """Whether `:` in an index makes a node, whose backward copies the gradient (cuda_rules.colons_are_slices)."""
+        """Whether `:` in an index makes a node (cuda_rules.colons_are_slices)."""
         self.grad_enabled = True
         self.autocast: str | None = None
         self.cast_cache: dict[int, tuple[int, Tensor]] = {}

@@ -19,9 +19,9 @@ from planner.step.engine import ITEMSIZE, Size
 READERS = 4
 """Threads that read weights (transformers core_model_loading.py GLOBAL_WORKERS; fewer where there are fewer cores)."""
 
-# Seconds. The first three: medians of from_pretrained on CPU cores (transformers 5.17 and 5.24, tiny NF4 modules, this
-# project, 2026-11): 0.04 to 0.18 ms, 0.4 to 0.7 ms, 0.04 to 0.08 ms. The rate, a mapped file through pageable memory, is
-# assumed.
+# Seconds. The first three: medians of from_pretrained on CPU cores (this project, 2026-11; transformers 5.17 and 5.24,
+# tiny NF4 modules): 0.04 to 0.18 ms, 0.4 to 0.7 ms, 0.04 to 0.08 ms. The rate is assumed: a mapped file through
+# pageable memory.
 _ANNOUNCE_S = 1e-4
 """To hand a weight to the readers; nothing is quantized before all are handed out."""
 _QUANTIZE_S = 5e-4
@@ -61,6 +61,7 @@ def warm_up(step: Step, adapted: Iterable[tuple[int, str]]) -> None:
         itemsize=ITEMSIZE[train.base_dtype],
         transformers=train.versions.transformers,
     )
+    nbytes = min(nbytes, step.arch.warmup_limit or nbytes)
     if nbytes:
         step.eng.empty(nbytes, "int8", "loading")
 

@@ -68,6 +68,8 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
     source = wide
     if release < SHIFTS_BY_COPY or model.model_type in SHIFTS_ALWAYS:
         source = _all_but_last(step, wide, model.vocab_size, "logits")
+        if not (isinstance(step.batch, int) and step.batch == 1):  # one row is contiguous as it is; a sweep copies it
+            source = ops.contiguous(eng, source, "logits_shifted")
     if train.kernels in ("unsloth", "fms-fused"):
         loss = _triton_cross_entropy(step, source)
     else:
@@ -77,12 +79,9 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
 
 
 def _all_but_last(step: Step, x: Tensor, width: int, op: str) -> Tensor:
-    """x[..., :-1, :].contiguous(): a copy, but of a single row, which is contiguous as it is."""
-    eng, whole = step.eng, x
-    x = ops.narrow(eng, whole, step.batch * (step.seq - 1) * width, f"{op}_grad")
-    x = ops.colons(eng, x, 1, f"{op}_grad")
-    alone = isinstance(step.batch, int) and step.batch == 1  # a sweep over batches has the copy throughout
-    return x if alone else ops.contiguous(eng, x, f"{op}_shifted")
+    """x[..., :-1, :]"""
+    rows = step.batch * (step.seq - 1)
+    return ops.colons(step.eng, ops.narrow(step.eng, x, rows * width, f"{op}_grad"), 1, f"{op}_grad")
 
 
 def _triton_cross_entropy(step: Step, logits: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor)
     weight = ops.autocast_half(eng, linears.plain_weight(step, head, hidden.dtype))
     h, v = model.hidden_size, model.vocab_size
     t = step.batch * (step.seq - 1)
-    shifted = _all_but_last(step, hidden, h, "loss_input")
+    shifted = ops.contiguous(eng, _all_but_last(step, hidden, h, "loss_input"), "loss_input")
     grad_input = eng.empty(t * h, hidden.dtype, "loss_input_grad")
     grad_weight = eng.empty(v * h, weight.dtype, "weight_grad") if weight.requires_grad else None
     losses = eng.empty(t, FP32, "loss")

@@ -18,7 +18,7 @@ from planner.step import layers, linears, loading, losses, ops, positions
 from planner.step.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
-from planner.step.engine import FP32, INT64, Record, Size, Tensor
+from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
 from planner.step.optimizers import OptimizerState
