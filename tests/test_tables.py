@@ -266,13 +266,13 @@ def test_the_largest_run_says_what_limits_it(capsys: pytest.CaptureFixture[str])
 def test_a_replay_that_limits_is_named() -> None:
     model = families.build_spec(sources.load_config("Qwen/Qwen2.5-7B").config, model_id="Qwen/Qwen2.5-7B")
     training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={}))
-    values = list(range(7936, 8769, 64))
-    found = largest(model, training, catalog.gpu("l4"), "seq_len", values)
-    assert (found.value, found.limited_by) == (8320, "allocator replay")
-    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 8384}))
-    after = predict.predict(model, above, catalog.gpu("l4"))
+    values = list(range(3904, 4801, 64))
+    found = largest(model, training, catalog.gpu("t4"), "seq_len", values)
+    assert (found.value, found.limited_by) == (4352, "allocator replay")
+    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 4416}))
+    after = predict.predict(model, above, catalog.gpu("t4"))
     assert after.verdict == "too close to call"
-    assert after.allocated.high < catalog.gpu("l4").rooms[2]
+    assert after.allocated.high < catalog.gpu("t4").rooms[2]
 
 
 def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
