@@ -191,6 +191,7 @@ def describe(args: Any, model: Any) -> dict[str, Any]:
         base_dtype=_base_dtype(base),
         max_grad_norm=float(args.max_grad_norm or 0.0),
         outputs_to_fp32=autocast != "none",
+        device_map=quantization.kind != "none",
     )
     name = str(getattr(base.config, "_name_or_path", "") or config.get("model_type", "model"))
     return {

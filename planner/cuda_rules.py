@@ -28,7 +28,7 @@ class Architecture:
     torch: tuple[int, int] = (2, 13)
     bitsandbytes: tuple[int, int] = (0, 50)
     warmup_limit: int = 0
-    """Most that `warmup_bytes` may be on this card; 0: no card is given, or the weights would not fit beside it."""
+    """Most bytes that from_pretrained's first block takes on this card (step/loading.py); 0: no limit."""
     cudnn_attention: bool = False
     """PyTorch prefers cuDNN's attention (newest releases on sm90/sm100 with a recent cuDNN)."""
     sdpa_kernels: bool = True
@@ -352,21 +352,6 @@ def efficient_backward_workspace(
     return tuple(buffers)
 
 
-def warmup_bytes(parameters: int, quantized: int, kind: str, *, itemsize: int, transformers: tuple[int, int]) -> int:
-    """What from_pretrained takes in one piece, and gives back, before it puts weights on the GPU itself.
-
-    Source: transformers modeling_utils.py caching_allocator_warmup. 4.50: the bytes of the unquantized model. 4.51 to
-    4.57: half of them for every quantizer (a factor 4 for 2). Since 5.0 (get_total_byte_count): what the weights are
-    going to need, half a byte for a 4-bit one, without scales (more than the card has: the weights do not fit).
-    """
-    if transformers < (4, 50):
-        return 0
-    if transformers < (5, 0):
-        return parameters * itemsize // (2 if kind != "none" and transformers >= (4, 51) else 1)
-    half_bytes = {"nf4": 1, "fp4": 1, "int8": 2}.get(kind, 2 * itemsize)
-    return (parameters - quantized) * itemsize + quantized * half_bytes // 2
-
-
 def colons_are_slices(torch: tuple[int, int]) -> bool:
     """Whether `:` in an index with several entries makes an autograd node of its own.
 
@@ -374,13 +359,3 @@ def colons_are_slices(torch: tuple[int, int]) -> bool:
     (sym_eq), and `:` ends at the largest integer; since 2.9 where it reaches the length (sym_le).
     """
     return torch < (2, 9)
-
-
-def warmup_limit(free: int, transformers: tuple[int, int]) -> int:
-    """Most of `free` bytes of a card that the block of `warmup_bytes` takes where it exceeds what is needed; 0: any.
-
-    Source: the same function, 4.52 to 4.57: free memory less 1.2 GiB (4.50 and 4.51: 95 % of it).
-    """
-    if not (4, 50) <= transformers < (5, 0):
-        return 0
-    return max(free - int(1.2 * 2**30), 0) if transformers >= (4, 52) else free * 95 // 100

@@ -6,17 +6,16 @@ Three numbers, never mixed: *allocated* is torch.cuda.max_memory_allocated, *res
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, Selection, priors
-from planner.dataset.orders import CAUTIOUS, Orders
+from planner.dataset.orders import Orders
 from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.records import record
-from planner.step import program, sequence
+from planner.step import loading, program, sequence
 from planner.step.engine import Record
 from planner.training import TrainingSpec
 from planner.units import GiB
@@ -108,7 +107,7 @@ def architecture(gpu: Gpu | None, training: TrainingSpec) -> cuda_rules.Architec
         num_sms=(gpu.sm_count if gpu else 0) or 108,
         torch=versions.torch,
         bitsandbytes=versions.bitsandbytes,
-        warmup_limit=cuda_rules.warmup_limit(gpu.rooms[1], versions.transformers) if gpu is not None else 0,
+        warmup_limit=loading.warmup_limit(gpu.rooms[1], versions.transformers) if gpu is not None else 0,
         cudnn_attention=cuda_rules.prefers_cudnn_attention(capability, versions.torch),
     )
 
@@ -197,8 +196,9 @@ def _neediest(
     if memory.peak_bytes(other.record) <= memory.peak_bytes(run.record):
         return run, orders
     last = orders.second
-    cut = (tuple((n, length) for n, length in order if length < last) for order in orders.drawn)
-    return other, Orders(tuple((*order, (order[-1][0] + 1 if order else 0, last)) for order in cut), last)
+    cut = (tuple((n, length) for n, length in order if length < last) for order in (orders.typical, orders.slow))
+    typical, slow = ((*order, (order[-1][0] + 1 if order else 0, last)) for order in cut)
+    return other, Orders(typical, slow, last)
 
 
 def _over_orders(
@@ -212,7 +212,7 @@ def _over_orders(
 ) -> tuple[Range, bool]:
     """Reserved memory, and whether the card is too small, where micro batches differ in length.
 
-    Expected: what most orders stay within (orders.CAUTIOUS); low: the longest micro batch first, as `equal`.
+    Expected: the typical order; low: the longest micro batch first, as `equal`; high: the slowly growing order.
     """
     arch = architecture(gpu, training)
     peak, small = memory.peak_bytes(record), sequence.small_peak(record, allocator.SMALL_SIZE)
@@ -226,22 +226,21 @@ def _over_orders(
 
     accumulation = training.gradient_accumulation_steps
     found = []
-    for order in orders.drawn:
+    for order in (orders.typical, orders.slow):
         if len(order) == 1:  # the longest comes first
             found.append(equal)
             continue
         events = sequence.unequal(order, accumulation, record_of, allocator.SMALL_SIZE)
         found.append(allocator_ranges(events, small, peak, reasons, gpu)[1:])
-    found.sort(key=lambda item: item[0].expected)
-    told, ran_out = found[math.ceil(CAUTIOUS * len(found)) - 1]
-    high = max(equal[0].high, *(item.high for item, _ in found))
-    return Range(low=equal[0].low, expected=told.expected, high=high), ran_out
+    (typical, ran_out), (slow, _) = found
+    low, high = min(equal[0].low, typical.low), max(equal[0].high, typical.high, slow.high)
+    return Range(low=low, expected=typical.expected, high=high), ran_out
 
 
 def _about_orders(reserved: Range, equal: Range) -> str:
     return (
-        f"rows of unequal length fragment PyTorch's cache: nine of ten random orders reserve at most "
-        f"{reserved.expected / GiB:.1f} GiB, the longest first {equal.expected / GiB:.1f} GiB; grouping by length, "
+        f"rows of unequal length fragment PyTorch's cache: {reserved.expected / GiB:.1f} GiB are reserved when they "
+        f"come in a typical order, {equal.expected / GiB:.1f} GiB when the longest comes first; grouping by length, "
         "packing or PYTORCH_ALLOC_CONF=expandable_segments:True avoids it"
     )
 

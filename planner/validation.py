@@ -183,7 +183,7 @@ def row_flags(row: Row) -> tuple[str, ...]:
         flags.append(f"framework {named}: scored with the habits of a transformers training loop")
     lengths = _row_lengths(row)
     if lengths is not None:
-        flags.append(f"rows come in an unknown order, their lengths have this mean and deviation: {lengths.source}")
+        flags.append(f"rows come in a typical order of unknown lengths of this mean and deviation: {lengths.source}")
     if not row["seq_len"] and row["seq_len_max"]:
         flags.append(f"padded length unknown: scored at its upper bound {row['seq_len_max']}")
     return (*flags, *_assumed_releases(row))

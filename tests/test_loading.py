@@ -14,6 +14,7 @@ from planner import catalog, cuda_rules, stacks
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.predict import architecture, predict
+from planner.step import loading as loading_rules
 from planner.step import program, sequence
 from planner.step.engine import Record
 from planner.step.loading import READERS, overlap
@@ -71,7 +72,7 @@ def test_the_first_block_is_what_transformers_counts(kind: str) -> None:
     counted = modeling_utils.get_total_byte_count(model, devices, quantizer)[torch.device("cuda:0")]
     spec = build_spec(CONFIG, model_id="test")
     quantized = sum(linear.weight_elements for layer in spec.layers for linear in layer.linears)
-    ours = cuda_rules.warmup_bytes(
+    ours = loading_rules.warmup_bytes(
         spec.num_parameters, quantized if kind != "none" else 0, kind, itemsize=2, transformers=(5, 24)
     )
     assert ours == counted
@@ -81,13 +82,13 @@ def test_the_first_block_is_what_transformers_counts(kind: str) -> None:
     ("release", "block"), [((4, 49), 0), ((4, 50), 200), ((4, 51), 100), ((4, 57), 100), ((5, 0), 65)]
 )
 def test_the_first_block_by_release(release: tuple[int, int], block: int) -> None:
-    assert cuda_rules.warmup_bytes(100, 90, "nf4", itemsize=2, transformers=release) == block
+    assert loading_rules.warmup_bytes(100, 90, "nf4", itemsize=2, transformers=release) == block
 
 
 def test_the_first_block_leaves_some_of_the_card() -> None:
-    assert cuda_rules.warmup_limit(2**34, (4, 53)) == 2**34 - int(1.2 * 2**30)
-    assert cuda_rules.warmup_limit(2**34, (4, 50)) == 2**34 * 95 // 100
-    assert cuda_rules.warmup_limit(2**34, (4, 49)) == cuda_rules.warmup_limit(2**34, (5, 24)) == 0
+    assert loading_rules.warmup_limit(2**34, (4, 53)) == 2**34 - int(1.2 * 2**30)
+    assert loading_rules.warmup_limit(2**34, (4, 50)) == 2**34 * 95 // 100
+    assert loading_rules.warmup_limit(2**34, (4, 49)) == loading_rules.warmup_limit(2**34, (5, 24)) == 0
 
 
 def test_only_where_from_pretrained_loads_onto_the_gpu() -> None:

@@ -18,52 +18,48 @@ from planner.dataset.lengths import Lengths
 Order = tuple[tuple[int, int], ...]
 """(number of the micro batch, its padded length): each longer than all before it, the last the longest of all."""
 
-DRAWS = 20
-"""Random orders that are looked at; the same ones every time."""
-CAUTIOUS = 0.9
-"""Share of them that reserve no more than what is told. The distribution is skewed (half of all shuffles reserve little
-more than equal rows do, some half as much again), and an estimate that is too low is what a plan must not be."""
-STEPS = 16
-"""Lengths are rounded up to so many parts of the longest: programs of equal lengths are written once."""
+TYPICAL = 1.0
+"""Distance of growing micro batches in -ln(S) in a typical order."""
+SLOW = 0.5
+"""The same in an order that grows in steps half as large and leaves more unusable blocks behind."""
 
 
 class Orders(NamedTuple):
     """Orders of one data set."""
 
-    drawn: tuple[Order, ...]
+    typical: Order
+    slow: Order
     second: int
     """Tokens of the longest micro batch but those of the greatest length."""
 
 
 def orders(seen: Lengths, how: Batching) -> Orders | None:
-    """Orders of shuffled epochs of the rows that the model sees; None where all micro batches are equally long.
+    """Orders of a shuffled epoch of the rows that the model sees; None where all micro batches are equally long.
 
     Grouping by length puts the longest micro batch first (transformers' LengthGroupedSampler).
     """
     if how.padding != "longest" or seen.shortest == longest_batch(seen, how):
         return None
-    rng = random.Random(0)
-    return Orders(tuple(growing(seen, how.batch, rng) for _ in range(DRAWS)), seen.counts[-2][0])
+    return Orders(growing(seen, how.batch, TYPICAL), growing(seen, how.batch, SLOW), seen.counts[-2][0])
 
 
-def growing(seen: Lengths, batch: int, rng: random.Random) -> Order:
-    """Micro batches of `batch` rows that are longer than all before, in a random order; lengths are rounded up."""
-    part = -(-seen.longest // STEPS)
+def growing(seen: Lengths, batch: int, distance: float) -> Order:
+    """Micro batches of `batch` rows that are longer than all before, each at the median of its place.
+
+    The k-th arrival of a Poisson process is later than k - 1/3 in about half of all cases (median of a gamma variable).
+    """
     kept: list[tuple[int, int]] = []
-    number, longer = 0, 1.0
-    while True:
-        longer *= math.exp(-rng.expovariate(1.0))
+    number = 0.0
+    for k in range(1, len(seen) + 1):
+        longer = math.exp(-distance * (k - 1 / 3))
         if longer * len(seen) < batch:
             break
         length = seen.percentile(100 * (1 - longer) ** (1 / batch))  # a micro batch is as long as its longest row
-        length = min(-(-length // part) * part, seen.longest)
         if not kept or length > kept[-1][1]:
-            kept.append((number, length))
-        if length == seen.longest:
-            break
-        number += 1 + int(math.log(1 - rng.random()) / math.log1p(-longer))  # the wait for one that is longer
+            kept.append((round(number), length))
+        number += 1 / longer
     if not kept or kept[-1][1] < seen.longest:
-        kept.append((number, seen.longest))
+        kept.append((round(number), seen.longest))
     return tuple(kept)
 
 

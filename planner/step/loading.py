@@ -1,7 +1,7 @@
 """How transformers' from_pretrained takes memory when it puts the weights on the GPU itself (`device_map`).
 
 It begins with one block of the model's size, which it gives back at once, so that the weights find room there
-(`cuda_rules.warmup_bytes`). Since 5.0 threads read weights ahead of the one that quantizes them: what they have read
+(`warmup_bytes`). Since 5.0 threads read weights ahead of the one that quantizes them: what they have read
 lies on the GPU in 16 bit until its turn comes, and takes the place of what is made meanwhile. What the cache looks
 like when training begins follows from that order, and how large it grows from how it looks.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
-from planner import cuda_rules
 from planner.step import linears
 from planner.step.context import Step
 from planner.step.engine import ITEMSIZE, Size
@@ -54,7 +53,7 @@ def warm_up(step: Step, adapted: Iterable[tuple[int, str]]) -> None:
         for spec in layer.linears
         if linears.is_quantized(spec, train.quantization, (id(layer), spec.name) in targets)
     )
-    nbytes = cuda_rules.warmup_bytes(
+    nbytes = warmup_bytes(
         model.num_parameters,
         quantized,
         train.quantization.kind,
@@ -64,6 +63,31 @@ def warm_up(step: Step, adapted: Iterable[tuple[int, str]]) -> None:
     nbytes = min(nbytes, step.arch.warmup_limit or nbytes)
     if nbytes:
         step.eng.empty(nbytes, "int8", "loading")
+
+
+def warmup_bytes(parameters: int, quantized: int, kind: str, *, itemsize: int, transformers: tuple[int, int]) -> int:
+    """What from_pretrained takes in one piece, and gives back, before it puts weights on the GPU itself.
+
+    Source: transformers modeling_utils.py caching_allocator_warmup. 4.50: the bytes of the unquantized model. 4.51 to
+    4.57: half of them for every quantizer (a factor 4 for 2). Since 5.0 (get_total_byte_count): what the weights are
+    going to need, half a byte for a 4-bit one, without scales (more than the card has: the weights do not fit).
+    """
+    if transformers < (4, 50):
+        return 0
+    if transformers < (5, 0):
+        return parameters * itemsize // (2 if kind != "none" and transformers >= (4, 51) else 1)
+    half_bytes = {"nf4": 1, "fp4": 1, "int8": 2}.get(kind, 2 * itemsize)
+    return (parameters - quantized) * itemsize + quantized * half_bytes // 2
+
+
+def warmup_limit(free: int, transformers: tuple[int, int]) -> int:
+    """Most of `free` bytes of a card that the block of `warmup_bytes` takes where the weights need less; 0: no limit.
+
+    Source: caching_allocator_warmup, 4.52 to 4.57: free memory less 1.2 GiB (4.50 and 4.51: 95 % of it).
+    """
+    if not (4, 50) <= transformers < (5, 0):
+        return 0
+    return max(free - int(1.2 * 2**30), 0) if transformers >= (4, 52) else free * 95 // 100
 
 
 def by_name(step: Step) -> bool:
