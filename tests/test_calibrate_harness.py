@@ -172,8 +172,12 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Monke
             super().close()
 
     workers = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        harness.run(folder, FakeDevice(), SETTINGS, workers=workers, bursts=iter(cpu_bursts(3)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            harness.run(folder, FakeDevice(), SETTINGS, workers=workers, bursts=iter(cpu_bursts(3)))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert workers.closed
     assert len(folder.results()) == 2
     assert go(folder, ["ok"], monkeypatch, number=3) == ["ok"] * 3

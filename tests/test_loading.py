@@ -117,12 +117,13 @@ def test_the_order_is_that_of_the_real_from_pretrained(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16)
     with Tracker() as tracker:
-        AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             tmp_path, dtype=torch.float16, device_map={"": "cpu"}, quantization_config=asked
         )
     made = {"aten._to_copy", "bitsandbytes.quantize_4bit"}
     blocks = {block.id: block for block in tracker.blocks}
     first = next(i for i, e in enumerate(tracker.events) if blocks[e.id].op == "aten._to_copy")
+    assert model is not None  # alive until here: what dies with it is no part of loading
     real = [e for e in tracker.events[first:] if blocks[e.id].op in made and abs(e.nbytes) > 512]
     ours = record(replace(QLORA, versions=replace(QLORA.versions, transformers=(5, 24))))
     ours.readers = 0  # in sequence, as a CPU run is
