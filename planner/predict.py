@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, Selection, priors
-from planner.dataset.orders import Orders
+from planner.dataset.orders import SLOW, TYPICAL, Orders
 from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.records import record
@@ -132,15 +132,16 @@ def predict(
         PlannerError: for settings that exclude each other or that the model does not have.
     """
     run = program.run(model, training, architecture(gpu, training))
+    alike = None
     if orders is not None:
-        run, orders = _neediest(run, model, training, orders, gpu)
+        run, alike = _neediest(run, model, training, orders, gpu)
     breakdown = memory.breakdown(run.record, run.layer_names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
     if orders:
         equal = reserved
         reserved, out_of_memory = _over_orders(
-            model, training, orders, (equal, out_of_memory), run.record, reasons, gpu
+            model, training, orders, alike, (equal, out_of_memory), run.record, reasons, gpu
         )
         if reserved.expected > WORTH_SAYING * equal.expected:
             warnings = (*warnings, _about_orders(reserved, equal))
@@ -190,21 +191,37 @@ def _with_allocator(
 
 def _neediest(
     run: program.Program, model: ModelSpec, training: TrainingSpec, orders: Orders, gpu: Gpu | None
-) -> tuple[program.Program, Orders]:
-    """The program of the micro batch that needs most: the longest, or the next where kernels pad an odd length."""
-    other = program.run(model, replace(training, seq_len=orders.second), architecture(gpu, training))
-    if memory.peak_bytes(other.record) <= memory.peak_bytes(run.record):
-        return run, orders
-    last = orders.second
-    cut = (tuple((n, length) for n, length in order if length < last) for order in (orders.typical, orders.slow))
-    typical, slow = ((*order, (order[-1][0] + 1 if order else 0, last)) for order in cut)
-    return other, Orders(typical, slow, last)
+) -> tuple[program.Program, int | None]:
+    """The program of the micro batch that needs most: the longest, or the next where kernels pad an odd length.
+
+    With the next comes the length that needs as much as the longest (`Orders.order`).
+    """
+    arch = architecture(gpu, training)
+
+    def of(length: int) -> program.Program:
+        return program.run(model, replace(training, seq_len=length), arch)
+
+    most = memory.peak_bytes(run.record)
+    short, needy = orders.seen.shortest, orders.second
+    other = of(needy)
+    if memory.peak_bytes(other.record) <= most:
+        return run, None
+    while needy - short > 2:
+        middle = (short + needy) // 2 | 1  # an odd one is no multiple of what kernels want
+        if middle == needy:
+            break
+        if memory.peak_bytes(of(middle).record) > most:
+            needy = middle
+        else:
+            short = middle
+    return other, short
 
 
 def _over_orders(
     model: ModelSpec,
     training: TrainingSpec,
     orders: Orders,
+    alike: int | None,
     equal: tuple[Range, bool],
     record: Record,
     reasons: tuple[tuple[str, float], ...],
@@ -212,7 +229,7 @@ def _over_orders(
 ) -> tuple[Range, bool]:
     """Reserved memory, and whether the card is too small, where micro batches differ in length.
 
-    Expected: the typical order; low: the longest micro batch first, as `equal`; high: the slowly growing order.
+    Expected: the typical order; low: the longest micro batch first, as `equal`; high: the slowly growing orders.
     """
     arch = architecture(gpu, training)
     peak, small = memory.peak_bytes(record), sequence.small_peak(record, allocator.SMALL_SIZE)
@@ -225,15 +242,18 @@ def _over_orders(
         return known[length, held]
 
     accumulation = training.gradient_accumulation_steps
-    found = []
-    for order in (orders.typical, orders.slow):
-        if len(order) == 1:  # the longest comes first
-            found.append(equal)
-            continue
-        events = sequence.unequal(order, accumulation, record_of, allocator.SMALL_SIZE)
-        found.append(allocator_ranges(events, small, peak, reasons, gpu)[1:])
-    (typical, ran_out), (slow, _) = found
-    low, high = min(equal[0].low, typical.low), max(equal[0].high, typical.high, slow.high)
+    starts = orders.starts(accumulation)
+
+    def reserved_in(distance: float) -> tuple[Range, bool]:
+        order = orders.order(distance, alike)
+        events = sequence.unequal(order, accumulation, record_of, allocator.SMALL_SIZE, starts)
+        return allocator_ranges(events, small, peak, reasons, gpu)[1:]
+
+    typical, ran_out = reserved_in(TYPICAL)
+    low, high = min(equal[0].low, typical.low), max(equal[0].high, typical.high)
+    for distance in SLOW:
+        if gpu is None or high < gpu.rooms[2]:  # else it says already that the card may be full
+            high = max(high, reserved_in(distance)[0].high)
     return Range(low=low, expected=typical.expected, high=high), ran_out
 
 

@@ -173,19 +173,34 @@ RecordOf = Callable[[int, bool], Record]
 
 
 def unequal(
-    order: Sequence[tuple[int, int]], accumulation: int, record_of: RecordOf, smallest: int = 0
+    order: Sequence[tuple[int, int]],
+    accumulation: int,
+    record_of: RecordOf,
+    smallest: int = 0,
+    starts: Sequence[int] = (),
 ) -> list[tuple[int, int]]:
     """Return (storage, +-bytes) of a run whose micro batches differ in length, as `expand` does of one length.
 
-    `order` names the micro batches that are longer than all before, (number, length); the shorter ones between them
-    leave the cache as it is and are left out. Optimizer steps come where `accumulation` puts them; the longest micro
-    batch comes once more in a step of its own, as in `expand`.
+    `order` names the micro batches that need more than all before, (number, length); the others between them leave
+    the cache as it is and are left out. Optimizer steps come where `accumulation` puts them. The optimizer's state
+    takes what the first step left free, so the order begins anew after that step. The neediest micro batch comes once
+    more in a step of its own, as in `expand`, and in one for each of `starts`, the lengths of micro batches that begin
+    a step: the gradients that those leave where they found room may be in its way.
     """
     longest = order[-1][1]
-    after = (order[-1][0] // accumulation + 1) * accumulation
-    micro_batches = [*order, *((after + i, longest) for i in range(min(accumulation, 2)))]
-    out = _Writer(smallest)
-    out.load(record_of(longest, False))
+    probe, out = _Writer(smallest), _Writer(smallest)
+    record = record_of(longest, False)
+    micro_batches = list(order)
+    if probe.write(record, _STATE):
+        micro_batches = [one for one in order if one[0] < accumulation]
+        micro_batches += [(number + accumulation, length) for number, length in order]
+    after = (micro_batches[-1][0] // accumulation + 1) * accumulation
+    micro_batches += [(after + i, longest) for i in range(min(accumulation, 2))]
+    if accumulation > 1 and probe.write(record, _MICRO_BATCH):
+        for first in starts:
+            after += accumulation
+            micro_batches += [(after, first), (after + 1, longest)]
+    out.load(record)
     gradients: list[tuple[int, int]] = []
     has_state = False
     for place, (number, length) in enumerate(micro_batches):
