@@ -262,18 +262,29 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
             q, k, v = (ops.cast(eng, t, _flash_dtype(step), "flash_cast") for t in (q, k, v))
-        kernel = "flash" if step.train.attention == "flash2" else sdpa_kernel(step, spec, q.dtype)
-        if kernel == "math":
-            out = _math(step, spec, q, k, v)
-        elif kernel == "efficient" or (kernel == "cudnn" and _masked(step, spec)):
-            out = _efficient(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "efficient_attention")
-        else:
-            out = _flash(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "flash_attention")
-            if eager.leads_with_heads(step, spec) and step.train.attention == "sdpa":
-                out = ops.contiguous(eng, out, "attention")
+        by_heads = step.train.attention == "sdpa" and eager.leads_with_heads(step, spec)
+        out = fused(step, spec, q, k, v, by_heads)
         del named
     del arg
     return out, names
+
+
+def fused(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, by_heads: bool) -> Tensor:
+    """FlashAttention where it is asked for, else the kernel that scaled_dot_product_attention picks.
+
+    by_heads: q lies in memory head by head, and so does a flash kernel's output, which is then copied.
+    """
+    kernel = "flash" if step.train.attention == "flash2" else sdpa_kernel(step, spec, q.dtype)
+    if kernel == "math":
+        return _math(step, spec, q, k, v)
+    if kernel == "efficient" or (kernel == "cudnn" and _masked(step, spec)):
+        return _efficient(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "efficient_attention")
+    arg = q, k, v
+    out = _flash(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "flash_attention")
+    if by_heads:
+        out = ops.contiguous(step.eng, out, "attention")
+    del arg
+    return out
 
 
 def _repeats_heads(step: Step, spec: Attention) -> bool:

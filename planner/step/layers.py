@@ -8,7 +8,7 @@ a module runs.
 from __future__ import annotations
 
 from planner.model import Norm
-from planner.step import linears, ops, positions
+from planner.step import linears, litgpt, ops, positions
 from planner.step.attention import attention
 from planner.step.context import Step
 from planner.step.eager import DROPOUT
@@ -23,7 +23,9 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     spec = held.spec
     arg = x
     try:
-        if step.model.model_type == positions.OWN_CODE:
+        if step.train.uses_own_modules and spec.attention.kind == "standard" and spec.mlp is not None:
+            out = litgpt.layer(step, held, x)
+        elif step.model.model_type == positions.OWN_CODE:
             out = _qwen_layer(step, held, x)
         elif spec.parallel:
             out = _parallel_layer(step, held, x)

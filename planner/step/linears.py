@@ -96,7 +96,7 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
         held.packed = _quantized(step, spec, quant)
     else:
         held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
-    held.dtype = train.base_dtype
+    held.dtype = FP16 if train.uses_own_modules and held.kind != "none" else train.base_dtype  # Lightning's .half()
     if spec.bias and held.kind in ("nf4", "fp4"):
         # Linear4bit's first forward leaves it in the compute dtype (bitsandbytes nn/modules.py)
         held.bias = eng.parameter(spec.out_features, train.quantization.compute_dtype, "weight")

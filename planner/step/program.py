@@ -14,7 +14,7 @@ from typing import Any
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
-from planner.step import layers, linears, loading, losses, ops, positions
+from planner.step import layers, linears, litgpt, loading, losses, ops, positions
 from planner.step.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
@@ -116,6 +116,8 @@ def run(
 ) -> Program:
     """Run one training step of `train` on `model` symbolically and return everything that happened."""
     model = model.with_tokens(train.added_tokens)
+    if train.uses_own_modules:
+        model, train = litgpt.own_modules(model, train)
     step = Step(model, train, arch, accumulates_in_place)
     stack = plan_layers(model, full_depth)
     step.eng.repeats = stack.repeats
@@ -148,6 +150,8 @@ class _Run:
         """4-D masks: of layers that see everything (False), of those with a window (True)."""
         self.input_leaf: Tensor | None = None
         self.buffers: list[Tensor] = []
+        self.stable: list[Tensor] = []
+        """A StableEmbedding's table, and its norm's weight and bias."""
 
     def all(self) -> Program:
         self._load()
@@ -213,6 +217,7 @@ class _Run:
         if self.head is None:
             self.head = self._load_head(trainable)
         self._count(-1)
+        self._own_buffers()
         self._resize()
         self._prepare()
         if train.lora:
@@ -232,6 +237,27 @@ class _Run:
         )
         recomputes = self.step.train.gradient_checkpointing != "none"
         return cuda_rules.cublaslt_handles(biased=biased, recomputes=recomputes)
+
+    def _own_buffers(self) -> None:
+        """What litgpt keeps on the card beside the model: rotary tables; in a quantized run a second embedding.
+
+        That is a StableEmbedding, which no optimizer knows: its gradient is never set to zero, and `main` still names
+        the embedding whose place it took (finetune/lora.py).
+        """
+        step, eng = self.step, self.eng
+        if not step.train.uses_own_modules:
+            return
+        spec = step.model.layers[0].attention
+        if spec.position == "rope":
+            width = spec.rotary_dim or spec.head_dim
+            self.buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
+        if step.train.quantization.kind in ("none", "gptq4") or step.train.versions.bitsandbytes < litgpt.STABLE_EMBEDDING:
+            return
+        assert self.embedding is not None
+        self.buffers.append(eng.empty(self.embedding.numel, self.embedding.dtype, "weight"))
+        self.stable = [self.embedding, *(eng.empty(step.model.hidden_size, step.embedding_dtype, "weight") for _ in range(2))]
+        for held in self.stable:
+            eng.leaf(held).grad = eng.empty(held.numel, held.dtype, "gradient")
 
     def _resize(self) -> None:
         """resize_token_embeddings: the longer table exists before the old one goes, then so with the head.
@@ -344,7 +370,7 @@ class _Run:
             self._begin("load", unit)
             for name, weights in held.linears.items():
                 if (id(held.spec), name) in adapted:
-                    linears.load_adapter(self.step, weights, lora)
+                    self._load_adapter(weights)
             for a in parameters:
                 if a.layer is held.spec:
                     stacked = a.rank * a.experts
@@ -354,10 +380,18 @@ class _Run:
             self._count(unit)
         self._begin("load", -1)
         if self.head is not None and (id(None), self.step.model.head.name) in adapted:
-            linears.load_adapter(self.step, self.head, lora)
+            self._load_adapter(self.head)
         for name in lora.modules_to_save:
             self._save_module(name)
         self._count(-1)
+
+    def _load_adapter(self, held: linears.LinearWeights) -> None:
+        lora = self.step.train.lora
+        assert lora is not None
+        if self.step.train.uses_own_modules:
+            litgpt.load_adapter(self.step, held, lora.target_slices, lora.r, lora.dtype)
+        else:
+            linears.load_adapter(self.step, held, lora)
 
     def _save_module(self, name: str) -> None:
         """modules_to_save: a trainable copy takes the place of the module; the original stays loaded."""
@@ -380,9 +414,10 @@ class _Run:
             hidden = self._decode()
             eng.enter("loss")
             assert self.head is not None
-            loss, logits = losses.head_and_loss(step, self.head, hidden)
+            own = step.train.uses_own_modules and step.train.loss == "chunked"
+            loss, logits = (litgpt if own else losses).head_and_loss(step, self.head, hidden)
             del hidden
-        if step.train.outputs_to_fp32:  # accelerate converts the outputs when the forward returns
+        if step.train.outputs_to_fp32 and not own:  # accelerate converts the outputs when the forward returns
             logits = [ops.cast(eng, part.view(), FP32, "outputs_to_fp32") for part in logits]
         self._drop_cache()
         step.backward_began = True
@@ -414,7 +449,8 @@ class _Run:
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm
-            hidden = norm(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
+            normalise = litgpt.norm if step.train.uses_own_modules else norm
+            hidden = normalise(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
         del names, outputs
         if not self._reenters():
             self._drop_positions()
@@ -451,6 +487,8 @@ class _Run:
         out = eng.empty(step.tokens * width, self.embedding.dtype, "embedding")
         eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
         self._link_table(out, self.embedding)
+        if self.stable:
+            out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], step.tokens)
         if model.embedding_scale and model.model_type in SCALES_IN_MODULE:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
@@ -492,6 +530,10 @@ class _Run:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
         step, eng, model = self.step, self.eng, self.step.model
         spec = model.layers[0].attention
+        if step.train.uses_own_modules:
+            if spec.position == "rope":
+                self.rotary[False] = (self.buffers[0].view(), self.buffers[1].view())
+            return
         if model.model_type == positions.OWN_CODE:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
             self.rotary[False] = (
