@@ -21,7 +21,7 @@ KEYS: tuple[str, ...] = (
     "lora_dropout", "target_modules", "target_slices", "modules_to_save", "use_dora", "use_rslora",
     "micro_batch_size", "seq_len", "gradient_accumulation_steps", "gradient_checkpointing", "use_reentrant",
     "attention", "padded", "kernels", "loss", "optimizer", "optimizer_in_backward", "max_grad_norm", "keeps_outputs",
-    "outputs_to_fp32", "compile", "tf32", "untied_head", "added_tokens", "device_map",
+    "outputs_to_fp32", "compile", "tf32", "untied_head", "longest_first", "added_tokens", "device_map",
 )  # fmt: skip
 """Option keys in the order they are resolved: a default may depend on keys to its left only."""
 
@@ -36,7 +36,7 @@ QUANTIZATION_KEYS = frozenset(
 _BOOLEANS = frozenset(
     {"double_quant", "kbit_preparation", "fp32_norms_only", "use_dora", "use_rslora", "use_reentrant", "padded"}
     | {"optimizer_in_backward", "keeps_outputs", "outputs_to_fp32", "compile", "tf32", "untied_head", "device_map"}
-)
+) | {"longest_first"}
 _CHOSEN = {
     "method": "method", "quantization": "quantization", "base_dtype": "dtype", "compute_dtype": "dtype",
     "adapter_dtype": "dtype", "gradient_checkpointing": "checkpointing", "attention": "attention",
@@ -327,6 +327,7 @@ _NEUTRAL: tuple[Default, ...] = (
     _d("compile", False, ""),
     _d("tf32", False, ""),
     _d("untied_head", False, ""),
+    _d("longest_first", False, ""),
     _d("added_tokens", 0, ""),
     _d("device_map", True, "", quantization=BNB),
     _d("device_map", False, ""),
@@ -560,7 +561,7 @@ _LITGPT = Stack(
     notes=(
         "logits chunks become fp32 on leaving the model (Fabric convert_output) and all of them stay alive",
         "the vocabulary is padded to a multiple of 512 unless the model's config says otherwise",
-        "since 2024-10 a quantized run also keeps a 16-bit gradient of the whole embedding (StableEmbedding)",
+        "since 2024-10 a quantized run holds a second embedding and a gradient that is never zeroed (StableEmbedding)",
     ),
     read=f"{_LIT} (2026-06-29), Lightning-AI/litgpt@f684138 (2023-10-30)",
 )

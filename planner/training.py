@@ -156,7 +156,9 @@ class TrainingSpec:
     tf32: bool = False
     """fp32 products run on tensor cores (torch.set_float32_matmul_precision "high"; off in PyTorch by default)."""
     untied_head: bool = False
-    """The stack keeps its own head weight even where the model ties it (litgpt)."""
+    """The framework trains its own modules, litgpt's: among others, the head is never tied."""
+    longest_first: bool = False
+    """The longest micro batch is the first of the run: nothing of one before it is alive."""
     optimizer_in_backward: bool = False
     added_tokens: int = 0
     """Tokens that the framework adds to the vocabulary before training (resize_token_embeddings)."""

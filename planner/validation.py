@@ -36,7 +36,14 @@ _LISTED = frozenset(stacks.STACKS) - {"custom"}
 _NOTED: tuple[tuple[str, str], ...] = (
     ("optimizer step fused into backward", "optimizer_in_backward"),
     ("rsLoRA scaling", "use_rslora"),
+    ("peak set by the first iteration", "longest_first"),
 )
+# Releases that a source fixes without stating them: what the project asked for when it published the figures.
+_RELEASES: dict[str, tuple[dict[str, str], str]] = {
+    "litgpt-hub": (
+        {"torch": "2.3.0", "bitsandbytes": "0.42.0"}, "Lightning-AI/litgpt pyproject.toml, March to September 2024"
+    ),
+}  # fmt: skip
 # Name of the fms configuration in which TRL prepares the model: on one GPU its norms stay fp32 and nothing else does
 # (trl 0.13.0 trainer/utils.py peft_module_casting_to_bf16; sharded weights are left alone).
 _FMS_PLAIN_PREPARATION = "baseline-peft-bnb"
@@ -148,7 +155,7 @@ def row_options(row: Row) -> dict[str, Any]:
     """
     _check_modelled(row)
     stack = row["framework"] if row["framework"] in _LISTED else "custom"
-    versions = stacks.parse_versions({name: row[name] for name in _LIBRARIES})
+    versions = stacks.parse_versions(_stated(row))
     options: dict[str, Any] = {
         "stack": stack,
         "method": row["method"],
@@ -191,6 +198,9 @@ def row_flags(row: Row) -> tuple[str, ...]:
 
 def _assumed_releases(row: Row) -> Iterator[str]:
     """The library releases that matter to the row and that it leaves out."""
+    if row["source"] in _RELEASES:
+        yield f"library releases as required at the time: {_RELEASES[row['source']][1]}"
+        return
     used = [name for name in _LIBRARIES if row["method"] != "full" or name != "peft"]
     if row["quantization"] not in ("nf4", "fp4", "int8") and "8bit" not in row["optimizer"]:
         used = [name for name in used if name != "bitsandbytes"]
@@ -203,6 +213,12 @@ def _assumed_releases(row: Row) -> Iterator[str]:
     versions = stacks.parse_versions({name: row[name] for name in _LIBRARIES})
     assumed = ", ".join(f"{name} {'.'.join(map(str, getattr(versions, name)))}" for name in left_out)
     yield f"library releases of the time of those given: {assumed}"
+
+
+def _stated(row: Row) -> dict[str, str]:
+    """Library -> the release that the row states, or that its source implies."""
+    known = _RELEASES.get(row["source"], ({}, ""))[0]
+    return {name: row[name] or known.get(name, "") for name in _LIBRARIES}
 
 
 def _check_modelled(row: Row) -> None:

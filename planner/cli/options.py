@@ -176,7 +176,7 @@ TRAINING: dict[str, tuple[Option, ...]] = {
             "PEFT's prepare_model_for_kbit_training (fp32 norms, embeddings and head).",
         ),
         Option(("--fp32-norms/--no-fp32-norms",), "fp32_norms_only", _FLAG, "Only the norms are fp32."),
-        Option(("--untied-head/--no-untied-head",), "untied_head", _FLAG, "The head has its own weight."),
+        Option(("--untied-head/--no-untied-head",), "untied_head", _FLAG, "litgpt's own modules, its head untied."),
         Option(("--added-tokens",), "added_tokens", int, "Tokens added to the vocabulary: table and head grow."),
         Option(
             ("--device-map/--no-device-map",),
@@ -220,6 +220,7 @@ TRAINING: dict[str, tuple[Option, ...]] = {
             "The optimizer steps during the backward.",
         ),
         Option(("--max-grad-norm",), "max_grad_norm", float, "Gradient clipping; 0 switches it off."),
+        Option(("--longest-first/--any-order",), "longest_first", _FLAG, "The longest micro batch is the run's first."),
         Option(("--keeps-outputs/--no-keeps-outputs",), "keeps_outputs", _FLAG, "The loop holds the logits meanwhile."),
         Option(("--outputs-to-fp32/--no-outputs-to-fp32",), "outputs_to_fp32", _FLAG, "accelerate's fp32 logits copy."),
     ),

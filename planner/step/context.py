@@ -13,8 +13,8 @@ class Step:
 
     __slots__ = (
         "alibi", "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
-        "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens", "train",
-        "unquantized_dtype", "unused_probabilities", "widened",
+        "kept_inputs", "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens",
+        "train", "unquantized_dtype", "unused_probabilities", "widened",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +51,8 @@ class Step:
         """Eager attention returns them to the decoder layer, whose frame names them (`_`) until it ends."""
         self.cache: list[tuple[int, Tensor]] = []
         """(layer, keys and values) of classes that cache them while training."""
+        self.kept_inputs: dict[int, tuple[int, Size]] = {}
+        """(layer, bytes) of every storage that a function keeps as an attribute: it lives as long as the graph."""
         self.backward_began = False
 
     def trainable(self, numel: Size, dtype: str, op: str, factors: Size = 0) -> Tensor:

@@ -23,7 +23,7 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     spec = held.spec
     arg = x
     try:
-        if step.train.uses_own_modules and spec.attention.kind == "standard" and spec.mlp is not None:
+        if step.train.uses_own_modules and spec.attention.kind == "standard":
             out = litgpt.layer(step, held, x)
         elif step.model.model_type == positions.OWN_CODE:
             out = _qwen_layer(step, held, x)

@@ -334,6 +334,8 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         del weight
         return [result]
 
+    if release < KEEPS_NO_INPUT:
+        step.kept_inputs[id(x.storage)] = (eng.layer, x.storage.nbytes)
     eng.link(out, (x,), backward, (x,) if release < KEEPS_NO_INPUT else (), hooked=False)
     converted = ops.cast(eng, out, source, "input_dtype_cast")
     del x, out, arg  # names of the module's frame

@@ -1,8 +1,8 @@
 """litgpt's own modules: one projection for q, k and v, LoRA beside it, norms in fp32, head and loss in chunks.
 
-Follows litgpt 0.5.13 (model.py, lora.py, finetune/lora.py, finetune/full.py) and lightning 2.6 (fabric/plugins/precision),
-in what they allocate, keep and name; `benchmarks/litgpt_agreement.py` compares it with a trace of them. Local names
-stand for those of the frames there.
+Follows litgpt 0.5.13 (model.py, lora.py, finetune/lora.py, finetune/full.py) and lightning 2.6 (fabric/plugins/
+precision) in what they allocate, keep and name; `benchmarks/litgpt_agreement.py` compares it with a trace of them.
+Local names stand for those of the frames there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from planner import cuda_rules
 from planner.lora import resolve_targets
 from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
-from planner.step import attention, linears, losses, ops
+from planner.step import attention, feed_forward, linears, losses, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.linears import LayerWeights, LinearWeights
@@ -22,8 +22,8 @@ from planner.training import TrainingSpec
 HEAD_CHUNK = 128
 """Positions of a chunk of the head and of the loss (finetune/lora.py lm_head_chunk_size, utils.py chunk_size)."""
 STABLE_EMBEDDING = (0, 44)
-"""bitsandbytes release that litgpt takes since its quantized runs put a StableEmbedding in the embedding's place (October
-2024; until the end of that year litgpt asked for 0.42)."""
+"""bitsandbytes release that litgpt takes since its quantized runs put a StableEmbedding in the embedding's place
+(October 2024; until the end of that year litgpt asked for 0.42)."""
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def _rope(step: Step, x: Tensor) -> Tensor:
 
 
 def _sdpa(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """scaled_dot_product_attention over repeated heads: causal, or with the mask of a window, which is a bias already."""
+    """scaled_dot_product_attention over repeated heads: causal, or with the mask of a window, a bias already."""
     eng, b, s, heads = step.eng, step.batch, step.seq, spec.num_heads
     alike = replace(spec, num_kv_heads=heads, sdpa=True, sdpa_since=(0, 0), sliding_window=0)
     if mask is None:
@@ -341,8 +341,10 @@ def _softcapped(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, ma
 
 
 def _mlp(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
-    """GptNeoxMLP, LLaMAMLP or GemmaMLP."""
+    """GptNeoxMLP, LLaMAMLP or GemmaMLP; experts are approximated by those of transformers."""
     eng, spec = step.eng, held.spec.mlp
+    if held.spec.experts is not None:
+        return feed_forward.experts(step, held, held.spec.experts, x)
     assert spec is not None
     arg = x
     if spec.gate is None:
@@ -369,13 +371,12 @@ def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tens
     """
     eng, train, vocab = step.eng, step.train, step.model.vocab_size
     if train.method == "full":
-        logits = [_capped(step, forward(step, head, hidden))]
-        shifted = ops.narrow(eng, ops.cast(eng, logits[0], FP32, "outputs_to_fp32"), step.batch * (step.seq - 1) * vocab)
-        logits = [shifted]
+        logits = [ops.cast(eng, _capped(step, forward(step, head, hidden)), FP32, "outputs_to_fp32")]
+        rows = step.batch * (step.seq - 1)
+        shifted = ops.narrow(eng, logits[0], rows * vocab, "logits_grad")
         if not (isinstance(step.batch, int) and step.batch == 1):
             shifted = ops.contiguous(eng, shifted, "logits_shifted")
-        rows = step.batch * (step.seq - 1)
-        parts = ops.split(eng, shifted, [rows * vocab], "logits_grad")
+        parts = ops.split(eng, shifted, [part * vocab for part in _rows(rows)], "logits_grad")
         del shifted
     else:
         each = _chunks(step)
@@ -389,6 +390,7 @@ def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tens
         step.tokens = whole
         del slices, piece
         logits = [ops.cast(eng, half, FP32, "outputs_to_fp32") for half in halves]
+        _forget_earlier(step, logits)
         del halves
         last = logits[-1].numel - step.batch * vocab
         logits[-1] = ops.narrow(eng, logits[-1], last, "logits_grad")
@@ -403,6 +405,39 @@ def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tens
     assert total is not None
     del one
     return total, logits if train.keeps_outputs else []
+
+
+def _forget_earlier(step: Step, logits: list[Tensor]) -> None:
+    """The logits of the micro batch before have their name until the model returns new ones.
+
+    Their graph is as good as gone, but for what its functions keep as attributes. All that lay beside this forward;
+    what it adds to the peak, it adds here at its end.
+    """
+    eng = step.eng
+    if step.train.longest_first or not step.train.keeps_outputs or not step.kept_inputs:
+        return
+    earlier = []
+    for where, nbytes in step.kept_inputs.values():
+        if where != eng.layer:
+            eng.enter("forward", where)
+        earlier.append((where, eng.workspace(nbytes, "earlier_micro_batch")))
+    eng.enter("loss")
+    old = [eng.empty(part.numel, FP32, "logits_fp32") for part in logits]
+    del old
+    while earlier:
+        where, storage = earlier.pop(0)
+        if where != eng.layer:
+            eng.enter("forward", where)
+        del storage
+    eng.enter("loss")
+
+
+def _rows(rows: Size) -> list[Size]:
+    """Rows of every chunk of the loss, likewise."""
+    if not isinstance(rows, int):
+        return [rows / losses.CHUNKS] * losses.CHUNKS
+    whole, rest = divmod(rows, HEAD_CHUNK)
+    return [HEAD_CHUNK] * whole + ([rest] if rest else [])
 
 
 def _chunks(step: Step) -> list[Size]:

@@ -251,11 +251,13 @@ class _Run:
         if spec.position == "rope":
             width = spec.rotary_dim or spec.head_dim
             self.buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
-        if step.train.quantization.kind in ("none", "gptq4") or step.train.versions.bitsandbytes < litgpt.STABLE_EMBEDDING:
+        bnb = step.train.quantization.kind in ("nf4", "fp4", "int8")
+        if not bnb or step.train.versions.bitsandbytes < litgpt.STABLE_EMBEDDING:
             return
         assert self.embedding is not None
         self.buffers.append(eng.empty(self.embedding.numel, self.embedding.dtype, "weight"))
-        self.stable = [self.embedding, *(eng.empty(step.model.hidden_size, step.embedding_dtype, "weight") for _ in range(2))]
+        norm = [eng.empty(step.model.hidden_size, step.embedding_dtype, "weight") for _ in range(2)]
+        self.stable = [self.embedding, *norm]
         for held in self.stable:
             eng.leaf(held).grad = eng.empty(held.numel, held.dtype, "gradient")
 
@@ -530,9 +532,9 @@ class _Run:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
         step, eng, model = self.step, self.eng, self.step.model
         spec = model.layers[0].attention
-        if step.train.uses_own_modules:
+        if step.train.uses_own_modules and spec.kind == "standard":
             if spec.position == "rope":
-                self.rotary[False] = (self.buffers[0].view(), self.buffers[1].view())
+                self.rotary[False] = self.rotary[True] = (self.buffers[0].view(), self.buffers[1].view())
             return
         if model.model_type == positions.OWN_CODE:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
