@@ -20,6 +20,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
@@ -132,7 +133,7 @@ class _Loop(nn.Module):
         self.config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(vocab_size=vocab_size))
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
+        from litgpt.utils import chunked_cross_entropy
 
         full = self.training_spec.method == "full"
         torch.set_default_dtype(torch.bfloat16)
@@ -197,15 +198,15 @@ def _build(case: dict[str, Any], training: TrainingSpec) -> tuple[nn.Module, lis
 
 
 def _full(dims: dict[str, Any]) -> Any:
-    from litgpt.config import Config  # type: ignore[import-not-found]
-    from litgpt.model import GPT  # type: ignore[import-not-found]
+    from litgpt.config import Config
+    from litgpt.model import GPT
 
     with torch.device("meta"):
         return GPT(Config(name="model", **dims))
 
 
 def _adapted(dims: dict[str, Any], targets: str, training: TrainingSpec) -> Any:
-    from litgpt.lora import GPT, Config, mark_only_lora_as_trainable  # type: ignore[import-not-found]
+    from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 
     assert training.lora is not None
     everything = {"lora_key": True, "lora_projection": True, "lora_mlp": True, "lora_head": True}
@@ -244,13 +245,8 @@ def traced_bytes(case: dict[str, Any]) -> int:
     raise AssertionError("the second try runs the first step itself")
 
 
-def main() -> None:
-    """Print every case with its difference; `--write` records the traced peaks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--write", action="store_true")
-    write = parser.parse_args().write
-    trace.Step = _Step  # type: ignore[misc]
-    fake_model._fake_4bit = _half_states
+def compared() -> list[dict[str, Any]]:
+    """Run and print every case; return the cases with their traced peaks."""
     found = []
     for case in cases():
         theirs, ours = traced_bytes(case), program_bytes(case)
@@ -259,6 +255,16 @@ def main() -> None:
         kind = f"{case['model']} {case['targets']} {given.get('quantization', 'none')}"
         print(f"{kind:24s} {shape:20s} {theirs / 2**20:9.1f} MiB {100 * (ours / theirs - 1):+8.4f} %", flush=True)
         found.append({**case, "peak_bytes": theirs})
+    return found
+
+
+def main() -> None:
+    """Print every case with its difference; `--write` records the traced peaks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true")
+    write = parser.parse_args().write
+    with patch.object(trace, "Step", _Step), patch.object(fake_model, "_fake_4bit", _half_states):
+        found = compared()
     if write:
         lines = ",\n".join(json.dumps(case) for case in found)
         RECORD.write_text(f'{{"litgpt": "0.5.13", "cases": [\n{lines}\n]}}\n')

@@ -381,12 +381,14 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
 
 def _own_modules(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
     """What is not known of litgpt's modules (planner.step.litgpt)."""
-    if all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers()):
-        yield "litgpt's releases differ", 0.03
-    else:
+    dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
+    four_bit = training.quantization.kind in ("nf4", "fp4")
+    if not dense:
         yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15
-    if training.quantization.kind in ("nf4", "fp4") and training.versions.bitsandbytes < linears.KEEPS_NO_INPUT:
-        yield "what bitsandbytes before 0.43 kept between litgpt's micro batches is not wholly explained", 0.1
+    elif four_bit and training.versions.bitsandbytes < linears.KEEPS_NO_INPUT:
+        yield "what bitsandbytes before 0.43 kept between litgpt's micro batches is not wholly explained", 0.15
+    else:
+        yield "litgpt's releases differ", 0.03
 
 
 def lacks_bf16(gpu: Gpu) -> bool:
@@ -407,6 +409,9 @@ def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu 
             f"autocast {training.autocast} makes a copy of every {training.base_dtype} weight it meets: "
             f"--base-dtype {training.autocast} avoids it"
         )
+    if training.uses_own_modules and (training.kernels != "none" or training.attention == "eager"):
+        asked = "eager attention" if training.attention == "eager" else f"{training.kernels} kernels"
+        notes.append(f"litgpt's own modules have no {asked}: the estimate is without")
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
     if model is None:

@@ -40,10 +40,8 @@ _NOTED: tuple[tuple[str, str], ...] = (
 )
 # Releases that a source fixes without stating them: what the project asked for when it published the figures.
 _RELEASES: dict[str, tuple[dict[str, str], str]] = {
-    "litgpt-hub": (
-        {"torch": "2.3.0", "bitsandbytes": "0.42.0"}, "Lightning-AI/litgpt pyproject.toml, March to September 2024"
-    ),
-}  # fmt: skip
+    "litgpt-hub": ({"bitsandbytes": "0.42.0"}, "Lightning-AI/litgpt pyproject.toml, March to September 2024"),
+}
 # Name of the fms configuration in which TRL prepares the model: on one GPU its norms stay fp32 and nothing else does
 # (trl 0.13.0 trainer/utils.py peft_module_casting_to_bf16; sharded weights are left alone).
 _FMS_PLAIN_PREPARATION = "baseline-peft-bnb"

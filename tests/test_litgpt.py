@@ -11,7 +11,9 @@ import pytest
 
 from planner import memory, stacks
 from planner.cuda_rules import Architecture
+from planner.errors import Contradiction
 from planner.families import build_spec
+from planner.predict import predict
 from planner.step import litgpt, program
 from planner.training import TrainingSpec
 
@@ -98,3 +100,21 @@ def test_a_fused_gate_and_up_are_two_modules() -> None:
     assert own.lora is not None
     assert own.lora.target_modules == ("self_attn.qkv_proj", "mlp.gate_up_proj.gate", "mlp.gate_up_proj.up")
     assert model.num_parameters == spec.num_parameters
+
+
+def test_what_litgpt_does_not_have_is_told() -> None:
+    """DoRA is refused; kernels and eager attention are warned of, as the estimate is without them."""
+    case = next(c for c in CASES if name_of(c) == "llama qv bf16 512")
+    training = training_of(case)
+    assert training.lora is not None
+    with pytest.raises(Contradiction, match="DoRA"):
+        peak(case, replace(training, lora=replace(training.lora, use_dora=True)))
+    spec = build_spec(case["config"], model_id="x")
+    for asked, changed in (("liger", {"kernels": "liger"}), ("eager", {"attention": "eager"})):
+        found = predict(spec, replace(training, **changed)).warnings
+        assert any(asked in warning and "litgpt" in warning for warning in found)
+
+
+def test_a_row_of_one_token_has_an_estimate() -> None:
+    case = next(c for c in CASES if name_of(c) == "llama full bf16 512")
+    assert peak(case, replace(training_of(case), seq_len=1, micro_batch_size=1)) > 0

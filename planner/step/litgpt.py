@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from planner import cuda_rules
+from planner.errors import Contradiction
 from planner.lora import resolve_targets
 from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.step import attention, feed_forward, linears, losses, ops
@@ -30,28 +31,40 @@ STABLE_EMBEDDING = (0, 44)
 
 
 def own_modules(model: ModelSpec, train: TrainingSpec) -> tuple[ModelSpec, TrainingSpec]:
-    """The model as litgpt has it, and the settings with the names of its modules."""
+    """The model as litgpt has it, and the settings with the names of its modules.
+
+    Raises:
+        Contradiction: for DoRA, which litgpt does not have.
+    """
     made = {id(layer): _own_layer(layer) for layer, _ in model.distinct_layers()}
     own = replace(model, layers=tuple(made[id(layer)] for layer in model.layers))
     if train.lora is None:
         return own, train
+    if train.lora.use_dora:
+        raise Contradiction("litgpt has no DoRA; use method lora or qlora, or another --stack")
     adapted = {(id(one.layer), one.name) for one in resolve_targets(model, train.lora)}
     names: dict[str, None] = {}
     slices = train.lora.target_slices
     for layer, _ in model.distinct_layers():
-        projections = layer.attention.projections
-        if layer.attention.kind == "standard" and len(projections) == len(_QKV):
-            chosen = tuple(i for i, one in enumerate(projections) if (id(layer), one.name) in adapted)
+        joined = _joined(layer)
+        if joined:
+            chosen = tuple(i for i, one in enumerate(joined) if (id(layer), one.name) in adapted)
             slices = chosen if 0 < len(chosen) < len(_QKV) else ()
-            names |= dict.fromkeys(_own_name(layer, projections[i]) for i in chosen)
+            names |= dict.fromkeys(_own_name(layer, joined[i]) for i in chosen)
         for linear in layer.linears:
-            if (id(layer), linear.name) in adapted and linear not in projections[: 3 * (len(projections) == 3)]:
+            if (id(layer), linear.name) in adapted and linear not in joined:
                 names |= dict.fromkeys(_own_names(layer, linear))
     names |= dict.fromkeys(name for where, name in adapted if where == id(None))
     return own, replace(train, lora=replace(train.lora, target_modules=tuple(names), target_slices=slices))
 
 
 _QKV = ("q", "k", "v")
+
+
+def _joined(layer: Layer) -> tuple[Linear, ...]:
+    """The projections in whose place litgpt has one; none where they are one already, or of latent attention."""
+    spec = layer.attention
+    return spec.projections if spec.kind == "standard" and len(spec.projections) == len(_QKV) else ()
 
 
 def _own_name(layer: Layer, projection: Linear) -> str:
@@ -71,13 +84,12 @@ def _own_layer(layer: Layer) -> Layer:
 
 
 def _own_attention(layer: Layer) -> Attention:
-    spec = layer.attention
-    parts = tuple(one.out_features for one in spec.projections)
-    if spec.kind != "standard" or len(parts) != len(_QKV):
-        return spec
-    first = spec.projections[0]
-    fused = replace(first, name=_own_name(layer, first), out_features=sum(parts), parts=parts)
-    return replace(spec, projections=(fused,))
+    joined = _joined(layer)
+    if not joined:
+        return layer.attention
+    parts = tuple(one.out_features for one in joined)
+    fused = replace(joined[0], name=_own_name(layer, joined[0]), out_features=sum(parts), parts=parts)
+    return replace(layer.attention, projections=(fused,))
 
 
 def _own_mlp(layer: Layer, spec: Mlp | None) -> Mlp | None:
@@ -114,12 +126,8 @@ def forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         return _forward_qkv(step, held, x)
     arg = x
     pretrained = linears.base_forward(step, held, x)
-    a, b, rank, width = held.lora[0]
-    dropped = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-    low = ops.linear(eng, dropped, a, m, rank, spec.in_features, op="lora_a")
-    del dropped
-    product = ops.linear(eng, low, b, m, width, rank, op="lora_b")
-    del low
+    _, b, rank, width = held.lora[0]
+    product = ops.linear(eng, _low(step, held, x), b, m, width, rank, op="lora_b")
     lora = ops.scale(eng, product, "lora_scale")
     del product
     out = ops.add(eng, pretrained, lora, "lora_add")
@@ -127,15 +135,20 @@ def forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     return out
 
 
+def _low(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """dropout(x) @ A.T"""
+    a, _, rank, _ = held.lora[0]
+    dropped = ops.dropout(step.eng, x, step.lora_dropout, "lora_dropout")
+    return ops.linear(step.eng, dropped, a, step.tokens, rank, held.spec.in_features, op="lora_a")
+
+
 def _forward_qkv(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """LoRAQKVLinear.forward: B as a grouped convolution, copied into zeros where a part is not adapted."""
     eng, m, spec = step.eng, step.tokens, held.spec
     arg = x
     pretrained = linears.base_forward(step, held, x)
-    a, b, stacked, width = held.lora[0]
-    dropped = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-    after_a = ops.linear(eng, dropped, a, m, stacked, spec.in_features, op="lora_a")
-    del dropped
+    b, width = held.lora[0][1], held.lora[0][3]
+    after_a = _low(step, held, x)
     after_b = _convolutions(step, held, after_a, b)
     padded = after_b if width == spec.out_features else _index_copy(eng, after_b, m * spec.out_features)
     lora = ops.scale(eng, padded, "lora_scale")
@@ -253,10 +266,11 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
     x = ops.cast(eng, x, FP32, "norm_input_fp32")
     mean = ops.mean_last(eng, ops.mul(eng, x, x, "pow"), rows)
     normed = ops.mul(eng, x, ops.rsqrt(eng, ops.shift(eng, mean)), "norm")
-    assert weight is not None
-    if spec.kind == "rms_gemma":
-        weight = ops.shift(eng, weight, "norm_weight")
-    out = ops.mul(eng, normed, ops.cast(eng, weight, FP32, "norm_weight"), "norm")
+    out = normed
+    if weight is not None:
+        if spec.kind == "rms_gemma":
+            weight = ops.shift(eng, weight, "norm_weight")
+        out = ops.mul(eng, normed, ops.cast(eng, weight, FP32, "norm_weight"), "norm")
     out = ops.cast(eng, out, source, "norm_cast")
     del arg, x, mean, normed, weight
     return out
@@ -437,7 +451,7 @@ def _rows(rows: Size) -> list[Size]:
     if not isinstance(rows, int):
         return [rows / losses.CHUNKS] * losses.CHUNKS
     whole, rest = divmod(rows, HEAD_CHUNK)
-    return [HEAD_CHUNK] * whole + ([rest] if rest else [])
+    return [HEAD_CHUNK] * whole + ([rest] if rest or not whole else [])
 
 
 def _chunks(step: Step) -> list[Size]:
