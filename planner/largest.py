@@ -1,13 +1,14 @@
 """The largest micro batch, row length or rank that fits a card, at a given probability, alone or two at a time.
 
-Live memory is evaluated for every candidate at once (a sweep, a handful of program runs). Among those whose live memory
-fits at the probability, the allocator is replayed: a bisection finds the largest whose cache fits too, or can shrink
-enough. A frontier has too many corners for that: it leaves room for the whole expected cache.
+Live memory is evaluated for many candidates at once (a sweep, a handful of program runs), smallest first, until of as
+many as all before none fits. Among those whose live memory fits at the probability, the allocator is replayed: a
+bisection finds the largest whose cache fits too, or can shrink enough. A frontier has too many corners for that: it
+leaves room for the whole expected cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -70,23 +71,46 @@ def largest(
         InvalidInput: no such number, or a probability that is none.
     """
     gpu = chosen.card(gpu) if chosen is not None else gpu
-    cells, room = _room(model, training, gpu, {key: tuple(sorted(set(candidates)))}, probability)
-    values = getattr(cells.axes, key)
+    values = tuple(sorted(set(candidates)))
+    rooms, runs = _rooms(model, training, gpu, key, values, probability)
     needed = NormalDist().inv_cdf(probability)
-    flat = room.ravel()
-    fitting = [number for number, value in enumerate(flat.tolist()) if value >= needed]
+    fitting = [number for number, room in enumerate(rooms) if room >= needed]
     if not fitting:
-        return Largest(key, None, values[-1], NormalDist().cdf(float(flat[0])), "live memory", None, cells.runs)
+        return Largest(key, None, values[-1], NormalDist().cdf(rooms[0]), "live memory", None, runs)
     search = _Replays(model, training, gpu, key, values, probability, chosen)
     best = search.last(fitting)
-    runs = cells.runs + len(search.known)
-    sure = NormalDist().cdf(float(flat[best or 0]))
+    runs += len(search.known)
+    sure = NormalDist().cdf(rooms[best or 0])
     if best is None:
         return Largest(key, None, values[-1], sure, "allocator replay", None, runs)
     limit: Limit = "live memory" if best == fitting[-1] else "allocator replay"
     if best == len(values) - 1:
         limit = "what was tried"
     return Largest(key, values[best], values[-1], sure, limit, search.known[best], runs)
+
+
+FIRST_SWEEP = 64
+"""Candidates of a search's first sweep; each that follows has as many as all before it."""
+
+
+def _rooms(
+    model: ModelSpec, training: TrainingSpec, gpu: Gpu, key: str, values: Sequence[int], probability: float
+) -> tuple[list[float], int]:
+    """Standard deviations of room of rising candidates, and the program runs that it took.
+
+    Ends with the first sweep in which none fits: no candidate is tried that is more than twice as large as all that fit
+    (a program of litgpt's has a structure of its own for every 128 positions).
+    """
+    rooms: list[float] = []
+    runs = 0
+    while len(rooms) < len(values):
+        some = tuple(values[len(rooms) : max(2 * len(rooms), FIRST_SWEEP)])
+        cells, room = _room(model, training, gpu, {key: some}, probability)
+        rooms += room.ravel().tolist()
+        runs += cells.runs
+        if room.max() < NormalDist().inv_cdf(probability):
+            break
+    return rooms, runs
 
 
 class _Replays:
@@ -161,7 +185,12 @@ def frontier(
     """
     if len(axes) != 2:
         raise InvalidInput("a frontier is over two numbers")
+    _check(training, axes, probability)
     wanted = {key: tuple(sorted(set(values))) for key, values in axes.items()}
+    for key, other in (tuple(axes), tuple(reversed(tuple(axes)))):
+        if len(wanted[key]) > FIRST_SWEEP:  # what does not fit with the least of the other does not fit at all
+            least = with_number(training, other, wanted[other][0])
+            wanted[key] = wanted[key][: len(_rooms(model, least, gpu, key, wanted[key], probability)[0])]
     cells, room = _room(model, training, gpu, wanted, probability, chosen)
     first, second = axes
     needed = NormalDist().inv_cdf(probability)
@@ -189,15 +218,19 @@ def _plane(values: Any, order: Sequence[int]) -> Any:
     return values.transpose([*order, *rest]).reshape(values.shape[order[0]], values.shape[order[1]])
 
 
+def _check(training: TrainingSpec, keys: Iterable[str], probability: float) -> None:
+    if not 0 < probability < 1:
+        raise InvalidInput(f"probability is {probability:g}; must be between 0 and 1, for example 0.95")
+    for key in keys:
+        if key not in KEYS or (key == "r" and training.lora is None):
+            raise InvalidInput(f"{key} is no number of this run; choose of {', '.join(KEYS)}")
+
+
 def _room(
     model: ModelSpec, training: TrainingSpec, gpu: Gpu, wanted: dict[str, tuple[int, ...]], probability: float,
     chosen: Selection | None = None,
 ) -> tuple[sweep.Cells, Any]:  # fmt: skip
-    if not 0 < probability < 1:
-        raise InvalidInput(f"probability is {probability:g}; must be between 0 and 1, for example 0.95")
-    for key in wanted:
-        if key not in KEYS or (key == "r" and training.lora is None):
-            raise InvalidInput(f"{key} is no number of this run; choose of {', '.join(KEYS)}")
+    _check(training, wanted, probability)
     axes = sweep.Axes(**{key: wanted.get(key) or (sweep.number_of(training, key),) for key in sweep.NUMBERS})
     own = {gpu.gpu_id: chosen.coefficients} if chosen is not None else None
     cells = sweep.Sweeper(model, axes, own).cells(training, [gpu])

@@ -1,7 +1,10 @@
-"""sweep(model, training, cards, axes): memory and time of many configurations at once, in every cell as `predict`.
+"""sweep(model, training, cards, axes): memory and time of many configurations at once.
 
-But for one thing: allocated memory leaves out what unsplit blocks have beyond their requests, which only a replay of
-the allocator shows (on an H200 nothing for large jobs, 2.8 % for a small one).
+Live memory (what is allocated, without what unsplit blocks have beyond their requests) and time are in every cell those
+of `predict`: bytes to the byte, seconds to 1e-9 (tests/test_sweep_equals_predict.py). What only a replay of the
+allocator shows is estimated from one replay or assumed (`judge`): unsplit blocks (on an H200 nothing for large jobs,
+2.8 % for a small one), reserved and device memory, and a verdict that hangs on them. Few cells are replayed one by one
+(`replayed`) and are `predict`'s in everything.
 
 Numbers (micro batch, length, rank, accumulation) are axes of one evaluation; each choice (quantization,
 checkpointing, ...) is an evaluation of its own. The program runs once per structure that occurs: see
@@ -39,6 +42,8 @@ from planner.training import TrainingSpec
 
 MOST_CELLS = 5_000_000
 """Cells of one evaluation; larger grids are evaluated piece by piece."""
+REPLAYED_CELLS = 24
+"""Cells of a result of `sweep` up to which the allocator is replayed in each (about 50 ms a cell)."""
 
 
 @record
@@ -86,7 +91,7 @@ class Cells(NamedTuple):
     cards: tuple[Gpu, ...]
     axes: Axes
     allocated_bytes: Any
-    """Peak of max_memory_allocated, int64: `predict`'s less its unsplit blocks."""
+    """Peak of max_memory_allocated, int64: `predict`'s less its unsplit blocks, which only `replayed` adds."""
     static_bytes: Any
     """Alive before the forward."""
     step_s: Any
@@ -102,7 +107,10 @@ VERDICTS: tuple[Verdict, ...] = ("fits", "too close to call", "does not fit")
 
 
 class Surplus(NamedTuple):
-    """The allocator's cache over what is allocated above the static bytes, as a share of the latter."""
+    """What is reserved beyond live memory, as a share of what of that lies above the static bytes.
+
+    nan where each cell has its own replay.
+    """
 
     expected: float
     high: float
@@ -142,8 +150,8 @@ def replayed_surplus(model: ModelSpec, cells: Cells) -> Surplus:
     place = np.unravel_index(fitting.argmax() if fitting.max() > 0 else peaks.argmin(), peaks.shape)
     training = at(cells, tuple(int(index) for index in place))
     found = predict(model, training, replace(cells.cards[roomiest], memory_bytes=2**60, used_by_others_bytes=0))
-    above = found.allocated.expected - found.breakdown.static_bytes
-    share = (found.reserved.expected - found.allocated.expected) / max(above, 1)
+    live = int(peaks[place])
+    share = (found.reserved.expected - live) / max(live - found.breakdown.static_bytes, 1)
     return Surplus(share, ANCHOR_SPREAD * share, "replayed in one cell")
 
 
@@ -172,9 +180,9 @@ def at_place(training: TrainingSpec, axes: Axes, place: Sequence[int]) -> Traini
 def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
     """Estimate reserved and device memory from the surplus, and say what fits.
 
-    The allocator is not replayed in every cell. What is allocated is exact, so "does not fit" is `predict`'s verdict.
-    "fits" also wants room for the whole expected cache, which `predict` lets shrink: where only that is missing, this
-    says "too close to call" and `predict` may say "fits".
+    The allocator is not replayed in every cell. Live memory is exact, so "does not fit" is `predict`'s verdict too
+    (which may also say so where only unsplit blocks are too much). "fits" also wants room for the whole expected cache,
+    which `predict` lets shrink: where only that is missing, this says "too close to call" and `predict` may say "fits".
     """
     import numpy as np
 
@@ -193,6 +201,26 @@ def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
     high = np.where(most <= rooms[1], np.maximum(reserved, np.minimum(high, rooms[2])), high)
     device = reserved + beyond[1]
     return Judged(reserved, low + beyond[0], device, high + beyond[2], free - device, verdict, surplus)
+
+
+def replayed(model: ModelSpec, cells: Cells, coefficients: Mapping[str, Coefficients]) -> tuple[Cells, Judged]:
+    """Ask `predict` for every cell: allocated memory with unsplit blocks, reserved and device memory, the verdict.
+
+    `coefficients`: by GPU id; the card's priors where it has none.
+    """
+    np = require_numpy()
+    shape = cells.allocated_bytes.shape
+    allocated, reserved, low, expected, high, headroom, number = (np.zeros(shape, dtype=np.int64) for _ in range(7))
+    for place in np.ndindex(shape):
+        card = cells.cards[place[0]]
+        found = predict(model, at(cells, place[1:]), card, coefficients=coefficients.get(card.gpu_id))
+        assert found.verdict is not None
+        allocated[place], reserved[place] = found.allocated.expected, found.reserved.expected
+        low[place], expected[place], high[place] = found.device.low, found.device.expected, found.device.high
+        headroom[place], number[place] = found.headroom_bytes, VERDICTS.index(found.verdict)
+    nowhere = Surplus(float("nan"), float("nan"), "replayed in every cell")
+    judged = Judged(reserved, low, expected, high, headroom, number, nowhere)
+    return cells._replace(allocated_bytes=allocated), judged
 
 
 def require_numpy() -> Any:
@@ -331,14 +359,21 @@ class Sweeper:
 
 
 def _parted(holds: Any, pairs: Any, ranks: Any) -> list[tuple[Any, Any]]:
-    """Split the active cells by a condition; where it depends on both axes, rank by rank."""
-    if holds.shape[1] == 1:
-        inside = holds[pairs, 0]
-        return [(pairs[inside], ranks), (pairs[~inside], ranks)]
-    if holds.shape[0] == 1:
-        inside = holds[0, ranks]
-        return [(pairs, ranks[inside]), (pairs, ranks[~inside])]
-    return [(pairs, ranks[number : number + 1]) for number in range(len(ranks))]
+    """Split the active cells by what came out in them (bools or counts, `Mixed.holds`) into blocks that agree.
+
+    Ranks with the same column of outcomes stay together; within them the pairs are split.
+    """
+    import numpy as np
+
+    found = holds[pairs if holds.shape[0] > 1 else np.zeros(len(pairs), dtype=int)]
+    found = found[:, ranks if holds.shape[1] > 1 else np.zeros(len(ranks), dtype=int)]
+    columns, column_of = np.unique(found, axis=1, return_inverse=True)
+    blocks = []
+    for number, column in enumerate(columns.T):
+        some = ranks[column_of.ravel() == number]
+        outcomes, outcome_of = np.unique(column, return_inverse=True)
+        blocks += [(pairs[outcome_of.ravel() == place], some) for place in range(len(outcomes))]
+    return blocks
 
 
 class SweepResult(NamedTuple):
@@ -417,6 +452,9 @@ def sweep(
 ) -> SweepResult:
     """Evaluate every combination of `axes`: numbers (NUMBERS) and any other field of TrainingSpec.
 
+    A result of at most REPLAYED_CELLS cells is `predict`'s in every figure and verdict; in a larger one live memory and
+    time are, and the allocator is replayed in one cell of each choice (`judge`).
+
     Raises:
         PlannerError: an unknown field, or settings that exclude each other.
     """
@@ -433,5 +471,9 @@ def sweep(
     for chosen in values:
         changes: dict[str, Any] = dict(zip(names, chosen, strict=True))
         cells.append(sweeper.cells(replace(training, **changes), cards))
-    judged = [judge(model, each, replayed_surplus(model, each)) for each in cells]
+    if sum(each.allocated_bytes.size for each in cells) <= REPLAYED_CELLS:
+        both = [replayed(model, each, sweeper.coefficients) for each in cells]
+        cells, judged = [each for each, _ in both], [each for _, each in both]
+    else:
+        judged = [judge(model, each, replayed_surplus(model, each)) for each in cells]
     return SweepResult((names, values), tuple(cells), tuple(judged))

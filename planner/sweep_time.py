@@ -81,7 +81,7 @@ def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> t
         coefficients.formula_error is None,
         tuple(name for name, item in coefficients.items() if item.origin == "fitted"),
         rates.capability >= (9, 0),
-        *(rates.simt(dtype) for dtype in ("bf16", "fp16", "fp32", "int8")),
+        *((rates.simt(dtype), rates.portable(dtype)) for dtype in ("bf16", "fp16", "fp32", "int8")),
     )
 
 

@@ -213,7 +213,7 @@ class Tabulator:
         if self.exact:
             return "every row predicted by itself, as loraplan fits does"
         cache = "replayed in one row per combination" if self.replays else "assumed"
-        return f"allocated memory and time exact; the allocator's cache {cache}, its interval wider"
+        return f"live memory (without unsplit blocks) and time exact; the allocator's cache {cache}, its interval wider"
 
     def blocks(self) -> Iterator[Block]:
         """Evaluate all rows; combinations without an answer are counted in `problems`."""

@@ -409,8 +409,9 @@ def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
     """Causal scores and values: 2 products of b*H*s*s*d, half of them left out; with a `masked` tensor none is."""
     v_dim = spec.v_head_dim or spec.head_dim
     window = 0 if masked else spec.sliding_window
-    keys = min(window, step.seq) if window else step.seq
-    share = 0.5 if keys is step.seq and not masked else 1.0
+    cut = bool(window) and window < step.seq
+    keys = window if cut else step.seq
+    share = 1.0 if cut or masked else 0.5
     return 2.0 * step.batch * step.seq * keys * spec.num_heads * (spec.head_dim + v_dim) * share
 
 
@@ -503,4 +504,4 @@ SPREADS_BEFORE_PADDING = (2, 2)
 
 
 def _aligned(length: Size) -> bool:
-    return not isinstance(length, int) or length % MASK_ALIGNMENT == 0
+    return bool(length % MASK_ALIGNMENT == 0)

@@ -388,7 +388,7 @@ def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tens
         logits = [ops.cast(eng, _capped(step, forward(step, head, hidden)), FP32, "outputs_to_fp32")]
         rows = step.batch * (step.seq - 1)
         shifted = ops.narrow(eng, logits[0], rows * vocab, "logits_grad")
-        if not (isinstance(step.batch, int) and step.batch == 1):
+        if step.batch != 1:
             shifted = ops.contiguous(eng, shifted, "logits_shifted")
         parts = ops.split(eng, shifted, [part * vocab for part in _rows(rows)], "logits_grad")
         del shifted
@@ -409,7 +409,7 @@ def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tens
         last = logits[-1].numel - step.batch * vocab
         logits[-1] = ops.narrow(eng, logits[-1], last, "logits_grad")
         parts = list(logits)
-        if not (isinstance(step.batch, int) and step.batch == 1):
+        if step.batch != 1:
             parts[-1] = ops.contiguous(eng, parts[-1], "logits_shifted")
     total: Tensor | None = None
     chunk_losses = [losses.cross_entropy(eng, part, part.numel // vocab) for part in parts]
@@ -447,19 +447,17 @@ def _forget_earlier(step: Step, logits: list[Tensor]) -> None:
 
 
 def _rows(rows: Size) -> list[Size]:
-    """Rows of every chunk of the loss, likewise."""
-    if not isinstance(rows, int):
-        return [rows / losses.CHUNKS] * losses.CHUNKS
-    whole, rest = divmod(rows, HEAD_CHUNK)
-    return [HEAD_CHUNK] * whole + ([rest] if rest or not whole else [])
+    """Rows of every chunk of the loss, at least one."""
+    whole: list[Size] = [HEAD_CHUNK for _ in range(rows // HEAD_CHUNK)]
+    rest = rows - len(whole) * HEAD_CHUNK
+    return [*whole, rest] if rest or not whole else whole
 
 
 def _chunks(step: Step) -> list[Size]:
-    """Rows of every chunk of the head; a sweep, whose lengths are many, takes as many chunks as torchtune."""
-    if not isinstance(step.seq, int):
-        return [step.tokens / losses.CHUNKS] * losses.CHUNKS
-    whole, rest = divmod(step.seq, HEAD_CHUNK)
-    return [step.batch * HEAD_CHUNK] * whole + ([step.batch * rest] if rest else [])
+    """Rows of every chunk of the head."""
+    whole: list[Size] = [step.batch * HEAD_CHUNK for _ in range(step.seq // HEAD_CHUNK)]
+    rest = step.seq - len(whole) * HEAD_CHUNK
+    return [*whole, step.batch * rest] if rest else whole
 
 
 def _capped(step: Step, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from planner.step import linears, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.linears import LinearWeights
+from planner.step.polynomials import next_power_of_two
 
 UPCASTS_IN_FORWARD = (4, 46)
 """Before: the model's forward replaces the logits by their fp32 copy (models/llama/modeling_llama.py v4.45.2)."""
@@ -68,7 +69,7 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
     source = wide
     if release < SHIFTS_BY_COPY or model.model_type in SHIFTS_ALWAYS:
         source = _all_but_last(step, wide, model.vocab_size, "logits")
-        if not (isinstance(step.batch, int) and step.batch == 1):  # one row is contiguous as it is; a sweep copies it
+        if step.batch != 1:  # one row is contiguous as it is
             source = ops.contiguous(eng, source, "logits_shifted")
     if train.kernels in ("unsloth", "fms-fused"):
         loss = _triton_cross_entropy(step, source)
@@ -106,10 +107,7 @@ def fused_chunk_rows(tokens: Size, vocab: int, hidden: int) -> Size:
 
     Source: liger_kernel/ops/fused_linear_cross_entropy.py.
     """
-    wanted = -(-tokens // -(-vocab // hidden))
-    if not isinstance(wanted, int):
-        return wanted.next_power_of_two()
-    return 1 << (int(wanted) - 1).bit_length()
+    return next_power_of_two(-(-tokens // -(-vocab // hidden)))
 
 
 FUSED_CHUNK_BYTES = 8

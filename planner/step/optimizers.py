@@ -75,7 +75,7 @@ class OptimizerState:
         name, n = self.step.train.optimizer, leaf.numel
         if name == "adafactor":
             factors = self.factors.get(id(leaf), 0)
-            return [4 * factors] if not isinstance(factors, int) or factors else [4 * n]
+            return [4 * factors] if factors else [4 * n]
         if name in ("adamw", "adamw-fused", "adamw-bf16-states"):
             steps = [4] if name == "adamw-fused" else []  # a fused step counter lies on the GPU, foreach's does not
             return [leaf.nbytes, leaf.nbytes, *steps]

@@ -1,8 +1,9 @@
 """Sizes of a whole sweep at once: integer polynomials in micro batch, length and rank, evaluated only when needed.
 
-The program of a step runs on them as on ints: `+ - * //` give new polynomials, and comparisons give plain bools as
-long as all active cells agree. Where they do not, `Mixed` says which cells part ways, and the sweep runs the program
-once for each side: a rounding, a threshold or a choice of kernel is therefore exact in every cell.
+The program of a step runs on them as on ints: `+ - * // %` give new polynomials, comparisons give plain bools and
+`range` takes a plain int as long as all active cells agree. Where they do not, `Mixed` says which cells part ways, and
+the sweep runs the program once for each side: a rounding, a threshold, a choice of kernel or a number of chunks is
+therefore exact in every cell, and the program never asks whether a size is a number.
 
 Equal polynomials are one object (hash-consing), so that a program asks for each operation once. Values are int64 arrays
 [pairs, ranks] of length 1 where they do not depend on an axis; what could pass 2**62 is refused.
@@ -26,7 +27,10 @@ LARGEST = 2**62
 
 
 class Mixed(Exception):
-    """A comparison that does not come out equally in all active cells: [pairs, ranks] of bool, 1 where independent."""
+    """A comparison or a count that does not come out equally in all active cells.
+
+    `holds`: what comes out in every cell of the grid, [pairs, ranks] of bool or int, of length 1 where independent.
+    """
 
     def __init__(self, holds: Any) -> None:
         super().__init__("cells differ")
@@ -262,16 +266,18 @@ class Polynomial:
             key, name, bound(low, most), bound(high, least), lambda: compute(self.value, value_of(other))
         )
 
+    def __mod__(self, other: Operand) -> Any:
+        return self - self // other * other
+
     def __truediv__(self, other: Operand) -> Any:
         return self._memo("/", other, self._divide)
 
     def _divide(self, other: Operand) -> Any:
-        if not isinstance(other, Polynomial):
-            return self.grid.make({monomial: factor / other for monomial, factor in self.terms.items()})
+        """An atom of its own: a quotient of the factors would round otherwise than the quotient of the values."""
         return self._atom("ratio", other, *self.exact_extremes(), lambda a, b: a / b, lambda a, b: a / b)
 
     def next_power_of_two(self) -> Any:
-        """The smallest power of two that is not smaller."""
+        """The smallest power of two that is not smaller; 1 for what is below."""
         np = self.grid.np
         low, high = (int(bound) for bound in self.exact_extremes())
 
@@ -282,7 +288,19 @@ class Polynomial:
         bounds = (1 << max(low - 1, 0).bit_length(), 1 << max(high - 1, 0).bit_length())
         return self.grid.atom(("power", self.number), "power", *bounds, compute)
 
-    # --- comparisons ------------------------------------------------------------------------------------------
+    # --- comparisons and counts -------------------------------------------------------------------------------
+
+    def __index__(self) -> int:
+        """The number that all active cells have, so that `range` counts.
+
+        Raises:
+            Mixed: they have several.
+        """
+        values = self.grid.among_active(self.value)
+        first = values.flat[0].item()
+        if not (values == first).all():
+            raise Mixed(self.value)
+        return int(first)
 
     def _holds(self, name: str, other: Operand, test: Callable[[Any], Any]) -> bool:
         """Whether `test(self - other)` holds in all active cells.
@@ -330,6 +348,13 @@ class Polynomial:
 def terms_of(operand: Operand) -> Mapping[Monomial, Number]:
     """The terms of a polynomial or a number."""
     return operand.terms if isinstance(operand, Polynomial) else {(): operand}
+
+
+def next_power_of_two(size: Operand) -> Any:
+    """The smallest power of two that is not smaller than a polynomial or a whole number; 1 for what is below."""
+    if isinstance(size, Polynomial):
+        return size.next_power_of_two()
+    return 1 << (max(int(size), 1) - 1).bit_length()
 
 
 def value_of(operand: Operand) -> Any:

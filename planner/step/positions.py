@@ -113,7 +113,7 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
         x = ops.cast(eng, x, FP32, "rotary")
     if own and step.train.attention == "flash2":
         return ops.cast(eng, _triton_rotary(step, x), source, "rotary")
-    if own or not (isinstance(rest, int) and rest == 0):  # its own code appends the rest even where there is none
+    if own or rest != 0:  # its own code appends the rest even where there is none
         full = x
         x = ops.narrow(eng, full, rotated)
         kept = ops.narrow(eng, full, rest)
