@@ -409,7 +409,7 @@ def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
     """Causal scores and values: 2 products of b*H*s*s*d, half of them left out; with a `masked` tensor none is."""
     v_dim = spec.v_head_dim or spec.head_dim
     window = 0 if masked else spec.sliding_window
-    keys = min(window, step.seq) if window else step.seq
+    keys = min(step.seq, window) if window else step.seq
     share = 0.5 if keys is step.seq and not masked else 1.0
     return 2.0 * step.batch * step.seq * keys * spec.num_heads * (spec.head_dim + v_dim) * share
 
