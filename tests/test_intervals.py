@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,6 @@ PLAIN = TrainingSpec(method="lora", lora=LoraSpec(r=8))
     ("changes", "share"),
     [({"derived": True}, 0.11), ({"remote_code": True}, 0.06), ({"derived": True, "remote_code": True}, 0.16)],
 )
-def test_what_is_not_known_of_a_class(changes: dict[str, bool], share: float) -> None:
+def test_what_is_not_known_of_a_class(changes: dict[str, Any], share: float) -> None:
     found = uncertainty(replace(LLAMA, **changes), PLAIN)
     assert sum(part for _, part in found) == pytest.approx(share)

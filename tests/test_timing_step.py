@@ -37,7 +37,7 @@ def step(
         phases=PHASES,
     )
     settings = training(gradient_accumulation_steps=accumulation)
-    return timing.step_time(run, settings, card, coefficients(**SLOW_HOST))
+    return timing.step_time(run, settings, card, coefficients(SLOW_HOST))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_parts_share_the_wait_by_their_launches() -> None:
 
 def test_a_segment_counts_as_often_as_it_stands_for_layers() -> None:
     run = record(seconds("elementwise", 2.0, 1.0, segment=1), phases=(("forward", 0, 7),))
-    found = timing.step_time(run, training(gradient_accumulation_steps=2), CARD, coefficients(**SLOW_HOST))
+    found = timing.step_time(run, training(gradient_accumulation_steps=2), CARD, coefficients(SLOW_HOST))
     assert found.forward_s == pytest.approx(14.0)
     assert found.step_s.expected == pytest.approx(28.5)
     (line,) = found.ledger
@@ -96,19 +96,19 @@ def test_what_bounds_a_step() -> None:
     assert step((3, 4), (3, 1), (3, 1)).bound == "memory bandwidth"  # waits 1 of 10
     busy = record(seconds("indexed", 1.0, 1.0, segment=1), phases=(("forward", 0, 1),))
     busy.kernels[0].elements = 8e9  # 4 s of 2e9 elements a second
-    found = timing.step_time(busy, training(), CARD, coefficients(**SLOW_HOST))
+    found = timing.step_time(busy, training(), CARD, coefficients(SLOW_HOST))
     assert (found.bound, found.ledger[0].bound) == ("compute", "compute")
     copies = record(
         seconds("elementwise", 1.0, 1.0, segment=1), seconds("host_transfer", 2.0, 1.0, segment=1), phases=PHASES
     )
-    assert timing.step_time(copies, training(), CARD, coefficients(**SLOW_HOST)).bound == "host transfer"
+    assert timing.step_time(copies, training(), CARD, coefficients(SLOW_HOST)).bound == "host transfer"
 
 
 def test_bounds_of_perfect_and_of_no_overlap() -> None:
     """Arithmetic 4, traffic 1 + 2, launches 1 + 1: at best 4 s, one after another 9.5 with the framework."""
     run = record(seconds("indexed", 1.0, 1.0, segment=1), seconds("elementwise", 2.0, 1.0, segment=1), phases=PHASES)
     run.kernels[0].elements = 8e9
-    found = timing.step_time(run, training(), CARD, coefficients(**SLOW_HOST))
+    found = timing.step_time(run, training(), CARD, coefficients(SLOW_HOST))
     assert found.perfect_overlap_s == pytest.approx(4.0)
     assert found.no_overlap_s == pytest.approx(9.5)
     assert found.step_s.expected == pytest.approx(6.5)
@@ -129,7 +129,7 @@ def layered(op: str, copy: float, repeat: int = 4, accumulation: int = 1) -> tim
         phases=(("forward", 0, repeat), ("loss", -1, 1), ("backward", 0, repeat)),
     )
     settings = training(gradient_accumulation_steps=accumulation)
-    values = coefficients(kernel_latency=0.0, framework_step=0.0)
+    values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0})
     return timing.step_time(run, settings, CARD, values)
 
 
@@ -159,6 +159,7 @@ def test_copies_repeat_with_the_micro_batches() -> None:
     one, three = (layered("overlapped_transfer", 9.0, accumulation=n) for n in (1, 3))
     assert three.step_s.expected == pytest.approx(3 * one.step_s.expected)
     assert sum(line.seconds for line in three.ledger) == pytest.approx(three.step_s.expected)
+    assert one.perfect_overlap_s == pytest.approx(8 * 9)  # the link's seconds, above the card's 54
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_managed_memory_moves_where_it_has_no_room(room: float | None, moves: bo
         seconds("elementwise", 3.0, 0.0, segment=1), seconds("optimizer", 1.0, 0.0, segment=3),
         kernel("paged_transfer", nbytes=1e9, segment=3), phases=PHASES,
     )  # fmt: skip
-    values = coefficients(kernel_latency=0.0, framework_step=0.0)
+    values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0})
     found = timing.step_time(run, training(gradient_accumulation_steps=2), CARD, values, room)
     assert found.step_s.expected == pytest.approx(7.0 + 4.0 * moves, abs=1e-4)
     assert found.optimizer_s == pytest.approx(1.0 + 4.0 * moves, abs=1e-4)
@@ -186,11 +187,8 @@ def interval(formula_error: float | None, origin: str = "assumed") -> timing.Ste
     run = record(
         seconds("elementwise", 8.0, 2.0, segment=1), seconds("host_transfer", 1.0, 8.0, segment=1), phases=PHASES
     )
-    found = coefficients(
-        {"bandwidth": 0.1, "host_link": 0.125e9, "launch_forward": 0.1, "kernel_latency": 1.0},
-        origin=origin,
-        **SLOW_HOST | {"framework_step": 0.0},
-    )
+    errors = {"bandwidth": 0.1, "host_link": 0.125e9, "launch_forward": 0.1, "kernel_latency": 1.0}
+    found = coefficients({**SLOW_HOST, "framework_step": 0.0}, errors, origin)
     found.formula_error = formula_error
     return timing.step_time(run, training(), CARD, found)
 

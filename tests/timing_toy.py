@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from planner import timing
@@ -27,10 +28,12 @@ VALUES: dict[str, float] = {
 }  # fmt: skip
 
 
-def coefficients(errors: dict[str, float] | None = None, origin: Any = "assumed", **values: float) -> Coefficients:
+def coefficients(
+    values: Mapping[str, float] | None = None, errors: Mapping[str, float] | None = None, origin: Any = "assumed"
+) -> Coefficients:
     """VALUES with some replaced; `errors`: standard errors, none where not given."""
     items = {}
-    for name, value in {**VALUES, **values}.items():
+    for name, value in {**VALUES, **(values or {})}.items():
         error = (errors or {}).get(name, 0.0)
         items[name] = Coefficient(
             name=name, value=value, standard_error=error, unit="", low=0.0, high=1e12, origin=origin, source=""
