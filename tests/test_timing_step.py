@@ -218,3 +218,13 @@ def test_an_anchor_shifts_what_two_runs_have_in_common() -> None:
     target = (("formulas", 0.1), ("matmul", 0.3), ("bandwidth", 0.4))
     assert timing.anchor_factor(anchor, target, 1.5) == pytest.approx(1.5 ** (0.065 / 0.0525))
     assert timing.anchor_factor(anchor, (("bandwidth", 0.4),), 1.5) == 1.0
+
+
+def test_waiting_for_copies_is_as_sure_as_the_link() -> None:
+    """9 s of copies beside 3 s of kernels: 6 of 9 s follow the link, whose error is a half."""
+    run = record(
+        seconds("overlapped_transfer", 9.0, 0.0, segment=1), seconds("elementwise", 3.0, 0.0, segment=1), phases=PHASES
+    )
+    values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0}, {"host_link": 0.125e9})
+    found = timing.step_time(run, training(), CARD, values)
+    assert dict(found.uncertainty) == pytest.approx({"formulas": 0.10, "host_link": 0.5 * 6 / 9})
