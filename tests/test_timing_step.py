@@ -228,3 +228,18 @@ def test_waiting_for_copies_is_as_sure_as_the_link() -> None:
     values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0}, {"host_link": 0.125e9})
     found = timing.step_time(run, training(), CARD, values)
     assert dict(found.uncertainty) == pytest.approx({"formulas": 0.10, "host_link": 0.5 * 6 / 9})
+
+
+def test_the_models_own_flops_leave_recomputation_out() -> None:
+    """Two micro batches of 10^9 FLOPs forward, again, and backward; the toy card offers 10^12 a second."""
+    run = record(
+        seconds("elementwise", 1.0, 0.0, segment=1), seconds("elementwise", 1.0, 0.0, segment=2, recomputed=True),
+        seconds("elementwise", 1.0, 0.0, segment=2), phases=PHASES,
+    )  # fmt: skip
+    values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0})
+    found = timing.step_time(run, training(gradient_accumulation_steps=2), CARD, values)
+    assert (found.model_flops, found.hardware_flops) == (4e9, 6e9)
+    assert found.step_s.expected == pytest.approx(6.0)
+    assert found.model_flops_utilization == pytest.approx(4e9 / 6e12)
+    assert found.hardware_flops_utilization == pytest.approx(1e-3)
+    assert (found.tokens, found.tokens_per_s) == (600, pytest.approx(100.0))
