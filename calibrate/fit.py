@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from calibrate.measurements import Measurement, Run, merge
 from calibrate.residuals import context, errors, memory_rows, memory_summary, summary
 from planner import families, timing
-from planner.calibration import FORMULA_VERSION, Calibration, Coefficient, Coefficients, priors
+from planner.calibration import Calibration, Coefficient, Coefficients, priors
 from planner.errors import InvalidInput, MissingDependency, PlannerError, one_line
+from planner.formulas import fingerprint
 from planner.hardware import Gpu
 from planner.predict import architecture
 from planner.records import record
@@ -563,7 +564,7 @@ def _calibration(
     return Calibration(
         gpu_id=gpu.gpu_id,
         device={k: v for k, v in last.device.items() if k != "host"} | {"hosts": sorted({run.host for run in runs})},
-        formula_version=FORMULA_VERSION,
+        formula_version=fingerprint(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=last.versions,
         coefficients=Coefficients(items, formula_error),

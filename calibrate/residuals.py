@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 
 def errors(rows: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Signed relative errors of predicted against measured."""
+    """Signed relative errors of predicted against measured seconds."""
     return [row["predicted_s"] / row["measured_s"] - 1 for row in rows]
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and worst absolute error in percent."""
-    found = errors(rows)
+    """`summary_of` the seconds of bursts."""
+    return summary_of(errors(rows))
+
+
+def summary_of(found: Sequence[float]) -> dict[str, Any]:
+    """Number, mean and worst absolute value, and mean of signed relative errors, in percent."""
     if not found:
         return {"bursts": 0}
     worst = max(found, key=abs)
@@ -44,7 +48,7 @@ def memory_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
             spec = families.build_spec(item.measurement.config, model_id=item.measurement.model)
             known[key] = predict(spec, item.training, item.gpu)
         predicted = {name: getattr(known[key], name).expected for name in measured}
-        rows.append({"key": key, "measured": measured, "predicted": predicted})
+        rows.append({"key": key, "measured_bytes": measured, "predicted_bytes": predicted})
     return rows
 
 
@@ -52,13 +56,13 @@ def memory_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     """Mean and worst error by counter."""
     found = {}
     for name in ("allocated", "reserved", "device"):
-        pairs = [
-            {"measured_s": row["measured"][name], "predicted_s": row["predicted"][name]}
+        off = [
+            row["predicted_bytes"][name] / row["measured_bytes"][name] - 1
             for row in rows
-            if row["measured"].get(name)
+            if row["measured_bytes"].get(name)
         ]
-        if pairs:
-            found[name] = summary(pairs)
+        if off:
+            found[name] = summary_of(off)
     return found
 
 

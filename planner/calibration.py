@@ -17,9 +17,6 @@ from planner.hardware import CPU, Gpu
 from planner.records import record
 from planner.training import Versions
 
-FORMULA_VERSION = 1
-"""Raised when `planner.timing` changes what a coefficient means: older calibrations then no longer apply."""
-
 Origin = Literal["microbenchmark", "library source", "assumed", "fitted", "borrowed"]
 
 
@@ -81,7 +78,8 @@ class Calibration:
     gpu_id: str
     device: Mapping[str, Any]
     """Identity of the device as the runs recorded it."""
-    formula_version: int
+    formula_version: str
+    """`planner.formulas.fingerprint` of the formulas that it was fitted with."""
     created: str
     versions: Mapping[str, str]
     coefficients: Coefficients
@@ -136,9 +134,10 @@ STACK = ("torch", "transformers", "peft", "bitsandbytes")
 def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | None = None) -> Selection:
     """The newest calibration of this card; else dimensionless coefficients of the nearest card akin; else priors.
 
-    Calibrations under another FORMULA_VERSION are passed over, `versions` that differ from the fitted stack are told.
+    Candidates belong to the present formulas (`planner.calibration_files` sees to it); `versions` that differ from the
+    fitted stack are told.
     """
-    usable = sorted((c for c in candidates if c.formula_version == FORMULA_VERSION), key=lambda c: c.created)
+    usable = sorted(candidates, key=lambda c: c.created)
     own = [c for c in usable if matches(c, gpu)]
     if own:
         newest = own[-1].coefficients
@@ -161,6 +160,11 @@ def matches(calibration: Calibration, gpu: Gpu) -> bool:
         theirs = (device.get("name"), device.get("vector", gpu.architecture), device.get("threads"))
         return calibration.gpu_id == "cpu" and theirs == mine
     return calibration.gpu_id == gpu.gpu_id
+
+
+def concerns(calibration: Calibration, gpu: Gpu) -> bool:
+    """Whether a card could use coefficients of this calibration, as its own or borrowed."""
+    return matches(calibration, gpu) or _akin(calibration, gpu)
 
 
 def _akin(calibration: Calibration, gpu: Gpu) -> bool:

@@ -13,17 +13,18 @@ from typing import Any
 
 from planner import catalog
 from planner.calibration import (
-    FORMULA_VERSION,
     Calibration,
     Coefficient,
     Coefficients,
     Selection,
+    concerns,
     describe,
     matches,
     priors,
 )
 from planner.calibration import select as select_from
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
+from planner.formulas import fingerprint
 from planner.hardware import Gpu
 from planner.headers import parse_json, read_bounded
 from planner.training import Versions
@@ -73,7 +74,16 @@ def select(gpu: Gpu, choice: str | None = None, versions: Versions | None = None
         return Selection(priors(gpu), None, ())
     if choice is None:
         candidates, notes = known()
-        found = select_from(gpu, candidates, versions)
+        usable = []
+        for candidate in candidates:
+            if not concerns(candidate, gpu):
+                continue
+            try:
+                check_formula(candidate)
+                usable.append(candidate)
+            except InvalidInput as error:
+                notes.append(str(error))
+        found = select_from(gpu, usable, versions)
         return found._replace(notes=(*found.notes, *(f"calibration passed over: {note}" for note in notes)))
     chosen = find(choice)
     check_formula(chosen)
@@ -108,12 +118,12 @@ def check_formula(calibration: Calibration) -> None:
     """Refuse coefficients of other formulas.
 
     Raises:
-        InvalidInput: naming both versions and the remedy.
+        InvalidInput: naming the file, both formula versions and the remedy.
     """
-    if calibration.formula_version != FORMULA_VERSION:
+    if calibration.formula_version != fingerprint():
         raise InvalidInput(
             f"{calibration.path} has coefficients of formula version {calibration.formula_version}, this loraplan "
-            f"has {FORMULA_VERSION}; fit its measurements again (loraplan calibrate fit)"
+            f"has {fingerprint()}; fit its measurements again (loraplan calibrate fit)"
         )
 
 
@@ -186,7 +196,7 @@ def _parse(document: dict[str, Any], path: str) -> Calibration:
     return Calibration(
         gpu_id=document["gpu_id"],
         device=document["device"],
-        formula_version=int(document["formula_version"]),
+        formula_version=str(document["formula_version"]),
         created=str(document["created"]),
         versions=document["versions"],
         coefficients=Coefficients(items, float(document["formula_error"]), f"calibrated on {label}"),

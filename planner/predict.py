@@ -18,6 +18,7 @@ from planner.model import ModelSpec, UnreadModel
 from planner.records import record
 from planner.step import linears, loading, program, sequence
 from planner.step.engine import Record
+from planner.step.transfers import PAGED_TRANSFER
 from planner.training import TrainingSpec
 from planner.units import GiB
 
@@ -180,7 +181,10 @@ def _time(
 ) -> timing.StepTime | None:
     if gpu is None or not timing.predictable(gpu):
         return None
-    return timing.step_time(record, training, gpu, coefficients or priors(gpu))
+    room = None
+    if any(kernel.op == PAGED_TRANSFER for kernel in record.kernels):
+        room = gpu.rooms[1] - memory.peak_bytes(record)
+    return timing.step_time(record, training, gpu, coefficients or priors(gpu), room)
 
 
 def _with_allocator(

@@ -338,8 +338,10 @@ class Sweeper:
         steps = np.array(self.axes.gradient_accumulation_steps)[some]
         groups = kernel_groups(run) if kinds else []
         for members in kinds.values():
-            whole = self._clock(made, members, training).step(groups, training, steps)
             where = np.ix_(members, grid.active_pairs, grid.active_ranks, some)
+            rooms = np.array([made.cards[number].rooms[1] for number in members]).reshape(-1, 1, 1, 1)
+            room = rooms - made.allocated_bytes[where]
+            whole = self._clock(made, members, training).step(groups, training, steps, room)
             made.step_s[where] = whole.total
             made.step_spread[where] = whole.spread
 

@@ -14,6 +14,7 @@ from planner.calibration import Coefficients
 from planner.hardware import Gpu
 from planner.step.engine import Kernel, Layout, Record
 from planner.step.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
+from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER
 from planner.timing import PARTS, Rates, Sums, WholeStep, part_of, shares_of
 from planner.training import TrainingSpec
 
@@ -88,10 +89,12 @@ def signature(gpu: Gpu, coefficients: Coefficients, training: TrainingSpec) -> t
 class Group:
     """Kernels of one part of the step that are priced together."""
 
-    __slots__ = ("bytes", "calls", "count", "kernel", "one_by_one", "part")
+    __slots__ = ("bytes", "calls", "count", "in_layers", "kernel", "one_by_one", "part")
 
-    def __init__(self, part: str, kernel: Kernel, one_by_one: bool) -> None:
+    def __init__(self, part: str, kernel: Kernel, one_by_one: bool, in_layers: bool = False) -> None:
         self.part = part
+        self.in_layers = in_layers
+        """Whether they run in decoder layers; told apart only where copies run beside those."""
         self.kernel = kernel
         self.one_by_one = one_by_one
         """Whether all are the same kernel, whose price is not proportional to its bytes (products, attention)."""
@@ -144,23 +147,35 @@ class Clock:
         self.rates = rates
         self.known: dict[Any, Prices] = {}
 
-    def step(self, groups: Sequence[Group], training: TrainingSpec, accumulation: Any) -> WholeStep:
-        """One optimizer step in the active cells for each number of accumulated micro batches."""
+    def step(self, groups: Sequence[Group], training: TrainingSpec, accumulation: Any, room: Any = None) -> WholeStep:
+        """One optimizer step in the active cells for each number of accumulated micro batches.
+
+        room: bytes that each card has left for managed memory in each of them; None: enough.
+        """
         self._price_products([g.kernel for g in groups if g.kernel.shape is not None])
         sums = Sums(self.rates, training)
         sums.accumulation = accumulation.reshape(1, 1, 1, -1)
-        device = {part: _Total() for part in PARTS}
-        host = {part: _Total() for part in PARTS}
+        sums.room = room
+        device, host, in_layers, aside = ({part: _Total() for part in PARTS} for _ in range(4))
         shares: dict[tuple[str, bool], _Total] = {}
         for group in groups:
             seconds, bound, launches = self._seconds(group)
-            device[group.part].add(seconds)
+            if group.kernel.op == PAGED_TRANSFER:
+                sums.paged = self._sum(group.bytes), seconds
+                continue
             calls = group.calls
             host[group.part].add(self.rates.host_s(group.kernel.op, group.part, launches, calls))
+            if group.kernel.op == OVERLAPPED_TRANSFER:
+                aside[group.part].add(seconds)
+                continue
+            device[group.part].add(seconds)
+            if group.in_layers:
+                in_layers[group.part].add(seconds)
             for name, share in shares_of(self.rates, group.kernel, bound):
                 shares.setdefault((name, group.part == "optimizer"), _Total()).add(seconds * share)
         for part in PARTS:
             sums.device[part], sums.host[part] = device[part].whole(), host[part].whole()
+            sums.in_layers[part], sums.aside[part] = in_layers[part].whole(), aside[part].whole()
         for (name, once), total in shares.items():
             amount = total.whole() if once else total.whole() * sums.accumulation
             sums.by_coefficient[name] = sums.by_coefficient.get(name, 0.0) + amount
@@ -256,14 +271,16 @@ def kernel_groups(record: Record) -> list[Group]:
         counted[key] = counted.get(key, 0) + 1
         some[key] = kernel
     groups: dict[Any, Group] = {}
+    aside = any(kernel.op == OVERLAPPED_TRANSFER for kernel in some.values())
     for key, number in counted.items():
         kernel, segment = some[key], record.segments[key[0]]
         part = part_of(segment.phase, kernel.recomputed)
         if part is None:
             continue
         one_by_one = kernel.shape is not None or kernel.op.startswith(("flash", "efficient", "cudnn", "indexed"))
-        place = (part, kernel.op, *(key[3:] if one_by_one else ()))
+        in_layers = aside and segment.layer >= 0
+        place = (part, in_layers, kernel.op, *(key[3:] if one_by_one else ()))
         if place not in groups:
-            groups[place] = Group(part, kernel, one_by_one)
+            groups[place] = Group(part, kernel, one_by_one, in_layers)
         groups[place].add(kernel, number * segment.repeat)
     return list(groups.values())

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from planner.amounts import Number, ceil, is_more, maximum, minimum, mostly, some
 from planner.calibration import Coefficients, old_dequantize_factor
 from planner.hardware import Gpu
 from planner.records import record
 from planner.step.engine import FP32, ITEMSIZE, Kernel, Layout, Record, Shape
+from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER, TRANSFERS
 from planner.training import TrainingSpec
-
-Number = Any
-"""float, or a numpy array in a sweep."""
 
 PARTS = ("forward", "recomputation", "backward", "optimizer")
 CLASSES = (
@@ -37,7 +36,17 @@ with the data sheet's fp32 rate they give multiprocessors times clock."""
 PORTABLE_VECTORS = ("avx2", "avx", "unknown")
 """Vector units of CPUs without 16-bit products in oneDNN."""
 
-_PRODUCTS = {"matmul": "matrix products", "lora": "adapters", "bmm": "attention"}
+LEDGER_CLASS: dict[str, str | None] = {
+    "matmul": "matrix products", "lora": "adapters", "bmm": "attention",
+    "flash_attention": "attention", "flash_attention_backward": "attention",
+    "efficient_attention": "attention", "efficient_attention_backward": "attention",
+    "cudnn_attention": "attention", "cudnn_attention_backward": "attention",
+    "dequantize": "dequantization", "int8_quantize": "dequantization", "int8_dequantize": "dequantization",
+    "optimizer": "optimizer", **dict.fromkeys(TRANSFERS, "host transfer"),
+    "softmax": None, "log_softmax": None, "indexed": None, "elementwise": None, "norm": None, "reduce": None,
+    "cast": None, "copy": None, "dropout": None,
+}  # fmt: skip
+"""Every kind of kernel and its ledger class; None: by where it runs (`class_of`)."""
 _FUSED = ("flash_attention", "efficient_attention", "cudnn_attention")
 _INT8 = {"int8_quantize": 0.48, "int8_dequantize": 0.67}
 """bitsandbytes' 8-bit kernels and the share of the reached bandwidth that each has (H200 profiles: kInt8VectorQuant, a
@@ -72,6 +81,7 @@ class LedgerLine:
 
     name: str
     seconds: Number
+    """That the step takes for it: none for copies that run beside the kernels."""
     flops: Number
     bytes: Number
     launches: Number
@@ -98,7 +108,7 @@ class StepTime:
     no_overlap_s: Number
     """Upper bound: the three one after another."""
     bound: str
-    """compute, memory bandwidth or kernel launch."""
+    """compute, memory bandwidth, host transfer or kernel launch."""
     ledger: tuple[LedgerLine, ...]
     launch_wait_s: Number
     """Device idle time, waiting for the host to launch."""
@@ -212,15 +222,15 @@ class Rates:
         rate = self.product(dtype) / self.multiprocessors
         best: Number = None
         for rows, columns, relative in self._tiles:
-            tiles = batch * _ceil(m / rows) * _ceil(n / columns)
+            tiles = batch * ceil(m / rows) * ceil(n / columns)
             for parts in SPLITS:
-                inner = _ceil(k / parts)
-                waves = _ceil(tiles * parts / self.multiprocessors)
+                inner = ceil(k / parts)
+                waves = ceil(tiles * parts / self.multiprocessors)
                 work = 2.0 * rows * columns * (inner + self.c["matmul_k_half"])
                 seconds = waves * work / (rate * relative)
                 if parts > 1:  # partial results are written and read again
                     seconds = seconds + 2.0 * parts * batch * m * n * ITEMSIZE[FP32] / self.bytes_per_s
-                best = seconds if best is None else _minimum(best, seconds)
+                best = seconds if best is None else minimum(best, seconds)
         moved = batch * (m * k + k * n + m * n) * ITEMSIZE[dtype]
         return best, moved / self.bytes_per_s
 
@@ -260,7 +270,7 @@ class Rates:
         return kernel.elements / (self.product(kernel.dtype) * share)
 
     def price(self, kernel: Kernel, tokens_per_row: Number) -> _Price:
-        """Seconds of one recorded kernel."""
+        """Seconds of one recorded kernel, were it alone."""
         latency = self.c["kernel_latency"] * kernel.count
         if kernel.shape is not None:
             compute, memory = self.matmul_s(kernel.shape, kernel.dtype, kernel.layout)
@@ -271,8 +281,9 @@ class Rates:
             return _Price(0.0, kernel.bytes / self.dequantize_bytes_per_s, latency)
         if kernel.op in _INT8:
             return _Price(0.0, kernel.bytes / (self.bytes_per_s * _INT8[kernel.op]), latency)
-        if kernel.op == "host_transfer":
-            return _Price(0.0, kernel.bytes / self.c["host_link"], latency)
+        if kernel.op in TRANSFERS:  # on a CPU both ends are the same memory
+            link = self.bytes_per_s / 2 if self.gpu.synchronous else self.c["host_link"]
+            return _Price(0.0, kernel.bytes / link, latency)
         traffic = kernel.bytes / self.bytes_per_s
         if kernel.op == "log_softmax" and not self.gpu.synchronous:
             traffic = traffic * LOG_SOFTMAX_PASSES
@@ -284,13 +295,13 @@ class Rates:
 
     def latency_share(self, kernel: Kernel) -> float:
         """Share of the recorded kernels that run: torch.compile merges element-wise ones."""
-        ops = (*_FUSED, *_INT8, "dequantize", "host_transfer", "optimizer")
+        ops = (*_FUSED, *_INT8, *TRANSFERS, "dequantize", "optimizer")
         own = kernel.shape is not None or kernel.op.startswith(ops)
         return COMPILED_LAUNCHES if self.compiled and not own else 1.0
 
     def launched(self, kernel: Kernel) -> float:
         """Share of the recorded launches that the host still makes."""
-        fused = self.compiled and kernel.shape is None and kernel.op != "optimizer"
+        fused = self.compiled and kernel.shape is None and kernel.op not in ("optimizer", *TRANSFERS)
         return COMPILED_LAUNCHES if fused else 1.0
 
     def host_s(self, op: str, part: str, launches: Number, calls: Number) -> Number:
@@ -315,10 +326,16 @@ def predictable(gpu: Gpu | None) -> bool:
     return gpu is not None and gpu.bandwidth_bytes_per_s > 0 and gpu.fp32_flops_per_s > 0
 
 
-def step_time(run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients) -> StepTime:
-    """Price the kernels of one recorded step (second step: optimizer state exists) on `gpu`."""
+def step_time(
+    run: Record, training: TrainingSpec, gpu: Gpu, coefficients: Coefficients, room: Number | None = None
+) -> StepTime:
+    """Price the kernels of one recorded step (second step: optimizer state exists) on `gpu`.
+
+    room: bytes that the card has left for managed memory beside the step's peak; None: enough.
+    """
     rates = Rates(gpu, coefficients, training)
     sums = Sums(rates, training)
+    sums.room = room
     for kernel in run.kernels:
         sums.add(kernel, run)
     return sums.result(coefficients)
@@ -352,6 +369,16 @@ class Sums:
         self.compute: Number = 0.0
         self.memory: Number = 0.0
         self.latency: Number = 0.0
+        self.transfers: Number = 0.0
+        """Seconds of copies between card and host over one optimizer step, hidden or not."""
+        self.in_layers = dict.fromkeys(PARTS, 0.0)
+        """Device seconds of the kernels of decoder layers, of `device`."""
+        self.aside = dict.fromkeys(PARTS, 0.0)
+        """Seconds of copies in a stream of their own."""
+        self.paged: tuple[Number, Number] = (0.0, 0.0)
+        """(bytes, seconds) of copies of managed memory where there is no room for it."""
+        self.room: Number | None = None
+        """Bytes that the card has for it; None: enough."""
         self.classes = {name: [0.0, 0.0, 0.0, 0.0, 0.0] for name in CLASSES}
         """Per class: seconds, FLOPs, bytes, launches, seconds bound by arithmetic (all over one optimizer step)."""
         self.class_s: dict[str, Number] = dict.fromkeys(CLASSES, 0.0)
@@ -368,21 +395,34 @@ class Sums:
             return
         times = segment.repeat
         price = self._price(kernel)
-        seconds = _maximum(price.compute, price.memory) + price.latency
+        seconds = maximum(price.compute, price.memory) + price.latency
+        if kernel.op == PAGED_TRANSFER:
+            self.paged = self.paged[0] + kernel.bytes * times, self.paged[1] + seconds * times
+            return
         launches = kernel.count * self.rates.launched(kernel) * times
-        self.device[part] += seconds * times
         self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
         steps = times if part == "optimizer" else times * self.accumulation
+        if kernel.op in TRANSFERS:
+            self.transfers += seconds * steps
+        if kernel.op == OVERLAPPED_TRANSFER:
+            self.aside[part] += seconds * times
+            self.classes["host transfer"][2] += kernel.bytes * steps
+            self.classes["host transfer"][3] += launches * steps / times
+            return
+        self.device[part] += seconds * times
+        if segment.layer >= 0:
+            self.in_layers[part] += seconds * times
         kind = class_of(kernel.op, segment.layer)
-        busy = _maximum(price.compute, price.memory) + kernel.count * SHORTEST_KERNEL_S
+        busy = maximum(price.compute, price.memory) + kernel.count * SHORTEST_KERNEL_S
         self.class_s[kind] += busy * steps
         if not self.explained:
             return
         self.flops[part] += kernel.flops * times
-        self.compute += price.compute * steps
-        self.memory += price.memory * steps
-        self.latency += price.latency * steps
-        bound = _share(price.compute, price.memory)
+        if kernel.op not in TRANSFERS:
+            self.compute += price.compute * steps
+            self.memory += price.memory * steps
+            self.latency += price.latency * steps
+        bound = is_more(price.compute, price.memory)
         line = self.classes[kind]
         for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
             line[place] += amount * steps
@@ -402,19 +442,47 @@ class Sums:
     def whole_step(self, coefficients: Mapping[str, Any]) -> WholeStep:
         """One optimizer step: what the device and the host take, the wait between them, and how sure that is.
 
-        `coefficients`: by name, what has a `relative_error`.
+        `coefficients`: by name, what has a `relative_error`. To be called once.
         """
+        self._add_transfers()
         steps = self.accumulation
         micro = ("forward", "recomputation", "backward")
         device = sum(self.device[p] for p in micro) * steps + self.device["optimizer"]
         host = sum(self.host[p] for p in micro) * steps + self.host["optimizer"]
         overhead = self.rates.c["framework_step"]
         # what a GPU waits for its host; a CPU does both in turn
-        wait = host if self.rates.gpu.synchronous else _maximum(self._queued() - device, 0.0 * device)
+        wait = host if self.rates.gpu.synchronous else maximum(self._queued() - device, 0.0 * device)
         total = device + wait + overhead
         shares = _uncertainty(self.by_coefficient, wait, overhead, total, coefficients)
         spread = NINETY_PERCENT * sum(share**2 for _, share in shares) ** 0.5
         return WholeStep(device, host, wait, total, spread, shares)
+
+    def _add_transfers(self) -> None:
+        """Add to the device's seconds what it waits for copies that are not in the kernels' order.
+
+        Copies in a stream of their own run beside the decoder layers' kernels, which wait for them layer by layer: of
+        equal layers the device waits for what the copies of all take longer than the kernels of all. Managed memory
+        moves only where the card has less room than its bytes (each is counted twice, in and out).
+        """
+        for parts in (("forward",), ("recomputation", "backward")):
+            aside = self.aside[parts[0]]
+            if some(aside):
+                beside = sum(self.in_layers[part] for part in parts)
+                self._wait_for_host(parts[0], maximum(aside - beside, 0.0 * aside), self.accumulation)
+        moved, seconds = self.paged
+        if self.room is not None and some(moved):
+            moves = (moved / 2 > self.room) * 1.0
+            self.transfers += seconds * moves
+            self.classes["host transfer"][2] += moved * moves
+            self._wait_for_host("optimizer", seconds * moves, 1)
+
+    def _wait_for_host(self, part: str, seconds: Number, steps: Number) -> None:
+        """Count seconds of a part, which occurs `steps` times in an optimizer step, as the host's link's."""
+        self.device[part] = self.device[part] + seconds
+        whole = seconds * steps
+        self.by_coefficient["host_link"] = self.by_coefficient.get("host_link", 0.0) + whole
+        self.class_s["host transfer"] = self.class_s["host transfer"] + whole
+        self.classes["host transfer"][0] += whole
 
     def _queued(self) -> Number:
         """Seconds of a step whose host launches ahead: the slowest way through it.
@@ -425,7 +493,7 @@ class Sums:
         host, device = (
             (p["forward"], p["recomputation"] + p["backward"], p["optimizer"]) for p in (self.host, self.device)
         )
-        slower = [_maximum(h, d) for h, d in zip(host, device, strict=True)]
+        slower = [maximum(h, d) for h, d in zip(host, device, strict=True)]
         more = self.accumulation - 1
         hosts, devices = more * (host[0] + host[1]), more * (device[0] + device[1])
         ways = (
@@ -437,12 +505,12 @@ class Sums:
         )
         longest = ways[0]
         for way in ways[1:]:
-            longest = _maximum(longest, way)
+            longest = maximum(longest, way)
         return longest
 
     def parts(self, whole: WholeStep) -> dict[str, Number]:
         """Seconds of each part: its kernels, and its share of the waiting for the host."""
-        host = _maximum(whole.host, 1e-12)
+        host = maximum(whole.host, 1e-12)
         return {p: self.device[p] + whole.wait * self.host[p] / host for p in PARTS}
 
     def result(self, coefficients: Coefficients) -> StepTime:
@@ -452,7 +520,7 @@ class Sums:
         whole = self.whole_step(coefficients)
         device, host, wait, total, spread, shares = whole
         overhead = self.rates.c["framework_step"]
-        lower = _maximum(_maximum(self.compute, self.memory), host)
+        lower = maximum(maximum(self.compute, self.memory), maximum(self.transfers, host))
         parts = self.parts(whole)
         return StepTime(
             forward_s=parts["forward"],
@@ -463,9 +531,9 @@ class Sums:
             gradient_accumulation_steps=steps,
             step_s=Seconds(low=total / (1 + spread), expected=total, high=total * (1 + spread)),
             perfect_overlap_s=lower,
-            no_overlap_s=self.compute + self.memory + self.latency + host + overhead,
+            no_overlap_s=self.compute + self.memory + self.latency + self.transfers + host + overhead,
             bound=self._bound(wait, device),
-            ledger=tuple(self._line(name) for name in CLASSES if _some(self.classes[name][0])),
+            ledger=tuple(self._line(name) for name in CLASSES if some(self.classes[name][0] + self.classes[name][2])),
             launch_wait_s=wait,
             tokens=self.training.rows_tokens * steps,
             model_flops=(self.flops["forward"] + self.flops["backward"]) * steps,
@@ -483,14 +551,16 @@ class Sums:
         return training.quantization.compute_dtype if training.method == "qlora" else training.base_dtype
 
     def _bound(self, wait: Number, device: Number) -> str:
-        if _mostly(wait / _maximum(device + wait, 1e-12) * 2.0):  # a quarter of the step spent waiting
+        if mostly(wait / maximum(device + wait, 1e-12) * 2.0):  # a quarter of the step spent waiting
             return "kernel launch"
+        if mostly(self.classes["host transfer"][0] / maximum(device, 1e-12)):
+            return "host transfer"
         arithmetic = sum(line[4] for line in self.classes.values())
-        return "compute" if _mostly(arithmetic / _maximum(device, 1e-12)) else "memory bandwidth"
+        return "compute" if mostly(arithmetic / maximum(device, 1e-12)) else "memory bandwidth"
 
     def _line(self, name: str) -> LedgerLine:
         seconds, flops, moved, launches, arithmetic = self.classes[name]
-        bound = "compute" if _mostly(arithmetic / seconds) else "memory"
+        bound = "compute" if mostly(arithmetic / maximum(seconds, 1e-12)) else "memory"
         return LedgerLine(name=name, seconds=seconds, flops=flops, bytes=moved, launches=launches, bound=bound)
 
 
@@ -508,7 +578,9 @@ def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, N
         return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
     if kernel.op == "indexed" and rates.indexed_per_s is not None:
         return (("indexed", bound), ("bandwidth", 1.0 - bound))
-    return (({"dequantize": "dequantize", "host_transfer": "host_link"}.get(kernel.op, "bandwidth"), 1.0),)
+    if kernel.op in TRANSFERS and not rates.gpu.synchronous:
+        return (("host_link", 1.0),)
+    return (("dequantize" if kernel.op == "dequantize" else "bandwidth", 1.0),)
 
 
 def part_of(phase: str, recomputed: bool) -> str | None:
@@ -521,17 +593,10 @@ def part_of(phase: str, recomputed: bool) -> str | None:
 
 
 def class_of(op: str, layer: int) -> str:
-    """The ledger class of a kernel."""
-    if op in _PRODUCTS:
-        return _PRODUCTS[op]
-    if op.startswith(_FUSED):
-        return "attention"
-    if op == "dequantize" or op in _INT8:
-        return "dequantization"
-    if op == "optimizer":
-        return "optimizer"
-    if op == "host_transfer":
-        return "host transfer"
+    """The ledger class of a kernel in a decoder layer, or outside of them (-1); KeyError: of an unknown kind."""
+    known = LEDGER_CLASS[op]
+    if known is not None:
+        return known
     if layer < 0:
         return "loss"
     return "attention" if op == "softmax" else "element-wise"
@@ -549,7 +614,7 @@ def _uncertainty(
             continue  # the error on held-out runs contains its error
         share = seconds / total * coefficients[name].relative_error
         share = share * (share > 0.001)
-        if _some(share):
+        if some(share):
             shares.append((name, share))
     return tuple(shares)
 
@@ -576,52 +641,3 @@ def anchor_factor(anchor: Terms, target: Terms, ratio: float) -> float:
     )
     variance = sum(share**2 for share in mine.values()) + MEASUREMENT_ERROR**2
     return float(ratio ** (shared / variance))
-
-
-# --- numbers and arrays --------------------------------------------------------------------------------------------
-
-
-def _is_array(value: Number) -> bool:
-    return hasattr(value, "shape")
-
-
-def _ceil(value: Number) -> Number:
-    if _is_array(value):
-        import numpy as np
-
-        return np.ceil(value)
-    return float(-(-value // 1))
-
-
-def _minimum(a: Number, b: Number) -> Number:
-    if _is_array(a) or _is_array(b):
-        import numpy as np
-
-        return np.minimum(a, b)
-    return a if a <= b else b
-
-
-def _maximum(a: Number, b: Number) -> Number:
-    if _is_array(a) or _is_array(b):
-        import numpy as np
-
-        return np.maximum(a, b)
-    return a if a >= b else b
-
-
-def _share(compute: Number, memory: Number) -> Number:
-    """1 where arithmetic takes longer than memory traffic, else 0."""
-    longer = compute > memory
-    return longer * 1.0
-
-
-def _mean(value: Number) -> float:
-    return float(value.mean()) if _is_array(value) else float(value)
-
-
-def _mostly(share: Number) -> bool:
-    return _mean(share) > 0.5
-
-
-def _some(value: Number) -> bool:
-    return _mean(value) > 0.0

@@ -185,7 +185,7 @@ def test_memory_is_compared_and_the_context_measured() -> None:
     assert item.step_s == 0.11
     assert item.memory_bytes == {"allocated": 4 * gib, "reserved": 5 * gib, "device": 5 * gib + 400 * 2**20}
     rows = residuals.memory_rows([fit.point(item, H100)])
-    assert rows[0]["predicted"]["allocated"] > gib
+    assert rows[0]["predicted_bytes"]["allocated"] > gib
     assert residuals.memory_summary(rows)["reserved"]["bursts"] == 1
     assert residuals.context([item]) == (400 * 2**20,) * 3
 

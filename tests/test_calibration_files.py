@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from planner import calibration_files, catalog, processor
-from planner.calibration import FORMULA_VERSION, Calibration, Coefficients, matches, priors, select
+from planner.calibration import Calibration, Coefficients, matches, priors, select
 from planner.errors import InvalidInput, UnknownName
+from planner.formulas import fingerprint
 from planner.hardware import Gpu
 from planner.predict import predict, predict_on
 from planner.training import LoraSpec, TrainingSpec, Versions
@@ -19,6 +20,7 @@ from tests.calibration_samples import CPU_FACTS
 from tests.test_timing import LLAMA
 
 H100, A100, T4, L40S = (catalog.gpu(name) for name in ("h100-sxm", "a100-sxm4-80gb", "t4", "l40s"))
+SHIPPED = sorted(Path(catalog.data_path("calibrations")).glob("*.json"))
 VERSIONS = {"torch": "2.13.0+cu130", "transformers": "5.24.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"}
 
 
@@ -32,7 +34,7 @@ def made(gpu: Gpu = H100, created: str = "2026-01-02", matmul: float = 0.6, **ch
         "gpu_id": gpu.gpu_id,
         "device": {"kind": "cuda", "name": gpu.name, "compute_capability": list(gpu.compute_capability or (0, 0)),
                    "bandwidth_bytes_per_s": gpu.bandwidth_bytes_per_s},
-        "formula_version": FORMULA_VERSION, "created": created, "versions": VERSIONS,
+        "formula_version": fingerprint(), "created": created, "versions": VERSIONS,
         "coefficients": Coefficients(items, 0.04, "calibrated on a test"), "repeatability": 0.02,
         "context_bytes": (1, 2, 3), "bursts": 30, "report": {},
     }  # fmt: skip
@@ -127,16 +129,49 @@ def test_another_card_or_formula_is_refused_when_named(folder: Path) -> None:
     path = calibration_files.write(made(A100))
     with pytest.raises(InvalidInput, match=r"not on NVIDIA H100"):
         calibration_files.select(H100, str(path))
-    old = changed_file(folder, formula_version=FORMULA_VERSION - 1)
+    old = changed_file(folder, formula_version=1)
     with pytest.raises(InvalidInput, match=r"formula version.*fit its measurements again"):
         calibration_files.select(H100, str(old))
     with pytest.raises(UnknownName, match="no calibration 'nothing'"):
         calibration_files.select(H100, "nothing")
 
 
-def test_another_formula_version_is_passed_over() -> None:
-    old = made(formula_version=FORMULA_VERSION - 1)
-    assert select(H100, [old]).calibration is None
+def test_another_formula_version_is_passed_over_and_told(folder: Path) -> None:
+    """Never applied silently: a line names the file; cards that it does not concern say nothing."""
+    path = changed_file(folder, formula_version="0badf00d")
+    found = calibration_files.select(H100)
+    assert found.calibration is None
+    (note,) = found.notes
+    assert str(path) in note
+    assert f"formula version 0badf00d, this loraplan has {fingerprint()}" in note
+    assert calibration_files.select(T4).notes == ()
+
+
+def test_a_fit_carries_the_formulas_fingerprint_and_others_only_are_refused(folder: Path) -> None:
+    path = calibration_files.write(made())
+    assert json.loads(path.read_text())["formula_version"] == fingerprint()
+    assert calibration_files.select(H100).calibration is not None
+
+
+def test_no_fingerprint_is_computed_where_no_calibration_concerns_the_card(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration_files.write(made(H100))
+
+    def never() -> str:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(calibration_files, "fingerprint", never)
+    assert calibration_files.select(T4).calibration is None
+    with pytest.raises(AssertionError, match="computed"):
+        calibration_files.select(H100)
+
+
+def test_shipped_calibrations_belong_to_these_formulas() -> None:
+    """Else: fit data/measurements again (data/README.md) and say in the change log how the coefficients moved."""
+    shipped = [calibration_files.read(Path(path)) for path in SHIPPED]
+    assert {item.formula_version for item in shipped} == {fingerprint()}
+    assert len(shipped) == 3
 
 
 def test_another_stack_warns() -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
-    ("units", "cuda_rules", "config_values", "outputs"),
+    ("units", "amounts", "cuda_rules", "config_values", "outputs"),
     ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),
     ("releases",),
@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("step", "allocator"),
     ("memory", "calibration"),
     ("timing",),
-    ("sweep_memory", "sweep_time"),
+    ("sweep_memory", "sweep_time", "formulas"),
     ("predict", "cost"),
     ("search", "validation", "traced", "sweep", "curves", "adapter"),
     ("largest", "pick", "simulate", "rivals", "calibration_files"),

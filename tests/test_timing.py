@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from planner import catalog, families, sources, timing
-from planner.calibration import FORMULA_VERSION, Coefficient, Coefficients, priors
+from planner.calibration import Coefficient, Coefficients, priors
 from planner.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.predict import Prediction, predict
@@ -195,7 +195,6 @@ def test_priors_name_their_source_and_stay_in_bounds() -> None:
             assert coefficient.standard_error > 0
             assert coefficient.source
             assert coefficient.unit
-    assert FORMULA_VERSION >= 1
 
 
 def test_published_microbenchmarks_replace_the_class_value() -> None:

@@ -406,7 +406,10 @@ def _padding(step: Step, spec: Attention, op: str, masked: bool = False) -> floa
 
 
 def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
-    """Causal scores and values: 2 products of b*H*s*s*d, half of them left out; with a `masked` tensor none is."""
+    """Causal scores and values: 2 products of b*H*s*s*d, half of them left out; with a `masked` tensor none is.
+
+    A window as long as the row is none (transformers 5.24 modeling_flash_attention_utils.py: key_length > window).
+    """
     v_dim = spec.v_head_dim or spec.head_dim
     window = 0 if masked else spec.sliding_window
     cut = bool(window) and window < step.seq

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor
+from planner.step.transfers import PAGED_TRANSFER
 
 BNB_MIN_8BIT_ELEMENTS = 4096  # optim/optimizer.py min_8bit_size: smaller tensors keep 32-bit state
 BNB_PAGED_ELEMENTS = 100_000  # optim/optimizer.py get_state_buffer: smaller tensors are not paged
@@ -73,6 +74,7 @@ class OptimizerState:
     def state_bytes(self, leaf: Tensor) -> list[Size]:
         """Bytes of each state tensor of one parameter, as they lie on the GPU."""
         name, n = self.step.train.optimizer, leaf.numel
+        paged = self.paged_bytes(leaf)
         if name == "adafactor":
             factors = self.factors.get(id(leaf), 0)
             return [4 * factors] if factors else [4 * n]
@@ -80,15 +82,17 @@ class OptimizerState:
             steps = [4] if name == "adamw-fused" else []  # a fused step counter lies on the GPU, foreach's does not
             return [leaf.nbytes, leaf.nbytes, *steps]
         if "8bit" in name:
-            paged = name.startswith("paged")
             wide, narrow = 4 * n, n + 4 * -(-n // BNB_8BIT_BLOCK)
             size = _where(n < BNB_MIN_8BIT_ELEMENTS, wide, narrow)
-            size = _where(n >= BNB_PAGED_ELEMENTS, size - n, size) if paged else size
-            return [size] * STATES[name]
-        size = 4 * n
-        if name == "paged-adamw":
-            size = _where(n >= BNB_PAGED_ELEMENTS, 0 * n, size)
-        return [size] * STATES[name]
+            return [size - paged] * STATES[name]
+        return [4 * n - paged] * STATES[name]
+
+    def paged_bytes(self, leaf: Tensor) -> Size:
+        """Bytes of one state tensor in managed memory, beside torch's: quantized states without their absmax."""
+        name, n = self.step.train.optimizer, leaf.numel
+        if not name.startswith("paged"):
+            return 0
+        return _where(n >= BNB_PAGED_ELEMENTS, n if "8bit" in name else 4 * n, 0 * n)
 
     def hold_gradients(self) -> None:
         """Gradients left by earlier micro batches of the accumulation."""
@@ -151,7 +155,23 @@ class OptimizerState:
             self.eng.kernel("optimizer", leaf.dtype, passes * leaf.nbytes, count=kernels / self.tensors_per_launch)
             return
         launches = 1 / self.tensors_per_launch if name == "adamw-fused" else LAUNCHES.get(name, 1)
-        self.eng.kernel("optimizer", leaf.dtype, 3 * leaf.nbytes + 2 * sum(self.state_bytes(leaf)), count=launches)
+        paged = self.paged_bytes(leaf) * STATES[name]
+        moved = 3 * leaf.nbytes + 2 * (sum(self.state_bytes(leaf)) + paged)
+        self.eng.kernel("optimizer", leaf.dtype, moved, count=launches)
+        if name.startswith("paged"):
+            self._prefetch(leaf, paged)
+
+    def _prefetch(self, leaf: Tensor, paged: Size) -> None:
+        """What bitsandbytes moves of a paged state where the card has no room for all of it.
+
+        The state lies in managed memory (functional.py get_paged: cudaMallocManaged, first written by the GPU) and is
+        prefetched to the card, in the kernels' stream, before each tensor's update (optim/optimizer.py prefetch_state).
+        Pages that are there already do not move: with room for all, nothing does. Assumed: without that room every
+        page moves in and out once a step, as least recently used pages are evicted and the step uses them in turn; the
+        price is timing's, which knows the room. The calls themselves are not counted.
+        """
+        if not self.step.arch.on_cpu:
+            self.eng.kernel(PAGED_TRANSFER, leaf.dtype, 2 * paged)
 
     def _clip(self) -> None:
         """clip_grad_norm_: every gradient is read for its norm, then scaled in place (foreach)."""

@@ -22,6 +22,7 @@ from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
 from planner.step.optimizers import OptimizerState
+from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
 from planner.training import TrainingSpec
 
 EMULATED_RUN = 4
@@ -465,8 +466,11 @@ class _Run:
         mask = self.masks.get(self._masks_window(held))
         tables = self.rotary.get(model.model_type in TABLES_BY_WINDOW and bool(spec.sliding_window))
         arguments = (tables, mask, step.alibi, self.position_ids, window)
+        transfer = self._transfer()
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            if transfer:  # to the host, and back when this runs again
+                eng.kernel(transfer, x.dtype, x.nbytes)
             step.cos_sin, step.mask, step.alibi = arguments[:3]
             try:
                 return layers.decoder_layer(step, held, x), step.probabilities
@@ -480,6 +484,21 @@ class _Run:
         if self._reenters() and hidden.requires_grad:
             return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
         return eng.checkpoint(forward, hidden, mode == "offload")
+
+    def _transfer(self) -> str:
+        """How a checkpoint's input goes to the host and comes back; "": it stays on the card.
+
+        unsloth copies in a stream of its own, which the layer waits for at its end (forward) or before it is recomputed
+        (unsloth_zoo/gradient_checkpointing.py UnslothCheckpointFunction, two buffers in turn: while one layer's
+        backward runs, the next one's input comes). It leaves the last layer's input and those of up to 2 MiB on the
+        card, which is not modelled. transformers' own offloading (save_on_cpu with pinned memory: asynchronous copies
+        in the current stream) does not overlap; trl's activation_offloading, which can, is priced as if it did not.
+        """
+        train = self.step.train
+        if train.gradient_checkpointing != "offload":
+            return ""
+        aside = train.kernels == "unsloth" and not self.step.arch.on_cpu
+        return OVERLAPPED_TRANSFER if aside else HOST_TRANSFER
 
     def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The first layer's input, and what the model's frame names until the last layer: embeddings as looked up."""
