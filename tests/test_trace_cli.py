@@ -14,7 +14,6 @@ import pytest
 
 from planner import cuda_rules, traced
 from planner.cli import trace_cache, tracing
-from planner.cli.main import cli
 from planner.cuda_rules import Architecture
 from planner.errors import InvalidInput
 from planner.families import known_families
@@ -27,29 +26,10 @@ TINY = {
 RUN = ("--batch", "2", "--seq-len", "64")
 
 
-class Result:
-    """What one call printed and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def document(self):
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command in this process, with a cache folder of its own."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    """A cache folder of its own for every test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def call(*args: str) -> Result:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(list(args))
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture
