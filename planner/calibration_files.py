@@ -258,6 +258,12 @@ def write(calibration: Calibration, target: Path | None = None) -> Path:
     raise InvalidInput(f"{folder} has 999 calibrations of {stem}; remove old ones")
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise InvalidInput if there is a file already."""
+    if path.exists():
+        raise InvalidInput(f"{path} exists and is not overwritten; name another file")
+
+
 def _create(path: Path, text: str) -> Path:
     """Write beside the target, then link it into place: whole or not at all, and never over another file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

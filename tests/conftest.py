@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+MODULE_MARK = re.compile(r"^pytestmark = pytest\.mark\.(oracle|extra)$", re.MULTILINE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--wrap-at", type=int, metavar="N",
         help="every report breaks its lines at N columns: a test that then fails looks at where a line ends",
+    )  # fmt: skip
+    parser.addoption(
+        "--core", action="store_true",
+        help="only click and yaml are installed: leave out tests marked oracle or extra, let no other be skipped",
     )  # fmt: skip
 
 
@@ -29,6 +37,45 @@ def pytest_configure(config: pytest.Config) -> None:
         return real(text, width, indent)
 
     tables.wrapped = wrapped  # before any report has imported it
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --core, leave out modules that are marked as a whole: their imports need the libraries."""
+    if not config.getoption("--core") or collection_path.suffix != ".py":
+        return None
+    return bool(MODULE_MARK.search(collection_path.read_text(encoding="utf-8"))) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what calls the command; leave out what the options exclude."""
+    left_out = {"oracle", "extra"} if config.getoption("--core") else set()
+    if config.getoption("--wrap-at") is not None:
+        left_out.add("line_ends")
+    for item in items:
+        if "planner.cli" in text_of(item.path):
+            item.add_marker(pytest.mark.command_line)
+    gone = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in set(gone)]
+
+
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With --core, a test skipped for a missing library lacks its mark: it would hide what the core can do."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--core") or reporter is None:
+        return
+    missing = re.compile("could not import|not installed")
+    unmarked = [report for report in reporter.stats.get("skipped", []) if missing.search(str(report.longrepr))]
+    for report in unmarked:
+        reporter.write_line(f"not marked oracle or extra: {report.nodeid} {report.longrepr}")
+    if unmarked:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def without_line_ends(text: str) -> str:

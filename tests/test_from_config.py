@@ -337,6 +337,7 @@ def test_lint_of_several_files_and_of_broken_ones(run, write) -> None:
 # --- the other commands -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.extra
 def test_max_and_pick_take_a_config(run, write) -> None:
     path = write("a.yaml", GPT2)
     typed_options = {"stack": "trl", "method": "lora", "targets": "c_attn", "base-dtype": "bf16"}
@@ -349,6 +350,7 @@ def test_max_and_pick_take_a_config(run, write) -> None:
     assert "gpt2-medium" in other.out and other.err.startswith("read TRL config")
 
 
+@pytest.mark.extra
 def test_compare_and_report_take_configs(run, write, tmp_path) -> None:
     one, two = write("one.yaml", GPT2), write("two.yml", AXOLOTL)
     result = run("compare", "--gpu", "h100", one, f"{two} batch=1", "--format", "json")
@@ -366,6 +368,7 @@ def test_compare_and_report_take_configs(run, write, tmp_path) -> None:
     assert "gpt2" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.extra
 def test_a_table_takes_a_config(run, write) -> None:
     path = write("a.yml", AXOLOTL)
     result = run("table", "--from", path, "--gpu", "h100,l4", "--seq-len", "512,1024", "--format", "json")
