@@ -422,6 +422,7 @@ def test_exactly_the_job_of_a_config_is_measured(
     assert code == 2 and "another job" in err
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("more", "says"),
     [
