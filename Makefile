@@ -1,9 +1,12 @@
-.PHONY: test lint bench agreement readme gpu
+.PHONY: test core lint bench agreement readme gpu
 
 PYTHON ?= .venv/bin/python
 
 test:  ## set up .venv and run every check, as .ci/run does
 	python3 .ci/check.py
+
+core:  ## an installation with nothing but click and yaml, in a virtual environment that is thrown away
+	$(PYTHON) .ci/core.py
 
 lint:
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -49,13 +49,20 @@ def user_folder() -> Path:
 def paths() -> Iterator[Path]:
     """Every calibration file that predictions consider."""
     for folder in (Path(catalog.data_path("calibrations")), user_folder()):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # Path.is_dir raises where a folder above may not be entered
             yield from sorted(folder.glob("*.json"))
 
 
 def known() -> tuple[list[Calibration], list[str]]:
-    """All calibrations that can be read, and a line for each that cannot."""
+    """All calibrations that can be read, and a line for each that cannot, or for a folder that may not be entered."""
     found, notes = [], []
+    own = user_folder()
+    try:
+        os.listdir(own)
+    except PermissionError:
+        notes.append(f"{own} may not be read: calibrations there are not used (LORAPLAN_DATA names another folder)")
+    except OSError:
+        pass  # there is none
     for path in paths():
         try:
             found.append(read(path))
@@ -244,12 +251,14 @@ def write(calibration: Calibration, target: Path | None = None) -> Path:
     """Write a new file, by default `<gpu>-<day>[-n].json` in the user's folder; an existing one is never replaced.
 
     Raises:
-        InvalidInput: `target` exists.
+        InvalidInput: `target` exists, or there is no home folder for a user's own.
     """
     text = json.dumps(to_document(calibration), indent=1, allow_nan=False) + "\n"
     if target is not None:
         return _create(target, text)
     folder = user_folder()
+    if folder.parts[0] == "~":
+        raise InvalidInput("this user has no home folder: name a file, or a folder in LORAPLAN_DATA")
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{calibration.gpu_id}-{calibration.created[:10]}"
     for number in range(1, 1000):
@@ -257,6 +266,12 @@ def write(calibration: Calibration, target: Path | None = None) -> Path:
         if not path.exists():
             return _create(path, text)
     raise InvalidInput(f"{folder} has 999 calibrations of {stem}; remove old ones")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise InvalidInput if there is a file already."""
+    if path.exists():
+        raise InvalidInput(f"{path} exists and is not overwritten; name another file")
 
 
 def _create(path: Path, text: str) -> Path:

@@ -36,6 +36,15 @@ def changed(gpu: Gpu, values: Mapping[str, float]) -> Coefficients:
     return Coefficients(items)
 
 
+CPU_TRUTH = changed(
+    CPU, {"matmul": 0.2, "matmul_fp32": 0.55, "bandwidth": 0.14, "dequantize": 0.6, "launch_forward": 2e-5,
+          "launch_backward": 1.2e-5, "launch_optimizer": 1.5e-5, "efficient_fp32": 0.25, "flash_backward": 0.35},
+)  # fmt: skip
+GPU_TRUTH = changed(
+    H100, {"matmul": 0.7, "bandwidth": 0.8, "dequantize": 0.6, "launch_forward": 1.6e-5, "launch_backward": 9e-6},
+)  # fmt: skip
+
+
 def measurement(burst: grid.Burst, device: Mapping[str, Any], result: Mapping[str, Any]) -> Measurement:
     """One burst with a result."""
     request = burst.request("cpu" if device["kind"] == "cpu" else "cuda:0", 1, 5, 2)

@@ -19,6 +19,8 @@ from calibrate.cases import MODELS, Case, cases, draw  # noqa: E402
 from planner.memory import CATEGORIES  # noqa: E402
 from tests.agreement_cases import DIRECTED  # noqa: E402
 
+pytestmark = pytest.mark.oracle
+
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:

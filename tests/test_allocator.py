@@ -27,6 +27,7 @@ def header() -> str:
     return (Path(found.origin).parent / "include" / "c10" / "core" / "AllocatorConfig.h").read_text(encoding="utf-8")
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -42,6 +43,7 @@ def test_constants_are_those_of_the_header(name, value):
     assert int(number) == value
 
 
+@pytest.mark.oracle
 def test_defaults_are_those_of_the_header():
     text = header()
     assert int(re.findall(r"large_segment_size_\{(\d+)\}", text)[0]) == allocator.LARGE_SEGMENT

@@ -67,6 +67,7 @@ def test_small_data_and_a_last_batch_that_is_not_full(n: int) -> None:
             assert padded(lengths, batch, 2048, padding).computed_tokens == pytest.approx(sum(sums) / 600, rel=0.02)
 
 
+@pytest.mark.oracle
 def test_grouping_is_what_transformers_does() -> None:
     """Its own sampler, on the same lengths."""
     torch = pytest.importorskip("torch")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -22,8 +24,7 @@ from planner.cli.calibrate import parse_duration
 from planner.cli.main import main
 from planner.errors import InvalidInput
 from planner.training import training_from_dict
-from tests.calibration_samples import CPU_FACTS, cpu_bursts, synthetic
-from tests.test_calibrate_fit import CPU_TRUTH
+from tests.calibration_samples import CPU_FACTS, CPU_TRUTH, cpu_bursts, synthetic
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +50,54 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_fit_show_list_validate_compare(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = loraplan(capsys, "calibrate", "fit", str(run_file), "--out", str(tmp_path / "a.json"))
-    assert code == 0, err
+@pytest.fixture(scope="module")
+def fitted(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The file that `calibrate fit --rows` wrote of these bursts, and what it printed: one fit for all tests."""
+    target = tmp_path_factory.mktemp("fit") / "a.json"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        main(("calibrate", "fit", str(run_file), "--rows", "--out", str(target)))
+    assert not end.value.code
+    return target, printed.getvalue()
+
+
+@pytest.mark.extra
+def test_fit_says_what_it_found(fitted: tuple[Path, str]) -> None:
+    target, out = fitted
     assert "matmul_fp32" in out
     assert "left out by model" in out
     assert "repeats: 9 of 10 differ by less than" in out
-    assert loraplan(capsys, "calibrate", "fit", str(run_file), "--out", str(tmp_path / "a.json"))[0] == 2
-    assert loraplan(capsys, "calibrate", "fit", str(run_file), "--rows")[0] == 0
+    assert calibration_files.read(target).bursts == 45
+
+
+@pytest.mark.extra
+def test_fit_overwrites_nothing(
+    fitted: tuple[Path, str], run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, _ = fitted
+    before = target.read_bytes()
+    fits: list[int] = []
+    monkeypatch.setattr(fitting, "fit", lambda *args, **more: fits.append(1))
+    code, _, err = loraplan(capsys, "calibrate", "fit", str(run_file), "--out", str(target))
+    assert code == 2
+    assert "is not overwritten" in err
+    assert target.read_bytes() == before
+    assert not fits, "refused only after the fit"
+
+
+@pytest.mark.extra
+def test_show_list_validate_compare(
+    fitted: tuple[Path, str], run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, long = fitted
+    monkeypatch.setattr(fitting, "fit", lambda *args, **more: calibration_files.read(target))
+    code, short, _ = loraplan(capsys, "calibrate", "fit", str(run_file))
+    assert code == 0
+    assert len(short.splitlines()) + 40 <= len(long.splitlines())  # a row for each burst and its repeats
     code, out, _ = loraplan(capsys, "calibrate", "list")
     assert code == 0
     assert "Sample CPU" in out
-    code, out, _ = loraplan(capsys, "calibrate", "show", str(tmp_path / "a.json"), "--format", "json")
+    code, out, _ = loraplan(capsys, "calibrate", "show", str(target), "--format", "json")
     document = json.loads(out)
     assert document["bursts"] == 45
     assert {c["name"] for c in document["coefficients"] if c["origin"] == "fitted"} >= {"matmul", "bandwidth"}
@@ -68,15 +105,15 @@ def test_fit_show_list_validate_compare(run_file: Path, tmp_path: Path, capsys: 
     assert code == 0
     assert "step time: mean error" in out
     (own,) = calibration_files.user_folder().glob("*.json")
-    code, out, _ = loraplan(capsys, "calibrate", "compare", str(tmp_path / "a.json"), own.stem)
+    code, out, _ = loraplan(capsys, "calibrate", "compare", str(target), own.stem)
     assert code == 0
     assert "1.00" in out
 
 
-def test_a_plot_is_a_picture(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.extra
+def test_a_plot_is_a_picture(fitted: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    target = tmp_path / "a.json"
-    assert loraplan(capsys, "calibrate", "fit", str(run_file), "--out", str(target))[0] == 0
+    target, _ = fitted
     code, _, _ = loraplan(capsys, "calibrate", "show", str(target), "--plot", str(tmp_path / "p.svg"))
     assert code == 0
     assert "<svg" in (tmp_path / "p.svg").read_text()
@@ -119,6 +156,7 @@ def test_bad_durations(text: str) -> None:
         parse_duration(text)
 
 
+@pytest.mark.oracle
 def test_doctor_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("torch", "transformers", "peft", "bitsandbytes", "scipy"):
         pytest.importorskip(name)
@@ -128,6 +166,7 @@ def test_doctor_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"python", "torch", "CPU", "memory", "disk", "calibrations"} <= found.keys()
 
 
+@pytest.mark.oracle
 def test_doctor_names_the_remedy_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -147,6 +186,7 @@ def tiny(**changes: Any) -> dict[str, Any]:
     return {**request, "config": config, "training": {**request["training"], "seq_len": 16}, **changes}
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_real_bursts_in_forked_workers() -> None:
     """One good burst, one that is killed, one that hangs, then a good one again: none touches the next."""
@@ -200,6 +240,7 @@ def _check_raw_values(result: dict[str, Any]) -> None:
     assert result["trainable_parameters"] > 0
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_run_on_a_cpu_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("torch", "transformers", "peft", "bitsandbytes", "scipy"):
@@ -243,6 +284,7 @@ def small_model() -> Any:
     return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_the_callback_reads_what_peft_writes_out_for_all_linear() -> None:
     pytest.importorskip("transformers")
@@ -257,6 +299,7 @@ def test_the_callback_reads_what_peft_writes_out_for_all_linear() -> None:
         _targets(full, 4)
 
 
+@pytest.mark.oracle
 def test_the_callback_records_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("peft")
@@ -286,6 +329,7 @@ def test_the_callback_records_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert point.overhead_s(fitting.priors(run.gpu)) == 0.0
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_the_callback_never_disturbs_training(tmp_path: Path) -> None:
     pytest.importorskip("peft")
@@ -313,6 +357,7 @@ def test_the_callback_never_disturbs_training(tmp_path: Path) -> None:
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_the_callback_in_a_real_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
@@ -354,6 +399,7 @@ def job_file(folder: Path, **more: Any) -> Path:
     return path
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_exactly_the_job_of_a_config_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -376,6 +422,7 @@ def test_exactly_the_job_of_a_config_is_measured(
     assert code == 2 and "another job" in err
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("more", "says"),
     [

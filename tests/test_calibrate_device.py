@@ -196,6 +196,7 @@ def test_this_cpu() -> None:
     assert known.sm_count == 2
 
 
+@pytest.mark.oracle
 def test_kernels_are_counted_by_class() -> None:
     pytest.importorskip("torch")
     from calibrate.burst import _cuda_classes, class_of
@@ -231,6 +232,7 @@ def test_kernels_are_counted_by_class() -> None:
     assert class_of("bitsandbytes::gemm_4bit") == "matrix products"
 
 
+@pytest.mark.oracle
 def test_phases_on_a_gpu_are_events_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     from calibrate.burst import _PhaseClock

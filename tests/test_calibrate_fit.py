@@ -20,6 +20,8 @@ from planner.step import program
 from tests.calibration_samples import (
     CPU,
     CPU_FACTS,
+    CPU_TRUTH,
+    GPU_TRUTH,
     H100,
     H100_FACTS,
     changed,
@@ -29,13 +31,7 @@ from tests.calibration_samples import (
     synthetic,
 )
 
-CPU_TRUTH = changed(
-    CPU, {"matmul": 0.2, "matmul_fp32": 0.55, "bandwidth": 0.14, "dequantize": 0.6, "launch_forward": 2e-5,
-          "launch_backward": 1.2e-5, "launch_optimizer": 1.5e-5, "efficient_fp32": 0.25, "flash_backward": 0.35},
-)  # fmt: skip
-GPU_TRUTH = changed(
-    H100, {"matmul": 0.7, "bandwidth": 0.8, "dequantize": 0.6, "launch_forward": 1.6e-5, "launch_backward": 9e-6},
-)  # fmt: skip
+pytestmark = pytest.mark.extra
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +94,12 @@ def test_a_degenerate_grid_is_refused_by_name() -> None:
         fit.fit([synthetic(bursts, CPU_FACTS, CPU_TRUTH)])
 
 
-def test_a_disturbed_burst_does_not_decide() -> None:
+def test_a_disturbed_burst_does_not_decide(cpu_fit: Calibration) -> None:
     run = synthetic(cpu_bursts(44), CPU_FACTS, CPU_TRUTH)
     first = run.measurements[0]
     slow = {**first.result, "phases_s": [[3 * s for s in first.result["phases_s"][0]]]}
     spoiled = replace(run, measurements=(replace(first, result=slow), *run.measurements[1:]))
-    honest, found = fit.fit([run]).coefficients, fit.fit([spoiled]).coefficients
+    honest, found = cpu_fit.coefficients, fit.fit([spoiled]).coefficients
     for name in ("matmul_fp32", "bandwidth"):
         assert found.value(name) == pytest.approx(honest.value(name), rel=0.12), name
 
@@ -190,7 +186,7 @@ def test_memory_is_compared_and_the_context_measured() -> None:
     assert residuals.context([item]) == (400 * 2**20,) * 3
 
 
-def test_a_cpu_without_avx512_has_a_rate_for_each_layout_of_16_bit_products() -> None:
+def test_a_cpu_without_avx512_has_a_rate_for_each_layout_of_16_bit_products(cpu_fit: Calibration) -> None:
     facts = {**CPU_FACTS, "vector": "avx2", "name": "Old CPU @ 2.50GHz"}
     gpu = processor.as_gpu(facts)
     truth = changed(
@@ -201,4 +197,4 @@ def test_a_cpu_without_avx512_has_a_rate_for_each_layout_of_16_bit_products() ->
     assert {"matmul", "matmul_fp32", "portable_nn"} <= apart.keys()
     assert max(apart.values()) <= 3, apart
     assert found.coefficients.value("portable_nn") == pytest.approx(0.2, rel=0.2)
-    assert "portable_nn" not in off_by(fit.fit([synthetic(cpu_bursts(44), CPU_FACTS, CPU_TRUTH)]), CPU_TRUTH)
+    assert "portable_nn" not in off_by(cpu_fit, CPU_TRUTH)

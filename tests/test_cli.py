@@ -25,27 +25,6 @@ SMALL = "openai-community/gpt2"
 COMMAND = [sys.executable, "-m", "planner.cli.main"]
 
 
-class Result:
-    """What one call printed and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Call the command in this process."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(*args: str) -> Result:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(list(args))
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
 def spawn(*args: str, **extra) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **extra.pop("env", {})}
     return subprocess.run(
@@ -61,8 +40,13 @@ def test_a_run_that_fits_exits_zero_and_says_yes_first(run):
     assert result.code == 0
     assert result.err == ""
     assert result.out.startswith("YES")
-    assert "Llama-3.1-8B qlora r=8 all-linear, length 2048, batch 1, on GeForce RTX" in result.out
-    assert "peak at the start of the backward" in result.out
+    assert "Llama-3.1-8B qlora r=8 all-linear, length 2048, batch 1, on GeForce RTX 4090" in result.said
+    assert "peak at the start of the backward" in result.said
+
+
+@pytest.mark.line_ends
+def test_an_answer_is_80_columns_wide(run):
+    result = run("fits", "meta-llama/Llama-3.1-8B", "--gpu", "rtx-4090", "--method", "qlora")
     assert max(map(len, result.out.splitlines())) <= 80
 
 
@@ -192,10 +176,10 @@ def test_default_targets_that_the_model_lacks_are_replaced_visibly(run):
 
 
 def test_explain_prints_every_setting_with_its_origin(run):
-    text = run("fits", "meta-llama/Llama-3.1-8B", "--gpu", "a100-80gb", "--stack", "axolotl", "--explain").out
+    text = run("fits", "meta-llama/Llama-3.1-8B", "--gpu", "a100-80gb", "--stack", "axolotl", "--explain").said
     for key in stacks.KEYS:
-        assert f"  {key} = " in text
-    assert "r = 32  [stack axolotl" in text
+        assert f" {key} = " in text
+    assert " r = 32 [stack axolotl" in text
     assert "highest level in each part of the step" in text
     assert "8,030,261,248 (computed from the config's shapes)" in text
     assert "+/- 1.0 %" in text

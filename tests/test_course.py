@@ -158,6 +158,7 @@ def test_demo_memory_ratio() -> None:
 # --- the adapter file ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("extra", [{}, {"use_dora": True}, {"target_modules": ("all-linear",), "r": 3}])
 def test_the_adapter_file_has_the_size_that_peft_writes(extra: dict, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -103,6 +103,7 @@ CHAT_TEMPLATES = {
 }
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 @pytest.mark.parametrize(
     "row", [ALPACA, CHAT, {"prompt": 'é <b>"x"', "completion": "😀\n"}], ids=["one", "many", "odd"]
@@ -120,12 +121,14 @@ def test_chat_templates_render_as_transformers_renders_them(name: str, row: Any)
     assert ours == theirs
 
 
+@pytest.mark.extra
 def test_built_in_chatml_is_the_published_one() -> None:
     published = chat.ChatTemplate(CHATML_JINJA, {}, "axolotl")
     for row in (ALPACA, BARE, CHAT):
         assert BUILT_IN["chatml"].render(parse(row)) == published.render(parse(row))
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "hostile",
     [
@@ -214,6 +217,9 @@ def test_doubts() -> None:
 ROWS = [ALPACA, BARE, {"instruction": "Ünïcode 😀", "input": "\u2028", "output": "línea\nnext"}]
 
 
+PLAIN = ("a.jsonl", "a.json", "a.csv")
+
+
 def written(folder: Path, name: str) -> Path:
     path = folder / name
     if name.endswith(".jsonl"):
@@ -234,7 +240,7 @@ def written(folder: Path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("name", [*PLAIN, pytest.param("a.parquet", marks=pytest.mark.extra)])
 def test_every_format_reads_the_same_rows(name: str, tmp_path: Path) -> None:
     found = list(files.records(str(written(tmp_path, name))))
     assert [item.value for item in found] == ROWS
@@ -294,6 +300,7 @@ def test_a_broken_array_says_where(text: str, tmp_path: Path) -> None:
     assert len(found) == 2
 
 
+@pytest.mark.extra
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
@@ -305,7 +312,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert found[2].value == {"text": "fine"}
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("name", [*PLAIN, pytest.param("a.parquet", marks=pytest.mark.extra)])
 def test_damaged_files_are_problems_or_one_line(name: str, tmp_path: Path) -> None:
     """Bytes changed, put in and cut out at random: never anything but rows, problems or a PlannerError."""
     rng = random.Random(name)
@@ -378,12 +385,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.extra
 def test_tokens_are_counted_with_a_local_tokenizer(tokenizer: Path) -> None:
     words = "one two three four five six"
     assert Exact(str(tokenizer), adds_special=True).count([words, ""]) == [8, 2]
     assert Exact(str(tokenizer / "tokenizer.json"), adds_special=False).count([words]) == [6]
 
 
+@pytest.mark.oracle
 def test_the_tokenizers_own_template(tokenizer: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(CHAT) + "\n")
@@ -394,6 +403,7 @@ def test_the_tokenizers_own_template(tokenizer: Path, tmp_path: Path) -> None:
     assert "counted" in found.token_label
 
 
+@pytest.mark.extra
 def test_batches_of_texts_keep_their_order(tokenizer: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     sizes = [random.Random(i).randrange(1, 50) for i in range(1500)]
@@ -402,6 +412,7 @@ def test_batches_of_texts_keep_their_order(tokenizer: Path, tmp_path: Path) -> N
     assert list(found.lengths.values) == [size + 2 for size in sizes]
 
 
+@pytest.mark.extra
 def test_no_tokenizer_at_the_path(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"no tokenizer\.json"):
         Exact(str(tmp_path), adds_special=True)

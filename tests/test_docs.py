@@ -84,6 +84,7 @@ def commands() -> list[tuple[str, str]]:
     return [pair for block in CONSOLE.findall(text) for pair in sessions(block)]
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(("command", "shown"), commands(), ids=lambda value: value.split("\n")[0][:60])
 def test_the_readme_shows_what_is_printed(command: str, shown: str) -> None:
     code, output = loraplan(command)
@@ -130,6 +131,7 @@ def every_command(command: click.Command = cli, words: tuple[str, ...] = ("lorap
     return found
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("command", every_command())
 def test_help_has_examples_that_run(command: str) -> None:
     code, output = loraplan(f"{command} --help")

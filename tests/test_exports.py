@@ -258,6 +258,7 @@ def test_keys_are_fields_of_the_framework(name: str, target: str, padding: str) 
     assert not unknown
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("name", TRAININGS)
 def test_databricks_json_is_what_the_sdk_reads(name: str) -> None:
     jobs = pytest.importorskip("databricks.sdk.service.jobs")
@@ -292,6 +293,7 @@ def tiny_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "qlora"])
 def test_the_script_trains_one_step_on_a_cpu(name: str, tmp_path: Path) -> None:
@@ -321,6 +323,7 @@ def test_the_script_trains_one_step_on_a_cpu(name: str, tmp_path: Path) -> None:
     assert adapter["lora_dropout"] == training.lora.lora_dropout  # type: ignore[union-attr]
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAININGS)
 def test_trl_reads_its_config(name: str, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from calibrate.extrapolate import extrapolate  # noqa: E402
 from calibrate.summary import of_trace  # noqa: E402
 from calibrate.trace import trace, training_from_dict  # noqa: E402
 
+pytestmark = pytest.mark.oracle
+
 pytestmark = pytest.mark.slow
 
 SIZES: dict[str, Any] = {

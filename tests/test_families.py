@@ -14,6 +14,8 @@ from planner.lora import resolve_targets, trainable_lora_parameters
 from planner.model import ModelSpec
 from planner.training import LoraSpec
 
+pytestmark = pytest.mark.oracle
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

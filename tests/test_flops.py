@@ -19,6 +19,8 @@ from planner.families import build_spec  # noqa: E402
 from planner.step import program  # noqa: E402
 from planner.training import LoraSpec, TrainingSpec  # noqa: E402
 
+pytestmark = pytest.mark.oracle
+
 FAMILIES = (
     "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-1.5B", "openai-community/gpt2-medium",
     "google/gemma-2-2b", "Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V2-Lite",

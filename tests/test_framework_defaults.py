@@ -62,6 +62,7 @@ CLASSES: dict[str, Callable[[], dict[str, Any]]] = {
 """Table -> the defaults of the class it describes, asked of the installed package."""
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_are_those_of_the_installed_framework(name: str) -> None:
     real = CLASSES[name]()
@@ -82,6 +83,7 @@ def _plain(value: Any) -> Any:
     return ("number", float(value)) if isinstance(value, (int, float)) else value
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_argument_of_the_installed_framework_is_known(name: str) -> None:
     """An argument that no table names would be listed as unknown, and nobody would have looked at what it costs."""
@@ -92,6 +94,7 @@ def test_every_argument_of_the_installed_framework_is_known(name: str) -> None:
     assert not sorted(real - known), f"put into data/frameworks/{name}.json, as neutral or missing"
 
 
+@pytest.mark.oracle
 def test_the_installed_trainer_reads_the_defaults_that_stacks_assume() -> None:
     """The table's optimizer default is for torch 2.8 and later, as the installed one is."""
     torch = pytest.importorskip("torch")

@@ -5,35 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from planner.cli.main import cli
 from planner.report.config_checks import command
 from tests.training_configs import AXOLOTL, EXAMPLES, TRL
 
 GPT2 = "model_name_or_path: openai-community/gpt2\nuse_peft: true\nlora_target_modules: [c_attn]\ndtype: bfloat16\n"
-
-
-class Result:
-    """What one call printed and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Call the command in this process."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(*args: str) -> Result:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(list(args))
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture
@@ -48,7 +27,7 @@ def write(tmp_path: Path):
     return call
 
 
-def settings(result: Result) -> dict:
+def settings(result: Any) -> dict:
     return json.loads(result.out)["configuration"]
 
 
@@ -274,7 +253,7 @@ def test_annotations_cannot_be_broken_out_of() -> None:
 # --- lint ---------------------------------------------------------------------------------------------------------
 
 
-def traps(result: Result) -> dict[str, dict]:
+def traps(result: Any) -> dict[str, dict]:
     (entry,) = json.loads(result.out)["files"]
     return {trap["name"]: trap for trap in entry["traps"]}
 
@@ -291,7 +270,7 @@ def test_lint_prices_each_trap_and_names_the_line(run, write) -> None:
     assert found["no-double-quant"]["change"] == "use_bnb_nested_quant: true"
     assert found["idle-paging"]["bytes"] == 0 and "65,536 elements" in found["idle-paging"]["what"]
     assert found["default-length"]["change"] == "max_length: 2048"
-    text = run("lint", path).out
+    text = run("lint", path).said
     assert "!! fp32-weights: costs" in text and "sft.yaml:8 gradient_checkpointing" in text
 
 
@@ -348,7 +327,7 @@ def test_a_config_without_traps_passes(run, write) -> None:
 def test_lint_of_several_files_and_of_broken_ones(run, write) -> None:
     good, broken = write("a.yml", AXOLOTL), write("b.yml", "name: ci\n")
     result = run("lint", good, broken)
-    assert result.code == 2 and "no answer" in result.out
+    assert result.code == 2 and "no answer" in result.said
     annotated = run("lint", good, broken, "--format", "github")
     assert annotated.out.startswith(f"::error file={broken},line=1,title=loraplan lint%3A no answer::")
     for style in ("csv", "markdown"):
@@ -358,6 +337,7 @@ def test_lint_of_several_files_and_of_broken_ones(run, write) -> None:
 # --- the other commands -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.extra
 def test_max_and_pick_take_a_config(run, write) -> None:
     path = write("a.yaml", GPT2)
     typed_options = {"stack": "trl", "method": "lora", "targets": "c_attn", "base-dtype": "bf16"}
@@ -370,6 +350,7 @@ def test_max_and_pick_take_a_config(run, write) -> None:
     assert "gpt2-medium" in other.out and other.err.startswith("read TRL config")
 
 
+@pytest.mark.extra
 def test_compare_and_report_take_configs(run, write, tmp_path) -> None:
     one, two = write("one.yaml", GPT2), write("two.yml", AXOLOTL)
     result = run("compare", "--gpu", "h100", one, f"{two} batch=1", "--format", "json")
@@ -387,6 +368,7 @@ def test_compare_and_report_take_configs(run, write, tmp_path) -> None:
     assert "gpt2" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.extra
 def test_a_table_takes_a_config(run, write) -> None:
     path = write("a.yml", AXOLOTL)
     result = run("table", "--from", path, "--gpu", "h100,l4", "--seq-len", "512,1024", "--format", "json")

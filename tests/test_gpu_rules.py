@@ -52,6 +52,7 @@ def library_choice(sms: int, capability: tuple[int, int]) -> Chooses:
     return cast(Chooses, space["_gemm_4bit_use_custom_cuda"])
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", CARDS)
 def test_the_fused_4bit_kernel_is_not_promised_where_bitsandbytes_dequantizes(name: str) -> None:
     """Large weights, as of models from 3B on: a promise too many would miss the dequantized weight's bytes."""

@@ -39,6 +39,7 @@ def test_safetensors_shapes_dtypes_and_metadata(tmp_path: Path) -> None:
     assert {n: t.elements for n, t in header.tensors.items()} == {"a": 6, "scalar": 1, "empty": 0}
 
 
+@pytest.mark.extra
 def test_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
     library = pytest.importorskip("safetensors.numpy")
@@ -136,6 +137,7 @@ def test_gguf_long_arrays_are_counted_not_kept(tmp_path: Path) -> None:
     assert header.array_lengths["scores"] == 5000 and header.metadata["after"] == 7
 
 
+@pytest.mark.extra
 def test_agrees_with_the_gguf_library(tmp_path: Path) -> None:
     library = pytest.importorskip("gguf")
     numpy = pytest.importorskip("numpy")

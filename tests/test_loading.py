@@ -52,6 +52,7 @@ def loading(training: TrainingSpec) -> list[tuple[int, int]]:
 # --- the block that comes first -----------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
 def test_the_first_block_is_what_transformers_counts(kind: str) -> None:
@@ -105,6 +106,7 @@ def test_only_where_from_pretrained_loads_onto_the_gpu() -> None:
 # --- the order ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_the_order_is_that_of_the_real_from_pretrained(tmp_path: Path) -> None:
     """Every weight as it is read, what quantization makes of it, and when the original goes; real CPU tensors."""
@@ -242,6 +244,7 @@ def fms_run(batch: int, loss: str) -> TrainingSpec:
 # --- releases -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 def test_colons_are_slices_as_in_the_installed_torch() -> None:
     torch = pytest.importorskip("torch")
     x = torch.zeros(2, 3, 4, requires_grad=True)
@@ -253,6 +256,7 @@ def test_colons_are_slices_as_in_the_installed_torch() -> None:
     assert cuda_rules.colons_are_slices((2, 8)) and not cuda_rules.colons_are_slices((2, 9))
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("batch", [1, 2])
 def test_shifted_logits_of_one_row_are_no_copy(batch: int) -> None:
     torch = pytest.importorskip("torch")

@@ -47,6 +47,7 @@ def test_llama_2_7b_in_nf4_with_the_rest_in_16_or_32_bit(width: int, total: int)
     assert four_bit_bytes(spec, True) + width * (spec.num_parameters - linear_weights) == total
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_nf4_storages_are_those_bitsandbytes_makes(double_quant: bool) -> None:
     torch = pytest.importorskip("torch")

@@ -20,6 +20,8 @@ from planner.lora import trainable_lora_parameters
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
+pytestmark = pytest.mark.oracle
+
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 spec_from_class = pytest.importorskip("calibrate.meta_spec").spec_from_class

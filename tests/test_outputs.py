@@ -80,6 +80,7 @@ def test_a_place_that_cannot_be_written_is_named(
     assert "internal error" not in error
 
 
+@pytest.mark.extra
 def test_a_killed_run_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("old\n")

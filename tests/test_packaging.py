@@ -57,6 +57,7 @@ def test_setup_cfg_lists_every_package() -> None:
     assert set(config()["options"]["packages"].split()) == here | {"planner.data"}
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_the_wheel_holds_all_modules_and_data(wheel: Path) -> None:
     assert wheel.name.startswith(f"loraplan-{planner.__version__}-")
@@ -68,6 +69,7 @@ def test_the_wheel_holds_all_modules_and_data(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "build/"))]
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_the_wheel_works_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"

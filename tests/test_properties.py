@@ -139,6 +139,7 @@ def test_checkpointing_does_not_increase_the_peak(seed: int) -> None:
             assert checkpointed <= most, (name, training)
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_the_libraries_keep_the_tables_of_a_checkpoint_longer() -> None:
     """The exception above on the real libraries: full fine-tuning peaks at the last gradient, tables still alive."""
@@ -161,6 +162,7 @@ def test_the_libraries_keep_the_tables_of_a_checkpoint_longer() -> None:
     assert 0 < held - buffers <= with_it - without - CUBLASLT_WORKSPACE_BYTES < 10_000
 
 
+@pytest.mark.oracle
 def test_small_tensors_keep_wide_states_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exceptions of 8-bit and paged optimizers are bitsandbytes' own limits."""
     torch = pytest.importorskip("torch")
@@ -191,6 +193,7 @@ def test_small_tensors_keep_wide_states_on_the_gpu(monkeypatch: pytest.MonkeyPat
     assert found[0] == "on the GPU" and found[1].device.type == "meta"
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", ["tiiuae/falcon-7b", "Qwen/Qwen3-30B-A3B", "HuggingFaceTB/SmolLM2-135M"])
 def test_what_bitsandbytes_leaves_alone(name: str) -> None:
     """Why QLoRA of a falcon or of experts is no smaller than LoRA: bitsandbytes converts neither."""

@@ -52,6 +52,7 @@ def test_numbers_stand_to_the_right_and_text_to_the_left():
     assert tables.aligned(["name"], []).splitlines() == ["name", "----"]
 
 
+@pytest.mark.line_ends
 def test_wrapping_keeps_leading_blanks_and_long_words():
     assert tables.wrapped("  a b c", 5, "    ") == "  a b\n    c"
     assert tables.wrapped("x" * 90, 80) == "x" * 90

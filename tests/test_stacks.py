@@ -8,7 +8,6 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
 import pytest
 
 from planner import stacks
@@ -162,7 +161,9 @@ def test_names_as_text_or_list() -> None:
         assert training.lora.target_modules == ("q_proj", "v_proj")
 
 
+@pytest.mark.extra
 def test_arrays_pass_through() -> None:
+    np = pytest.importorskip("numpy")
     batch = np.array([1, 2, 4])
     given = {"micro_batch_size": batch, "gradient_accumulation_steps": np.array([1, 8, 8])}
     resolved = resolve("torchtune", method="full", given=given)

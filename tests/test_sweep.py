@@ -18,6 +18,8 @@ from planner.step import program
 from planner.step.polynomials import Grid, Mixed
 from planner.training import TrainingSpec
 
+pytestmark = pytest.mark.extra
+
 AXES = sweep.Axes(
     micro_batch_size=(1, 3, 16), seq_len=(3, 500, 1100, 5000), r=(1, 16, 200), gradient_accumulation_steps=(1, 2, 9)
 )

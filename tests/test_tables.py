@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def test_a_small_table_says_what_fits_says(capsys: pytest.CaptureFixture[str]) -
         assert (row["verdict"], int(row["device_bytes"])) == (answer["verdict"], answer["device"]["expected"])
 
 
+@pytest.mark.extra
 def test_a_large_table_is_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("table", MODEL, "--gpu", "l4", "--batch", "1..6", "--seq-len", "512..2048:512", "-r", "8,16")
     code, out, _ = run(capsys, *words, "--tokens", "1M", "--format", "jsonl")
@@ -67,12 +69,14 @@ def test_a_large_table_is_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         assert made.usd is not None and row["usd"] == pytest.approx(made.usd.expected)
 
 
+@pytest.mark.extra
 def test_a_large_table_says_what_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("table", MODEL, "--gpu", "l4", "--seq-len", "64..2048:64", "--format", "json")
     document = json.loads(run(capsys, *words)[1])
     assert "live memory (without unsplit blocks) and time exact; the allocator's cache replayed in" in str(document)
 
 
+@pytest.mark.extra
 def test_rows_are_kept_sorted_and_turned(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("table", MODEL, "--gpu", "rtx-4090,l4,a100-sxm4-80gb", "--batch", "1..10", "--tokens", "1M")
     _, out, _ = run(capsys, *words, "--where", "peak<12", "--sort", "-tokens_s", "--top", "3", "--format", "csv")
@@ -161,17 +165,18 @@ def test_a_table_on_data_says_what_fits_says(capsys: pytest.CaptureFixture[str])
     assert run(capsys, "table", MODEL, "--gpu", "l4", "--padding", "packed")[0] == 2
 
 
-def test_own_cards_and_a_margin(capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_cards_and_a_margin(capsys: pytest.CaptureFixture[str], flat: Callable[[str], str]) -> None:
     words = ("table", MODEL, "--gpu", "l4", "--vram", "4GiB,2GiB", "--format", "json")
     plain, kept = (json.loads(run(capsys, *words, "--margin", m)[1])["rows"] for m in ("0", "50"))
     assert [row["gpu"] for row in plain] == ["l4", "4.00 GiB", "2.00 GiB"]
     assert plain[0]["headroom_bytes"] - kept[0]["headroom_bytes"] == int(catalog.gpu("l4").memory_bytes * 0.5)
     assert [row["verdict"] for row in kept] == ["fits", "does not fit", "does not fit"]
     assert plain[1]["tokens_per_s"] is None
-    assert "50 % of every card" in run(capsys, *words[:-2], "--margin", "50%")[1]
+    assert "50 % of every card" in flat(run(capsys, *words[:-2], "--margin", "50%")[1])
     assert run(capsys, *words, "--margin", "100")[0] == 2
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("lengths", ["512", "512..8192:256"])  # predicted one by one, and swept
 def test_padding_is_paid_for(capsys: pytest.CaptureFixture[str], lengths: str) -> None:
     words = ("table", MODEL, "--gpu", "l4", "--seq-len", lengths, "--format", "json")
@@ -182,12 +187,12 @@ def test_padding_is_paid_for(capsys: pytest.CaptureFixture[str], lengths: str) -
     assert half == pytest.approx(2 * whole, rel=1e-3)
 
 
-def test_a_matrix_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_matrix_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str], flat: Callable[[str], str]) -> None:
     words = ("table", MODEL, "--gpu", "l4", "--vram", "2GiB", "--batch", "1,64", "--pivot", "batch", "gpu")
     code, text, _ = run(capsys, *words)
     rows = [line.split() for line in text.splitlines()[2:4]]
     assert code == 0 and [row[2][0] for row in rows] == ["!", "!"] and rows[0][1][0].isdigit()
-    assert "peak GiB (! does not fit)" in text
+    assert "peak GiB (! does not fit)" in flat(text)
     for style in ("html", "latex", "markdown"):
         assert re.search(r"!\d+\.\d\d\b", run(capsys, *words, "--format", style)[1])
     (first, _) = json.loads(run(capsys, *words, "--format", "json")[1])["rows"]
@@ -195,6 +200,7 @@ def test_a_matrix_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str]) ->
     assert "!" not in run(capsys, *words, "--format", "csv")[1]
 
 
+@pytest.mark.extra
 def test_sorting_is_bounded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(grid, "MOST_SORTED", 40)
     words = ("table", MODEL, "--gpu", "l4", "--seq-len", "64..4096:64", "--sort", "-peak", "--format", "csv")
@@ -226,6 +232,7 @@ def test_hostile_names_are_inert_in_every_format(tmp_path: Path) -> None:
     assert len(json.loads(grid.whole("json", columns, rows, caption))["rows"]) == 6
 
 
+@pytest.mark.extra
 def test_parquet_holds_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "x.parquet"
@@ -235,6 +242,7 @@ def test_parquet_holds_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert table.num_rows == 40 and str(table.schema.field("device_bytes").type) == "int64"
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("case", range(6))
 def test_max_and_pick_are_brute_forces_answers(case: int) -> None:
     """Six drawn cases; benchmarks/searches.py draws 200."""
@@ -256,6 +264,7 @@ def test_max_and_pick_are_brute_forces_answers(case: int) -> None:
     assert len(picked.rejected) + (picked.answer is not None) == 5 and all(item.reason for item in picked.rejected)
 
 
+@pytest.mark.extra
 def test_the_largest_run_says_what_limits_it(capsys: pytest.CaptureFixture[str]) -> None:
     seen = set()
     for gpu, up_to in (("rtx-4090", "32768"), ("h100", "2")):
@@ -270,6 +279,7 @@ def test_the_largest_run_says_what_limits_it(capsys: pytest.CaptureFixture[str])
     assert tight[0] == 1 and tight[1].startswith("none: not even the smallest fits") and "0.0 % sure" in tight[1]
 
 
+@pytest.mark.extra
 def test_a_search_ends_where_nothing_fits_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps of growing length give the answer of one over all; litgpt's chunks make many lengths many programs."""
     from planner import largest as search
@@ -290,6 +300,7 @@ def test_a_search_ends_where_nothing_fits_any_more(monkeypatch: pytest.MonkeyPat
     assert found.value == 2304 and found.limit == 131072 and found.evaluations < 140
 
 
+@pytest.mark.extra
 def test_a_replay_that_limits_is_named() -> None:
     model = families.build_spec(sources.load_config("Qwen/Qwen2.5-7B").config, model_id="Qwen/Qwen2.5-7B")
     training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={}))
@@ -302,6 +313,7 @@ def test_a_replay_that_limits_is_named() -> None:
     assert after.allocated.high < catalog.gpu("t4").rooms[2]
 
 
+@pytest.mark.extra
 def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from planner import calibration_files
     from planner.calibration import Coefficients, Selection, priors
@@ -318,18 +330,21 @@ def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys:
     assert after[0]["device_bytes"] == before[0]["device_bytes"]
 
 
+@pytest.mark.extra
 def test_machines_with_several_cards_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("pick", MODEL, "--gpu", "b200-sxm-180gb", "--provider", "aws", "--format", "json")
     (row,) = json.loads(run(capsys, *words)[1])["rows"]
     assert row["cards"] == 8 and row["reason"] == "picked: pays for 8 cards, uses one"
 
 
+@pytest.mark.extra
 def test_a_frontier_says_that_its_cache_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("max", MODEL, "--gpu", "l4", "--of", "batch", "--of", "rank", "--up-to", "4")
     assert "cache, estimated from a replay" in " ".join(run(capsys, *words)[1].split())
     assert "estimated" in json.loads(run(capsys, *words, "--format", "json")[1])["basis"]
 
 
+@pytest.mark.extra
 def test_a_frontier_has_only_corners() -> None:
     model, training = searches.drawn(random.Random(3))
     corners = frontier(
@@ -363,6 +378,7 @@ def test_a_comparison_adds_up() -> None:
     assert "base weights +" in first and "B needs" in first
 
 
+@pytest.mark.extra
 def test_a_report_is_one_inert_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     items = compared({}, {"micro_batch_size": 2})
@@ -378,6 +394,7 @@ def test_a_report_is_one_inert_file(tmp_path: Path) -> None:
     assert pictures[0].data("png").startswith(b"\x89PNG")
 
 
+@pytest.mark.extra
 def test_results_show_in_a_notebook() -> None:
     pandas = pytest.importorskip("pandas")
     model = families.build_spec(sources.load_config(MODEL).config, model_id=MODEL)

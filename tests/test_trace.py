@@ -20,6 +20,8 @@ from planner import cuda_rules  # noqa: E402
 from planner.cuda_rules import Architecture  # noqa: E402
 from planner.training import TrainingSpec, training_from_dict  # noqa: E402
 
+pytestmark = pytest.mark.oracle
+
 pytestmark = pytest.mark.slow
 
 LLAMA = {

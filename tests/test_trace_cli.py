@@ -14,7 +14,6 @@ import pytest
 
 from planner import cuda_rules, traced
 from planner.cli import trace_cache, tracing
-from planner.cli.main import cli
 from planner.cuda_rules import Architecture
 from planner.errors import InvalidInput
 from planner.families import known_families
@@ -27,29 +26,10 @@ TINY = {
 RUN = ("--batch", "2", "--seq-len", "64")
 
 
-class Result:
-    """What one call printed and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def document(self):
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command in this process, with a cache folder of its own."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    """A cache folder of its own for every test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def call(*args: str) -> Result:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(list(args))
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture
@@ -95,6 +75,7 @@ def libraries() -> None:
 # --- the process ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_a_process_traces_and_its_answer_is_kept(run, model, monkeypatch):
     libraries()
@@ -223,6 +204,7 @@ def test_the_cache_does_not_grow_without_end(monkeypatch, tmp_path):
 # --- what is printed -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_every_format_tells_the_same(run, model, worker_here):
     document = run("trace", model, *RUN, "--gpu", "t4", "--compare", "--explain", "--format", "json").document()
@@ -244,6 +226,7 @@ def test_every_format_tells_the_same(run, model, worker_here):
     assert len(worker_here) == 1  # the rest came from the cache
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_the_comparison_is_with_the_programs_ledger(run, model, worker_here):
     rows = run("trace", model, *RUN, "--compare", "--format", "json").document()["comparison"]
@@ -255,6 +238,7 @@ def test_the_comparison_is_with_the_programs_ledger(run, model, worker_here):
     assert by_name["adapters"]["difference_bytes"] == by_name["optimizer state"]["difference_bytes"] == 0
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_fits_answers_the_same_both_ways(run, model, worker_here):
     ours = run("fits", model, *RUN, "--gpu", "t4", "--format", "json").document()
@@ -274,6 +258,7 @@ def test_fits_answers_the_same_both_ways(run, model, worker_here):
     assert row["via"] == "trace"
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_a_traced_run_that_does_not_fit_names_where_changes_are_searched(run, model, worker_here):
     result = run("fits", model, *RUN, "--vram", "64MiB", "--via", "trace")
@@ -282,6 +267,7 @@ def test_a_traced_run_that_does_not_fit_names_where_changes_are_searched(run, mo
     assert "leave out --via trace" in result.out
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_other_releases_than_the_installed_ones_are_said(run, model, worker_here):
     found = run("trace", model, *RUN, "--transformers", "4.40", "--layers", "1", "--format", "json").document()
@@ -307,6 +293,7 @@ def test_wrong_options_are_one_line(run, model, args, words):
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "words"),
@@ -343,6 +330,7 @@ def test_every_switch_of_an_architecture_is_a_rule_with_a_source():
 # --- the picture ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_pictures_are_written_whole_or_not_at_all(run, model, worker_here, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -382,6 +370,7 @@ UNKNOWN = {
 """Sizes given to the default config of three classes of transformers; no code here knows them."""
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", UNKNOWN)
 def test_a_family_nobody_wrote_down_is_planned_from_its_own_class(run, worker_here, tmp_path, model_type):
@@ -404,6 +393,7 @@ def test_a_family_nobody_wrote_down_is_planned_from_its_own_class(run, worker_he
     assert run("trace", folder, *RUN, "--compare").code == 2
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "words"), [("no-such-family", "is unknown to"), ("t5", "no decoder-only")])
 def test_what_transformers_cannot_plan_is_one_line(run, worker_here, tmp_path, model_type, words):

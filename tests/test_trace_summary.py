@@ -18,6 +18,8 @@ from calibrate.trace import trace  # noqa: E402
 from planner.families import build_spec  # noqa: E402
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec  # noqa: E402
 
+pytestmark = pytest.mark.oracle
+
 pytestmark = pytest.mark.slow
 
 SIZES = {

@@ -249,6 +249,8 @@ def fit(runs: tuple[Path, ...], out: Path | None, rows: bool, style: str) -> int
     from planner import calibration_files
     from planner.report.calibration_report import fit_report
 
+    if out is not None:
+        calibration_files.refuse_existing(out)  # before the minutes of a fit, too
     found = fit_runs(_read(runs), tell=lambda text: click.echo(text, err=True))
     path = calibration_files.write(found, out)
     click.echo(f"wrote {path}", err=True)

@@ -184,9 +184,9 @@ CACHE = (
 
 
 def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption: Caption | None = None) -> None:
-    import shutil
     import sys
 
+    from planner.cli.terminal import table_width
     from planner.report import grid as report
 
     caption = caption or report.Caption((), {})
@@ -194,7 +194,7 @@ def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption:
         arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}
         report.write_streamed("csv", sys.stdout, columns, [report.Block({}, arrays, len(rows))], caption)
         return
-    width = shutil.get_terminal_size((100, 24)).columns if style == "table" else 0
+    width = table_width() if style == "table" else 0
     click.echo(report.whole(style, columns, rows, caption, width).rstrip("\n"))
 
 

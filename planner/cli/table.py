@@ -408,9 +408,9 @@ class View(NamedTuple):
             return
         width = 0
         if self.output is None and self.style == "table":
-            import shutil
+            from planner.cli.terminal import table_width
 
-            width = shutil.get_terminal_size((100, 24)).columns
+            width = table_width()
         text = report.whole(self.style, columns, rows, caption, width)
         if self.output is None:
             click.echo(text, nl=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ import click
 def wants_colour() -> bool:
     """Return whether stdout takes colour: a terminal, no NO_COLOR, no dumb terminal."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
+
+
+def table_width() -> int:
+    """Columns that a table on stdout may take: COLUMNS, else the terminal's, else 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def echo_coloured(text: str, word: str, colour: str) -> None:

@@ -23,7 +23,7 @@ KEPT = 200
 def folder() -> Path:
     """$XDG_CACHE_HOME/loraplan/traces, or ~/.cache/loraplan/traces."""
     base = os.environ.get("XDG_CACHE_HOME")
-    root = Path(base) if base and os.path.isabs(base) else Path.home() / ".cache"
+    root = Path(base) if base and os.path.isabs(base) else Path(os.path.expanduser("~"), ".cache")
     return root / "loraplan" / "traces"
 
 
@@ -70,6 +70,8 @@ def read(name: str) -> dict[str, Any] | None:
 def write(name: str, answer: Mapping[str, Any]) -> None:
     """Keep an answer, in one piece or not at all; a folder that cannot be written costs only the time."""
     where = folder()
+    if not where.is_absolute():
+        return  # a user id without a home folder, as containers have: "~" stays "~"
     temporary = ""
     try:
         where.mkdir(parents=True, exist_ok=True)
