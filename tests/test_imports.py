@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
-    ("units", "cuda_rules", "config_values", "outputs"),
+    ("units", "cuda_rules", "config_values", "outputs", "verdict"),
     ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),
     ("releases",),

@@ -128,9 +128,11 @@ def _write(made: Export, folder: str) -> None:
 def _export(target: str, model: str, given: dict[str, Any]) -> Export:
     place = {name: given.pop(name) for name in PLACE}
     call = {name: given.pop(name) for name in CALL}
+    from planner.verdict import NO
+
     recipe, fits, tokens = _recipe(model, given)
     made = _made(target, recipe, place, call, tokens)
-    if fits == "does not fit" and not target.startswith("databricks"):
+    if fits == NO and not target.startswith("databricks"):
         from dataclasses import replace
 
         made = replace(made, errors=(*made.errors, "the run does not fit the card: loraplan fits says what to change"))

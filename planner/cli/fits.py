@@ -88,6 +88,7 @@ def fits(
 
         raise only_files()
     from planner.cli.data_options import take
+    from planner.verdict import FITS
 
     wanted = {name: given.pop(name) for name in COST}
     data = take(given)
@@ -96,7 +97,7 @@ def fits(
     answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
-    return 0 if answer.prediction.verdict in ("fits", None) else 1
+    return 0 if answer.prediction.verdict in (FITS, None) else 1
 
 
 class Tracing(NamedTuple):
@@ -132,6 +133,7 @@ def answer_of(
     )
     from planner.predict import predict
     from planner.report.answer import Answer
+    from planner.verdict import FITS
 
     stated = [name for name in LIBRARIES if given.get(name)]
     stack = training_settings(given)
@@ -163,7 +165,7 @@ def answer_of(
         orders=run.orders() if run else None,
     )
     found: tuple[Change, ...] = ()
-    if search and prediction.verdict not in ("fits", None):
+    if search and prediction.verdict not in (FITS, None):
         from planner import catalog
         from planner.search import nearest_changes
 

@@ -12,6 +12,7 @@ from planner.cli.options import COST
 from planner.cli.terminal import tell_unanswered
 from planner.errors import InvalidInput, PlannerError, one_line
 from planner.report.config_checks import Check, render
+from planner.verdict import CLOSE, NO
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -45,7 +46,7 @@ def gate(files: tuple[str, ...], reading: Mapping[str, Any], options: Mapping[st
     click.echo(render(checks, card, options["style"]), nl=False)
     tell_unanswered(check.error for check in checks)
     verdicts = {check.verdict for check in checks}
-    return 1 if verdicts & {"does not fit", "too close to call"} else 2 if None in verdicts else 0
+    return 1 if verdicts & {NO, CLOSE} else 2 if None in verdicts else 0
 
 
 def _check(name: str, card: Any, margin: float, reading: Mapping[str, Any], options: Mapping[str, Any]) -> Check:

@@ -20,6 +20,7 @@ from planner.model import ModelSpec
 from planner.report.grid import Block
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
+from planner.verdict import VERDICTS
 
 if TYPE_CHECKING:
     from planner.datarun import DataRun
@@ -331,7 +332,7 @@ class Tabulator:
         low, high = cells.step_s / (1 + cells.step_spread), cells.step_s * (1 + cells.step_spread)
         tokens = arrays["micro_batch_size"] * arrays["seq_len"] * arrays["gradient_accumulation_steps"]
         gpus = np.array([card.gpu_id for card in cells.cards], dtype=object).reshape(-1, 1, 1, 1, 1)
-        verdicts = np.array(sweep.VERDICTS, dtype=object)
+        verdicts = np.array(VERDICTS, dtype=object)
         arrays = {
             "gpu": np.broadcast_to(gpus, shape),
             **arrays,

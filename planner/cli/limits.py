@@ -120,8 +120,8 @@ def _single(
     chosen: Selection,
 ) -> int:  # fmt: skip
     from planner.largest import largest
-    from planner.report.answer import WORDS as ANSWERS
     from planner.units import gib
+    from planner.verdict import ANSWERS
 
     found = largest(model, training, card, key, _candidates(key, model, up_to), probability, chosen)
     p = found.prediction

@@ -60,7 +60,7 @@ def validate(
     table = measurements.select(measurements.read_measurements(Path(file)), sources, where)
     glue = _Glue(calibration)
     report = validation.score(
-        progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c,
+        progress(table, "predicting"), glue.predict, include_loose=include_c,
         anchor=anchor == "first",
     )  # fmt: skip
     click.echo(validation_report.render(report, style, rows=rows), nl=False)
@@ -110,11 +110,6 @@ class _Glue:
             spec, training, chosen.card(card), warnings=chosen.notes, coefficients=chosen.coefficients,
             orders=_orders(lengths, training),
         )  # fmt: skip
-
-    def capacity(self, gpu_id: str) -> int | None:
-        """Return a card's memory in bytes; None for a card that is not known."""
-        card = self._card(gpu_id)
-        return card.memory_bytes if card else None
 
     def _model(self, model_id: str) -> Any:
         from planner.cli.plan import load_model

@@ -11,6 +11,7 @@ from planner.report.tables import aligned, csv_text, escape, json_text, markdown
 from planner.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
 from planner.training import TrainingSpec
 from planner.units import GB, human_bytes
+from planner.verdict import FITS, NO
 
 SCHEMA_VERSION = 1
 
@@ -111,7 +112,7 @@ def _number(value: float) -> str:
 
 def _rival_rows(rival: Rival) -> list[tuple[Any, ...]]:
     plan = rival.plan
-    words = {"fits": "yes", "does not fit": "no"}
+    words: dict[str, str] = {FITS: "yes", NO: "no"}
     ours, own = words.get(rival.verdict or "", "unclear"), words.get(rival.own_verdict or "", "unclear")
     asked = "as asked"
     return [
