@@ -80,7 +80,7 @@ class Range(Protocol):
 
 
 class Predicted(Protocol):
-    """What a prediction must offer: bytes per counter, and the verdict that the user sees (None without a card).
+    """What a prediction must offer: bytes per counter, the verdict (None without a card) and warnings it shows.
 
     `step_s` (seconds, same shape) is read where it exists.
     """
@@ -93,6 +93,8 @@ class Predicted(Protocol):
     def device(self) -> Range: ...
     @property
     def verdict(self) -> Verdict | None: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
 
 Predict = Callable[[dict[str, Any], str, "str | None"], Predicted]
@@ -389,7 +391,7 @@ class _Run:
         except (NotScored, PlannerError) as reason:
             self.skipped.append(Skipped(row["id"], str(reason)))
             return
-        self.flagged += [Skipped(row["id"], flag) for flag in row_flags(row)]
+        self.flagged += [Skipped(row["id"], flag) for flag in (*row_flags(row), *predicted.warnings)]
         if self._confident(row, "memory"):
             self._verdict(row, predicted)
             if row["outcome"] == "ok":

@@ -57,6 +57,7 @@ class Fake:
     device: Bounds
     step_s: Bounds | None = None
     verdict: str | None = "fits"
+    warnings: tuple[str, ...] = ()
 
 
 def fake(

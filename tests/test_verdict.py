@@ -161,7 +161,7 @@ def test_validation_scores_the_word_that_is_printed(word: str, outcome: str, cou
     """The three numbers say the opposite of the word: they are not asked."""
     nbytes = 2**50 if word == FITS else 1
     whole = SimpleNamespace(low=nbytes, expected=nbytes, high=nbytes)
-    answer: Any = SimpleNamespace(allocated=whole, reserved=whole, device=whole, verdict=word)
+    answer: Any = SimpleNamespace(allocated=whole, reserved=whole, device=whole, verdict=word, warnings=())
     row = dict.fromkeys(COLUMNS, "")
     row |= {"id": "1", "source": "x", "model": "m", "method": "lora", "outcome": outcome, "gpu": "t4", "seq_len": "8"}
     report = validation.score([row], lambda *_: answer)

@@ -19,6 +19,7 @@ from planner.cli.options import (
     format_option_of,
     training_options,
 )
+from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
     from planner.cost import Price
@@ -86,6 +87,8 @@ def simulate(
         from planner.report.simulation import render
 
         click.echo(render(simulation, style), nl=False)
+    if style in ("csv", "jsonl"):
+        echo_notes((*simulation.notes, *simulation.timeline.warnings()), err=True)
     works = len(simulation.timeline) and not simulation.timeline.out_of_memory_step()
     return 0 if works and simulation.timeline.cost.prediction.verdict == FITS else 1
 

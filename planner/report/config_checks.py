@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from planner.errors import one_line
 from planner.hardware import Gpu
 from planner.report.answer import Answer, run_words
-from planner.report.tables import json_text, table
+from planner.report.tables import escape, json_text, table, wrapped
+from planner.request import counted
 from planner.units import GiB, gib
 from planner.verdict import ANSWERS, CLOSE, FITS, NO, Verdict
 
@@ -36,7 +37,21 @@ def render(checks: Sequence[Check], card: Gpu, style: str) -> str:
     if style == "github":
         return "".join(annotation(check, card) for check in checks) + _summary(checks, card)
     text = table(style, HEADERS, [_row(check) for check in checks])
-    return text + (f"\n{_summary(checks, card)}" if style == "table" else "")
+    if style == "markdown":
+        return text + "".join(f"\n- {escape(line)}" for line in notes(checks)) + ("\n" if notes(checks) else "")
+    if style == "csv":
+        return text
+    return f"{text}\n{_summary(checks, card)}" + "".join(f"{wrapped(line, indent='  ')}\n" for line in notes(checks))
+
+
+def notes(checks: Sequence[Check]) -> list[str]:
+    """Distinct warnings of all files, with how many of them each concerns where that is not all."""
+    answered = [check.answer.prediction for check in checks if check.answer is not None]
+    found = counted((tuple(dict.fromkeys(p.warnings)), 1) for p in answered)
+    return [
+        f"warning{f' ({n} of {len(checks)} files)' if n < len(checks) else ''}: {one_line(note, 1000)}"
+        for note, n in found
+    ]
 
 
 def document(checks: Sequence[Check], card: Gpu) -> dict[str, Any]:

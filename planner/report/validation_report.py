@@ -30,7 +30,7 @@ def render(report: Report, style: str, *, rows: bool) -> str:
     if rows:
         compared = [_comparison_row(item) for item in report.comparisons]
         blocks.insert(1, f"{heading}Rows (GiB)\n\n" + table(style, _ROW_HEADERS, compared))
-    for title, items in (("Skipped", report.skipped), ("Scored under an assumption", report.flagged)):
+    for title, items in (("Skipped", report.skipped), ("Scored under an assumption or with a warning", report.flagged)):
         if items:
             blocks.append(f"{heading}{title}: {len(items)}\n\n{_reasons(items, style, rows)}")
     return "\n".join(blocks)
@@ -80,7 +80,9 @@ def _reasons(items: Any, style: str, every: bool) -> str:
     for item in items:
         by_reason.setdefault(item.reason, []).append(item.id)
     if style == "markdown":
-        return table(style, ("reason", "n", "ids"), [(r, len(ids), " ".join(ids)) for r, ids in by_reason.items()])
+        cut = {r: " ".join(ids if every else ids[:3]) for r, ids in by_reason.items()}
+        rows = [(r, len(ids), cut[r] + (" ..." if not every and len(ids) > 3 else "")) for r, ids in by_reason.items()]
+        return table(style, ("reason", "n", "rows"), rows)
     lines = []
     for reason, ids in by_reason.items():
         shown = ids if every else ids[:3]
