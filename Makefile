@@ -17,8 +17,8 @@ bench:  ## cold start-up of `loraplan fits` against `import click`
 agreement:  ## the program against the real libraries' trace, 200 drawn configurations (about 10 minutes on 2 cores)
 	.venv/bin/python -m calibrate.agreement --cases 200
 
-readme:  ## write what the commands print now into README.md
-	.venv/bin/python tests/test_docs.py
+readme:  ## write what the commands print now into README.md and docs/; BECAUSE="..." where figures change by over 0.5 %
+	.venv/bin/python .ci/readme.py $(if $(BECAUSE),--because "$(BECAUSE)")
 
 gpu:  ## all that a lent GPU should measure, in gpu/ (9 minutes): grid, its check on other models, the allocator
 	$(PYTHON) -m planner.cli.main calibrate run --device cuda:0 --budget 5m --out gpu/fit

@@ -123,6 +123,11 @@ class Selection(NamedTuple):
         """The card with its measured context, where there is one."""
         return gpu if self.context_bytes is None else replace(gpu, context_bytes=self.context_bytes)
 
+    def planned_with(self, versions: Versions) -> Selection:
+        """The same, with a note where the bursts ran other releases."""
+        notes = _stack_notes(self.calibration, versions) if self.calibration is not None else ()
+        return self._replace(notes=tuple(dict.fromkeys((*self.notes, *notes))))
+
 
 BORROWED_ERROR = 0.10
 """Relative standard error added to a dimensionless coefficient that was measured on another card: assumed."""
@@ -148,8 +153,30 @@ def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | Non
     if not others:
         return Selection(priors(gpu), None, ())
     nearest = min(others, key=lambda c: _distance(c, gpu))
-    note = f"{gpu.name} is not calibrated: dimensionless coefficients borrowed from {nearest.label}, intervals wider"
+    note = f"{gpu.name} is not calibrated: {borrowed_words(nearest.label)}"
     return Selection(_borrow(gpu, nearest), nearest, (note, *_stack_notes(nearest, versions)), True)
+
+
+def borrowed_words(label: str) -> str:
+    """What it means that a card uses another's calibration."""
+    return f"dimensionless coefficients borrowed from {label}, intervals wider"
+
+
+def time_words(chosen: Mapping[str, Selection]) -> str:
+    """Say what the times of several cards, by id, rest on: a calibration of their own, a borrowed one, data sheets."""
+    own, others, borrowed = [], [], dict[str, list[str]]()
+    for name, item in sorted(chosen.items()):
+        if item.calibration is None:
+            others.append(name)
+        elif item.borrowed:
+            borrowed.setdefault(item.calibration.label, []).append(name)
+        else:
+            own.append(name)
+    parts = [f"time calibrated on {', '.join(own)}"] if own else []
+    parts += [f"{', '.join(names)} not calibrated: {borrowed_words(label)}" for label, names in borrowed.items()]
+    if not parts:
+        return "time from data sheets, not calibrated on these cards"
+    return "; ".join(parts) + (", elsewhere from data sheets" if others else "")
 
 
 def matches(calibration: Calibration, gpu: Gpu) -> bool:

@@ -17,8 +17,9 @@ from planner.calibration import Selection
 from planner.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import Prediction, Verdict, predict_on, uncertainty
+from planner.predict import Prediction, predict_on, uncertainty
 from planner.training import TrainingSpec
+from planner.verdict import CLOSE, FITS, VERDICTS, Verdict
 
 KEYS = ("micro_batch_size", "seq_len", "r")
 NINETY_PERCENT = NormalDist().inv_cdf(0.95)
@@ -156,7 +157,7 @@ LOOK_ABOVE = 12
 
 def allowed_verdicts(probability: float) -> tuple[Verdict, ...]:
     """Verdicts that a run may have to count as fitting: one that is not quite sure may be close."""
-    return ("fits",) if probability >= 0.9 else ("fits", "too close to call")
+    return (FITS,) if probability >= 0.9 else (FITS, CLOSE)
 
 
 class Corner(NamedTuple):
@@ -196,7 +197,7 @@ def frontier(
     needed = NormalDist().inv_cdf(probability)
     order = [sweep.NUMBERS.index(key) for key in (first, second)]
     judged = sweep.judge(model, cells, sweep.replayed_surplus(model, cells))
-    verdicts = [sweep.VERDICTS.index(verdict) for verdict in allowed_verdicts(probability)]
+    verdicts = [VERDICTS.index(verdict) for verdict in allowed_verdicts(probability)]
     fits = _plane((room >= needed) & (judged.verdict[0] <= max(verdicts)), order)
     bytes_, seconds = _plane(cells.allocated_bytes[0], order), _plane(cells.step_s[0], order)
     corners: list[Corner] = []

@@ -1,6 +1,6 @@
 """Tables of published measurements: columns and allowed values, and reading them with every cell checked.
 
-The schema is that of measurements.md: one run a row, empty where its source does not say.
+The schema is that of data/README.md: one run a row, empty where its source does not say.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def parse_measurements(data: bytes, name: str = "table") -> list[dict[str, str]]
         elif cells:
             rows.append(_row(header, cells, where, seen))
     if header is None:
-        raise InvalidInput(f"{name} is empty; the first line must name the columns of measurements.md")
+        raise InvalidInput(f"{name} is empty; the first line must name the columns of data/README.md")
     return rows
 
 
@@ -127,7 +127,7 @@ def _lines(reader: Any, name: str) -> Iterator[tuple[str, list[str]]]:
 def _header(cells: list[str], where: str) -> list[str]:
     for cell in cells:
         if cell not in COLUMNS:
-            raise InvalidInput(f"{where}: unknown column {one_line(cell, 40)!r}; allowed are those of measurements.md")
+            raise InvalidInput(f"{where}: unknown column {one_line(cell, 40)!r}; allowed are those of data/README.md")
     missing = [column for column in COLUMNS if column not in cells]
     if missing:
         raise InvalidInput(f"{where}: column {missing[0]} is missing ({len(missing)} in all); add it, empty if unknown")

@@ -9,9 +9,10 @@ from planner import cost, sweep
 from planner.calibration import Selection
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import Prediction, Verdict, predict_on
+from planner.predict import Prediction, predict_on
 from planner.training import TrainingSpec
 from planner.units import gib
+from planner.verdict import FITS, NO, VERDICTS, Verdict
 
 Goal = Literal["usd", "time"]
 MOST_PREDICTIONS = 50
@@ -83,7 +84,7 @@ def pick(
         card = row.candidate
         evaluations += 1
         found = predict_on(model, card.training, card.gpu, card.chosen)
-        if found.verdict != "fits":
+        if found.verdict != FITS:
             text = f"{found.verdict}: {gib(found.device.low)} to {gib(found.device.high)} GiB"
             rejected.append(
                 row._replace(reason=f"{text} of {gib(card.gpu.free_bytes)}", device_bytes=found.device.expected)
@@ -125,8 +126,8 @@ def _swept(
             place = (number, 0, 0, 0, 0)
             seconds = float(cells.step_s[place])
             hours = steps * seconds / 3600 if seconds == seconds else None
-            verdict = sweep.VERDICTS[judged.verdict[place]]
-            if hours is not None and hours_of is not None and verdict != "does not fit":
+            verdict = VERDICTS[judged.verdict[place]]
+            if hours is not None and hours_of is not None and verdict != NO:
                 hours = hours_of(member)
             usd = hours * member.price.usd_per_hour if hours is not None and member.price is not None else None
             row = Judgement(member, hours, usd, int(judged.device_bytes[place]), "")
@@ -137,8 +138,8 @@ def _swept(
 def _reason(row: Judgement, verdict: Verdict, limits: Limits, goal: Goal) -> str:
     """Why a candidate is out of the question; "" where it may be the answer."""
     free = row.candidate.gpu.free_bytes
-    if verdict == "does not fit":
-        return f"does not fit: {gib(row.device_bytes)} of {gib(free)} GiB"
+    if verdict == NO:
+        return f"{NO}: {gib(row.device_bytes)} of {gib(free)} GiB"
     if row.hours is None:
         return "its rates are not known"
     if limits.hours is not None and row.hours > limits.hours:

@@ -21,8 +21,8 @@ from planner.step.engine import Record
 from planner.step.transfers import PAGED_TRANSFER
 from planner.training import TrainingSpec
 from planner.units import GiB
+from planner.verdict import Verdict, verdict_of
 
-Verdict = Literal["fits", "does not fit", "too close to call"]
 Origin = Literal["known", "computed", "assumed", "fitted"]
 
 WORTH_SAYING = 1.03
@@ -160,7 +160,7 @@ def predict(
         device=device,
         breakdown=breakdown,
         trainable_parameters=int(run.trainable_parameters),
-        verdict=verdict_for(gpu, allocated, out_of_memory) if gpu else None,
+        verdict=verdict_of(allocated, gpu.rooms, out_of_memory) if gpu else None,
         warnings=(*warnings, *training_warnings(model, training, gpu)),
         uncertainty=reasons,
         time=_time(run.record, training, gpu, coefficients),
@@ -338,15 +338,6 @@ def _within(events: list[tuple[int, int]], capacity: int) -> int | None:
 
 FRAGMENTATION = 0.05
 """Share added to the upper end of reserved memory: what loading and validation leave behind is not replayed."""
-
-
-def verdict_for(gpu: Gpu, allocated: Range, ran_out: bool) -> Verdict:
-    """Whether the live memory fits beside the context; the cache shrinks when the card is full."""
-    if allocated.low > gpu.rooms[0] or (ran_out and allocated.expected > gpu.rooms[1]):
-        return "does not fit"
-    if ran_out or allocated.high > gpu.rooms[2]:
-        return "too close to call"
-    return "fits"
 
 
 def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, float], ...]:

@@ -17,6 +17,7 @@ from planner.model import ModelSpec
 from planner.predict import Prediction, Range, architecture, predict, uncertainty
 from planner.step import program
 from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
+from planner.verdict import FITS, verdict_of
 
 MAX_PREDICTIONS = 40
 MAX_CARDS = 3
@@ -75,7 +76,8 @@ class _Search:
         except PlannerError:
             return False
         share = sum(part for _, part in uncertainty(self.model, training))
-        return bool(peak * (1 + share) <= card.rooms[2])
+        live = Range(low=int(peak * (1 - share)), expected=peak, high=int(peak * (1 + share)))
+        return verdict_of(live, card.rooms, cache_missing=False) == FITS
 
     def confirmed(self, training: TrainingSpec, gpu: Gpu | None = None) -> Prediction | None:
         """The full prediction, if it says that the run fits and the budget of predictions is not spent."""
@@ -86,7 +88,7 @@ class _Search:
             found = predict(self.model, training, gpu or self.gpu)
         except PlannerError:
             return None
-        return found if found.verdict == "fits" else None
+        return found if found.verdict == FITS else None
 
     def change(self, step: _Step) -> Change | None:
         """Turn a step into a proposal if it makes the run fit."""
@@ -99,7 +101,7 @@ def nearest_changes(prediction: Prediction, cards: Sequence[Gpu] = ()) -> tuple[
 
     `cards` are the GPUs to choose a larger one from. Not for runs that fit: nothing needs to change there.
     """
-    if prediction.gpu is None or prediction.verdict == "fits":
+    if prediction.gpu is None or prediction.verdict == FITS:
         return ()
     assert isinstance(prediction.model, ModelSpec)  # a trace's answer is not searched
     search = _Search(prediction.model, prediction.gpu)

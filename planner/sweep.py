@@ -19,18 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from planner import cuda_rules
+from planner import cuda_rules, verdict
 from planner.calibration import Coefficients, priors
 from planner.errors import InvalidInput, MissingDependency, unknown
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import (
-    FRAGMENTATION,
-    Verdict,
-    architecture,
-    predict,
-    uncertainty,
-)
+from planner.predict import FRAGMENTATION, architecture, predict, uncertainty
 from planner.records import record
 from planner.step import program
 from planner.step.engine import Record
@@ -102,10 +96,6 @@ class Cells(NamedTuple):
     """Program runs it took."""
 
 
-VERDICTS: tuple[Verdict, ...] = ("fits", "too close to call", "does not fit")
-"""A verdict's number in `Judged.verdict`."""
-
-
 class Surplus(NamedTuple):
     """What is reserved beyond live memory, as a share of what of that lies above the static bytes.
 
@@ -126,6 +116,14 @@ ANCHOR_SPREAD = 2.0
 how often a replay lies above it."""
 
 
+class LiveBytes(NamedTuple):
+    """What tensors take at the peak, in every cell."""
+
+    low: Any
+    expected: Any
+    high: Any
+
+
 class Judged(NamedTuple):
     """Memory on the device and verdict in every cell: arrays like those of `Cells`."""
 
@@ -135,7 +133,7 @@ class Judged(NamedTuple):
     device_high_bytes: Any
     headroom_bytes: Any
     verdict: Any
-    """Numbers of VERDICTS."""
+    """Numbers of `planner.verdict.VERDICTS`."""
     surplus: Surplus
 
 
@@ -195,12 +193,12 @@ def judge(model: ModelSpec, cells: Cells, surplus: Surplus) -> Judged:
     free = np.array([card.free_bytes for card in cells.cards], dtype=np.int64).reshape(-1, 1, 1, 1, 1)
     beyond = [np.array([card.context_bytes[i] for card in cells.cards]).reshape(free.shape) for i in range(3)]
     rooms = [free - context for context in beyond]
-    verdict = np.where((most > rooms[2]) | (expected > rooms[1]), 1, 0)
-    verdict = np.where((low > rooms[0]) | (peak > rooms[1]), 2, verdict).astype(np.int8)
+    live = LiveBytes(low, peak, most)
+    number = verdict.judge(live, (rooms[0], rooms[1], rooms[2]), expected > rooms[1]).astype(np.int8)
     reserved = np.where(peak <= rooms[1], np.minimum(expected, rooms[1]), expected)  # the cache cannot outgrow it
     high = np.where(most <= rooms[1], np.maximum(reserved, np.minimum(high, rooms[2])), high)
     device = reserved + beyond[1]
-    return Judged(reserved, low + beyond[0], device, high + beyond[2], free - device, verdict, surplus)
+    return Judged(reserved, low + beyond[0], device, high + beyond[2], free - device, number, surplus)
 
 
 def replayed(model: ModelSpec, cells: Cells, coefficients: Mapping[str, Coefficients]) -> tuple[Cells, Judged]:
@@ -399,7 +397,7 @@ class SweepResult(NamedTuple):
                 columns[key] = np.array(getattr(cells.axes, key)).reshape([-1 if p == place else 1 for p in range(5)])
             tokens = columns["micro_batch_size"] * columns["seq_len"] * columns["gradient_accumulation_steps"]
             columns |= {
-                "verdict": np.array(VERDICTS, dtype=object)[judged.verdict],
+                "verdict": np.array(verdict.VERDICTS, dtype=object)[judged.verdict],
                 "allocated_bytes": cells.allocated_bytes,
                 "device_low_bytes": judged.device_low_bytes,
                 "device_bytes": judged.device_bytes,

@@ -15,9 +15,10 @@ from planner.errors import InvalidInput
 from planner.hardware import CONTEXT_BYTES, Gpu
 from planner.memory import MemoryBreakdown, Moment, SegmentPeak
 from planner.model import ModelSpec, UnreadModel
-from planner.predict import Prediction, allocator_ranges, training_warnings, verdict_for, with_whole_blocks
+from planner.predict import Prediction, allocator_ranges, training_warnings, with_whole_blocks
 from planner.records import record
 from planner.training import TrainingSpec
+from planner.verdict import verdict_of
 
 _LAYER = re.compile(r"layer\.(\d+) (forward|backward)")
 _PHASES = {"head": "loss", "embedding": "embedding", "loss": "loss", "head backward": "head backward"}
@@ -193,7 +194,7 @@ def predict_traced(
         device=reserved.shifted(gpu.context_bytes if gpu is not None else CONTEXT_BYTES),
         breakdown=with_whole_blocks(breakdown, allocated.expected),
         trainable_parameters=traced.trainable_parameters,
-        verdict=verdict_for(gpu, allocated, ran_out) if gpu else None,
+        verdict=verdict_of(allocated, gpu.rooms, ran_out) if gpu else None,
         warnings=(*warnings, *traced.notes, *notes),
         uncertainty=reasons,
         via="trace",

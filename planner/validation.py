@@ -19,8 +19,12 @@ from planner.measurements import COUNTERS, ENUMERATIONS, Row
 from planner.records import record
 from planner.timing import Terms, anchor_factor
 from planner.training import Versions
+from planner.verdict import CLOSE, NO, Verdict
 
 SCHEMA_VERSION = 1
+
+VERDICT_COUNTS = tuple(f"{outcome}_{how}" for outcome in ("oom", "ok") for how in ("right", "wrong", "undecided"))
+"""Runs by how they ended and whether the verdict said so; undecided: it was "too close to call"."""
 
 QUANTITIES = ("allocated", "reserved", "device", "unspecified", "time")
 
@@ -76,7 +80,10 @@ class Range(Protocol):
 
 
 class Predicted(Protocol):
-    """What a prediction must offer: bytes per counter. `step_s` (seconds, same shape) is read where it exists."""
+    """What a prediction must offer: bytes per counter, the verdict (None without a card) and warnings it shows.
+
+    `step_s` (seconds, same shape) is read where it exists.
+    """
 
     @property
     def allocated(self) -> Range: ...
@@ -84,6 +91,10 @@ class Predicted(Protocol):
     def reserved(self) -> Range: ...
     @property
     def device(self) -> Range: ...
+    @property
+    def verdict(self) -> Verdict | None: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
 
 Predict = Callable[[dict[str, Any], str, "str | None"], Predicted]
@@ -131,6 +142,13 @@ class Report:
             by_key.setdefault((item.source, item.quantity), []).append(item)
         own = [_statistics(source, quantity, items) for (source, quantity), items in sorted(by_key.items())]
         return own + [_over_sources(q, [g for g in own if g["quantity"] == q]) for q in _present(own)]
+
+    def judged(self) -> dict[str, int]:
+        """Runs whose verdict was right, wrong and undecided, over both outcomes."""
+        return {
+            how: sum(number for name, number in self.verdicts.items() if name.endswith(f"_{how}"))
+            for how in ("right", "wrong", "undecided")
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -325,18 +343,17 @@ def score(
     rows: Iterable[Row],
     predict: Predict,
     *,
-    capacity: Callable[[str], int | None],
     include_loose: bool = False,
     anchor: bool = False,
 ) -> Report:
-    """Predict every row and compare; `capacity(gpu_id)` is the card's memory in bytes, None if it is not known.
+    """Predict every row and compare.
 
     Args:
         anchor: correct times by the first timed row of each card and framework, which is then not scored
             (`planner.timing.anchor_factor`).
         include_loose: also score figures of confidence C (they stay in the list of flagged rows).
     """
-    run = _Run(predict, capacity, include_loose, anchor)
+    run = _Run(predict, include_loose, anchor)
     for row in rows:
         run.add(row)
     return Report(
@@ -358,14 +375,12 @@ class _Scaled(NamedTuple):
 class _Run:
     """Collects the results of one validation; equal configurations are predicted once."""
 
-    def __init__(
-        self, predict: Predict, capacity: Callable[[str], int | None], include_loose: bool, anchor: bool
-    ) -> None:
-        self.predict, self.capacity, self.include_loose, self.anchor = predict, capacity, include_loose, anchor
+    def __init__(self, predict: Predict, include_loose: bool, anchor: bool) -> None:
+        self.predict, self.include_loose, self.anchor = predict, include_loose, anchor
         self.timed: list[tuple[Row, Any, float]] = []
         self.known: dict[str, Predicted | str] = {}
         self.comparisons: list[Comparison] = []
-        self.verdicts = {"oom_right": 0, "oom_wrong": 0, "ok_right": 0, "ok_wrong": 0}
+        self.verdicts = dict.fromkeys(VERDICT_COUNTS, 0)
         self.skipped: list[Skipped] = []
         self.flagged: list[Skipped] = []
 
@@ -376,7 +391,7 @@ class _Run:
         except (NotScored, PlannerError) as reason:
             self.skipped.append(Skipped(row["id"], str(reason)))
             return
-        self.flagged += [Skipped(row["id"], flag) for flag in row_flags(row)]
+        self.flagged += [Skipped(row["id"], flag) for flag in (*row_flags(row), *predicted.warnings)]
         if self._confident(row, "memory"):
             self._verdict(row, predicted)
             if row["outcome"] == "ok":
@@ -405,15 +420,15 @@ class _Run:
         return self.include_loose
 
     def _verdict(self, row: Row, predicted: Predicted) -> None:
-        size = self.capacity(row["gpu"]) if row["gpu"] else None
-        if size is None:
+        """Count whether the word that is printed was right, wrong, or left it open."""
+        if predicted.verdict is None:
             if row["outcome"] == "oom":
                 card = one_line(row["gpu"], 40) or "not named"
                 self.skipped.append(Skipped(row["id"], f"out of memory on a card of unknown size ({card})"))
             return
-        says_oom = predicted.device.expected > size
-        right = says_oom == (row["outcome"] == "oom")
-        self.verdicts[f"{row['outcome']}_{'right' if right else 'wrong'}"] += 1
+        right = (predicted.verdict == NO) == (row["outcome"] == "oom")
+        how = "undecided" if predicted.verdict == CLOSE else "right" if right else "wrong"
+        self.verdicts[f"{row['outcome']}_{how}"] += 1
 
     def _time(self, row: Row, predicted: Predicted) -> None:
         try:

@@ -17,7 +17,8 @@ import pytest
 from planner import catalog, stacks
 from planner.cli import local_gpu, terminal
 from planner.cli.main import cli, wants_json
-from planner.cli.options import FORMATS, TRAINING, flag_of
+from planner.cli.options import FORMATS, TRAINING
+from planner.flags import flag_of
 from planner.training import CHOICES
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +124,8 @@ def test_every_key_of_the_stacks_has_a_flag():
     flags = {option.key for options in TRAINING.values() for option in options}
     assert set(stacks.KEYS) - {"versions"} <= flags
     assert flag_of("micro_batch_size") == "--micro-batch-size"
+    options = [option for section in TRAINING.values() for option in section]
+    assert {o.key: flag_of(o.key) for o in options} == {o.key: o.flags[-1].partition("/")[0] for o in options}
 
 
 def test_the_help_lists_every_stack_and_every_choice(run):
@@ -473,7 +476,7 @@ def test_an_error_of_our_own_is_reported_without_a_traceback(run, monkeypatch):
     def broken(*_args, **_kwargs):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("planner.predict.predict", broken)
+    monkeypatch.setattr("planner.request.predict", broken)
     result = run("fits", SMALL)
     assert result.code == 2
     assert result.err.startswith("error: internal error (ZeroDivisionError: oops)")
@@ -489,7 +492,7 @@ def test_other_failures_are_one_line_too(run, monkeypatch, error):
     def broken(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr("planner.predict.predict", broken)
+    monkeypatch.setattr("planner.request.predict", broken)
     result = run("fits", SMALL)
     assert result.code == 2
     assert result.err.strip().splitlines()[-1].startswith("error: ")

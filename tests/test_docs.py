@@ -1,21 +1,16 @@
 """The README is true: its commands print what it shows, its Python runs, and every command's help has an example.
 
-`python tests/test_docs.py` writes the current output of every command into the README.
+`make readme` (.ci/readme.py) writes the current output of every command into it.
 """
 
 from __future__ import annotations
 
-import atexit
 import doctest
-import os
+import importlib.util
 import re
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-from functools import cache as cache_once
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
@@ -24,54 +19,22 @@ from planner.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+
+
+def tool(name: str) -> ModuleType:
+    """A script of .ci, which is no package."""
+    where = importlib.util.spec_from_file_location(f"ci_{name}", ROOT / ".ci" / f"{name}.py")
+    assert where is not None
+    assert where.loader is not None
+    module = importlib.util.module_from_spec(where)
+    where.loader.exec_module(module)
+    return module
+
+
+readme = tool("readme")
+loraplan, sessions, tidy, CONSOLE = readme.loraplan, readme.sessions, readme.tidy, readme.CONSOLE
 RELEASE = re.compile(r"\b(torch|transformers|peft|bitsandbytes|accelerate) [\d.]+")
-CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PYCON = re.compile(r"^```pycon\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-@cache_once
-def cache() -> str:
-    """A cache folder for this run of the tests: a trace shown twice is made once, and none comes from before."""
-    folder = tempfile.mkdtemp(prefix="loraplan-docs-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def loraplan(line: str) -> tuple[int, str]:
-    """Run `loraplan ...` as a reader in the checkout would; return the exit code and all it printed."""
-    program, *words = shlex.split(line.replace("\\\n", " "))
-    assert program == "loraplan", line
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "COLUMNS": "100",
-        "PYTHONIOENCODING": "utf-8",
-        "HF_HUB_OFFLINE": "1",
-        "XDG_CACHE_HOME": cache(),
-        "LORAPLAN_DATA": cache(),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "planner.cli.main", *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        check=False,
-        timeout=300,
-    )
-    return done.returncode, done.stdout
-
-
-def sessions(block: str) -> list[tuple[str, str]]:
-    """(command, output) pairs of a console block."""
-    parts = re.split(r"^\$ ((?:.*\\\n)*.*)\n", block, flags=re.MULTILINE)
-    return list(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def tidy(output: str) -> str:
-    """Output as it stands in the README: no blanks at the ends of lines, no empty lines at its end."""
-    return "\n".join(line.rstrip() for line in output.rstrip().splitlines()) + "\n"
 
 
 def any_release(output: str) -> str:
@@ -89,7 +52,7 @@ def commands() -> list[tuple[str, str]]:
 def test_the_readme_shows_what_is_printed(command: str, shown: str) -> None:
     code, output = loraplan(command)
     assert code in (0, 1), output
-    assert any_release(output) == any_release(shown), "run: python tests/test_docs.py"
+    assert any_release(output) == any_release(shown), "run: make readme"
 
 
 def test_the_readme_python_runs() -> None:
@@ -145,14 +108,50 @@ def test_help_has_examples_that_run(command: str) -> None:
             assert code in (0, 1), output
 
 
-def rewrite() -> None:
-    """Write the current outputs into the README."""
-
-    def renewed(match: re.Match[str]) -> str:
-        return "```console\n" + "\n".join(f"$ {c}\n{tidy(loraplan(c)[1])}" for c, _ in sessions(match[1])) + "```"
-
-    README.write_text(CONSOLE.sub(renewed, README.read_text(encoding="utf-8")), encoding="utf-8")
+# --- the figures of README and docs -------------------------------------------------------------------------------
 
 
-if __name__ == "__main__":
-    rewrite()
+def test_the_readme_shows_the_accuracy_of_the_docs() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert readme.SUMMARY.search(text)
+    assert readme.with_summary(text, readme.ACCURACY.read_text(encoding="utf-8")) == text, "run: make readme"
+
+
+def test_a_changed_figure_is_found_with_its_per_cent() -> None:
+    before = "peak 10.00 GiB, 1,000 tokens/s; version 0.1.0\nsame 5\n"
+    after = "peak 10.04 GiB, 1,020 tokens/s; version 0.1.0\nsame 5\nnew line with 7\n"
+    found = [(change.before, change.after, round(change.per_cent, 3)) for change in readme.changes(before, after)]
+    assert found == [("10.00", "10.04", 0.4), ("1,000", "1,020", 2.0)]
+    assert readme.percent("0", "1") == float("inf")
+    assert readme.percent("-2.0", "-1.0") == 50.0
+    assert not list(readme.changes(before, before))
+
+
+def test_a_reason_goes_under_unreleased() -> None:
+    text = "# Changes\n\n## Unreleased\n\n### Added\n\n- a\n\n## 0.1.0\n\n- old\n"
+    once = readme.with_reason(text, "because")
+    assert once == (
+        "# Changes\n\n## Unreleased\n\n### Added\n\n- a\n\n### Changed figures\n\n- because\n\n## 0.1.0\n\n- old\n"
+    )
+    assert "- because\n- again\n" in readme.with_reason(once, "again")
+    assert "## Unreleased\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("because", "code"), [(None, 1), ("a source was read anew", 0)])
+def test_a_large_change_is_not_written_without_a_reason(
+    because: str | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = "| * | time | 10 |\n\nOf 3 runs that say whether they fitted, the verdict is right for 3.\n"
+    old = "# x\n\n```console\n$ loraplan fits\npeak 10.0 GiB\n```\n<!-- accuracy: y -->\n<!-- /accuracy -->\n"
+    for name, text in (("README.md", old), ("CHANGELOG.md", "## Unreleased\n"), ("accuracy.md", ""), ("facts.csv", "")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for name, file in (("README", "README.md"), ("CHANGELOG", "CHANGELOG.md"), ("ACCURACY", "accuracy.md")):
+        monkeypatch.setattr(readme, name, tmp_path / file)
+    monkeypatch.setattr(readme, "FACTS", tmp_path / "facts.csv")
+    monkeypatch.setattr(readme, "loraplan", lambda line: (0, page if "validate" in line else "peak 10.1 GiB\n"))
+    monkeypatch.setattr(sys, "argv", ["readme.py", *(["--because", because] if because else [])])
+    assert readme.main() == code
+    assert "10.0 -> 10.1 (+1.00 %)" in capsys.readouterr().out
+    assert ("peak 10.1 GiB" in (tmp_path / "README.md").read_text(encoding="utf-8")) == (code == 0)
+    told = (tmp_path / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert (f"- {because}\n" in told) == (code == 0)

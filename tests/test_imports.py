@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
-    ("units", "amounts", "cuda_rules", "config_values", "outputs"),
+    ("units", "amounts", "cuda_rules", "config_values", "outputs", "verdict", "flags"),
     ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),
     ("releases",),
@@ -31,7 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("largest", "pick", "simulate", "rivals", "calibration_files"),
     ("datarun", "labs"),
     ("sources", "importers", "exporters"),
-    ("lint",),
+    ("lint", "settled"),
+    ("request",),
     ("report",),
     ("cli",),
 )
@@ -44,7 +45,7 @@ LAZY = {
     "huggingface_hub": ("sources",),
     "yaml": ("cli", "importers"),
     "pynvml": ("cli", "local_gpu"),
-    "calibrate": ("cli",),
+    "calibrate": ("cli", "request"),
     "matplotlib": ("report",),
     "tokenizers": ("dataset",),
     "jinja2": ("dataset",),

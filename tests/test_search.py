@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from planner import catalog, search, sources, stacks
-from planner.cli.plan import configure, load_model
 from planner.families import build_spec
 from planner.hardware import Gpu
 from planner.predict import predict
+from planner.request import configure, load_model
 from planner.training import TrainingSpec
 
 LLAMA = "meta-llama/Llama-3.1-8B"

@@ -17,6 +17,7 @@ from planner.model import ModelSpec
 from planner.step import program
 from planner.step.polynomials import Grid, Mixed
 from planner.training import TrainingSpec
+from planner.verdict import VERDICTS
 
 pytestmark = pytest.mark.extra
 
@@ -114,7 +115,7 @@ def test_verdicts_never_promise_more_than_predict() -> None:
             for index in near:
                 place = tuple(int(i) for i in np.unravel_index(index, axes.shape))
                 found = predict.predict(model, sweep.at(cells, place), card)
-                verdict = sweep.VERDICTS[judged.verdict[(number, *place)]]
+                verdict = VERDICTS[judged.verdict[(number, *place)]]
                 seen.add((verdict, found.verdict))
                 assert judged.device_low_bytes[(number, *place)] <= found.device.expected
                 if verdict != "too close to call":

@@ -56,17 +56,20 @@ class Fake:
     reserved: Bounds
     device: Bounds
     step_s: Bounds | None = None
+    verdict: str | None = "fits"
+    warnings: tuple[str, ...] = ()
 
 
-def fake(allocated: int = 105, reserved: int = 150, device: int = 200, step: float | None = None) -> Fake:
+def fake(
+    allocated: int = 105, reserved: int = 150, device: int = 200, step: float | None = None,
+    verdict: str | None = "fits",
+) -> Fake:  # fmt: skip
     a, r, d = (Bounds(v - 5, v, v + 5) for v in (allocated, reserved, device))
-    return Fake(a, r, d, None if step is None else Bounds(step / 2, step, step * 2))
+    return Fake(a, r, d, None if step is None else Bounds(step / 2, step, step * 2), verdict)
 
 
-def run(
-    *rows: dict[str, str], answer: Fake | None = None, size: int | None = 1000, **options: Any
-) -> validation.Report:
-    return score(rows, lambda *_: answer or fake(), capacity=lambda _: size, **options)
+def run(*rows: dict[str, str], answer: Fake | None = None, **options: Any) -> validation.Report:
+    return score(rows, lambda *_: answer or fake(), **options)
 
 
 def built(**changes: str) -> TrainingSpec:
@@ -243,8 +246,12 @@ def test_groups_and_the_mean_over_sources() -> None:
 def test_verdicts() -> None:
     oom = {"outcome": "oom", "allocated_bytes_low": "", "allocated_bytes_high": ""}
     rows = [make(id="1"), make(id="2", **oom)]
-    assert run(*rows, size=199).verdicts == {"oom_right": 1, "oom_wrong": 0, "ok_right": 0, "ok_wrong": 1}
-    assert run(*rows, size=200).verdicts == {"oom_right": 0, "oom_wrong": 1, "ok_right": 1, "ok_wrong": 0}
+    none = dict.fromkeys(validation.VERDICT_COUNTS, 0)
+    assert run(*rows, answer=fake(verdict="does not fit")).verdicts == {**none, "oom_right": 1, "ok_wrong": 1}
+    assert run(*rows, answer=fake(verdict="fits")).verdicts == {**none, "oom_wrong": 1, "ok_right": 1}
+    close = run(*rows, answer=fake(verdict="too close to call"))
+    assert close.verdicts == {**none, "oom_undecided": 1, "ok_undecided": 1}
+    assert close.judged() == {"right": 0, "wrong": 0, "undecided": 2}
 
 
 def test_a_row_without_a_card_is_scored_for_memory_only() -> None:
@@ -252,10 +259,10 @@ def test_a_row_without_a_card_is_scored_for_memory_only() -> None:
 
     def predict(options: dict[str, Any], model: str, gpu: str | None) -> Fake:
         seen.append((model, gpu))
-        return fake(step=1.0)
+        return fake(step=1.0, verdict=None)
 
     rows = [make(id="1", gpu="", optimizer_step_s="1.5"), make(id="2", gpu="", outcome="oom", seq_len="512")]
-    report = score(rows, predict, capacity=lambda _: 1)
+    report = score(rows, predict)
     assert seen == [("org/model", None)] * 2
     assert [c.quantity for c in report.comparisons] == ["allocated"]
     assert [s.reason for s in report.skipped] == [
@@ -319,7 +326,7 @@ def test_equal_configurations_are_predicted_once_and_refusals_become_reasons() -
         raise UnknownName(f"unknown model {model}")
 
     rows = [make(id="1"), make(id="2"), make(id="3", model="org/other")]
-    report = score(rows, predict, capacity=lambda _: None)
+    report = score(rows, predict)
     assert calls == ["org/model", "org/other"]
     assert [s.reason for s in report.skipped] == ["unknown model org/model"] * 2 + ["unknown model org/other"]
 

@@ -163,23 +163,26 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
     from calibrate.grid import exactly, peak_bytes
     from calibrate.measurements import device_gpu, request_key
     from planner.cli.options import TRAINING
-    from planner.cli.plan import configure, load_model
+    from planner.cli.terminal import echo_notes
     from planner.errors import InvalidInput
+    from planner.request import Request, resolve
     from planner.units import gib
 
     if job.model is None:
         raise InvalidInput("no config names the model to measure; add its key")
-    loaded, gpu = load_model(job.model), device_gpu(opened.identity())
+    gpu = device_gpu(opened.identity())
     given = {option.key: None for options in TRAINING.values() for option in options} | {"job": job}
     del given["stack"]
-    _, training = configure(loaded.spec, job.stack or "custom", given, card=gpu)
+    plan = resolve(Request(job.model, given, job.stack, gpu, calibration="none"))
+    echo_notes(plan.warnings)
+    training, config = plan.training, plan.loaded.loaded.config
     refuse(training)
-    burst = next(exactly(job.model, loaded.loaded.config, training))
+    burst = next(exactly(job.model, config, training))
     need = peak_bytes(burst, gpu)
     if need > gpu.free_bytes:
         raise InvalidInput(f"the job needs {gib(need)} GiB and {gpu.name} has {gib(gpu.free_bytes)}: not measured")
     key = request_key(burst.request(opened.name, settings.threads, 0, 0))
-    return exactly(job.model, loaded.loaded.config, training), replace(settings, job=key)
+    return exactly(job.model, config, training), replace(settings, job=key)
 
 
 def _with_progress(folder: Any, opened: Any, settings: Settings, bursts: Iterator[Burst] | None = None) -> Progress:

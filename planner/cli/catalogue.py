@@ -9,8 +9,8 @@ import click
 from planner.cli.options import format_option
 
 if TYPE_CHECKING:
-    from planner.cli.plan import LoadedModel
     from planner.hardware import Gpu
+    from planner.request import LoadedModel
 
 
 class ListByDefault(click.Group):
@@ -120,7 +120,7 @@ def show_model(model: str, style: str) -> int:
     Example:
       loraplan models show Qwen/Qwen2.5-7B --format json
     """
-    from planner.cli.plan import load_model
+    from planner.request import load_model
 
     return _print_facts(style, "model", _model_facts(load_model(model)))
 

@@ -17,6 +17,7 @@ from planner.cli.from_config import (
     with_job,
 )
 from planner.cli.options import Sectioned, Word, calibration_option, format_option, training_options
+from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -53,9 +54,9 @@ def compare(
     \b
     Exit codes: 0 compared, 2 could not answer.
     """
-    from planner.errors import InvalidInput
+    from planner.errors import InvalidInput, one_line
     from planner.report import comparison
-    from planner.report.tables import json_text, table, wrapped
+    from planner.report.tables import escape, json_text, table, wrapped
 
     least = 1 if rival else 2
     if not given["show_keys"] and not least <= len(configurations) <= MOST:
@@ -71,12 +72,16 @@ def compare(
         return 0
     if style == "csv":
         click.echo(table("csv", ("section", "name", *labels, "differs"), comparison.rows(items)), nl=False)
+        echo_notes(comparison.warnings(items), err=True)
         return 0
     headings = ["", *labels, ""]
     click.echo(table(style, headings, comparison.shown_rows(items)), nl=False)
     click.echo("")
     for line in comparison.sentences(items):
         click.echo(f"- {line}" if style == "markdown" else wrapped(line, 80, "  "))
+    for note in comparison.warnings(items):
+        line = f"warning: {one_line(note, 1000)}"
+        click.echo(f"- {escape(line)}" if style == "markdown" else wrapped(line, 80, "  "))
     return 0
 
 
@@ -89,6 +94,7 @@ def _with_entrenar(items: list[Compared], style: str) -> int:
     from planner.cli.rival import entrenar
     from planner.errors import InvalidInput
     from planner.model import ModelSpec
+    from planner.report.comparison import warnings as warnings_of
     from planner.report.lora_report import rival_document, rival_text
     from planner.report.tables import json_text
 
@@ -98,14 +104,16 @@ def _with_entrenar(items: list[Compared], style: str) -> int:
         if p.gpu is None or p.training.lora is None or not isinstance(p.model, ModelSpec):
             raise InvalidInput(f"configuration {item.label}: --with needs a card and an adapter (lora or qlora)")
         found.append((item.label, entrenar(p.model, p.training, p.gpu)))
+    warnings = warnings_of(items)
     if style == "json":
         answers = [{"configuration": label, **(rival_document(rival) or {})} for label, rival in found]
-        click.echo(json_text({"schema_version": 1, "entrenar": answers}), nl=False)
+        click.echo(json_text({"schema_version": 1, "entrenar": answers, "warnings": warnings}), nl=False)
         return 0
     if style != "table":
         raise InvalidInput(f"--with is printed as table or json, not as {style}")
     for label, rival in found:
         click.echo(f"{label}: {rival_text(rival)}")
+    echo_notes(warnings)
     return 0
 
 
@@ -135,14 +143,12 @@ def compared(
 
 
 def _predicted(label: str, text: str, model: str | None, gpu: str | None, given: dict[str, Any]) -> Compared:
-    from planner import calibration_files
     from planner.cli.fits import card_of
     from planner.cli.grid import parse_values
-    from planner.cli.plan import configure, load_model, training_settings
     from planner.cli.table import key_of
     from planner.errors import InvalidInput, one_line
-    from planner.predict import predict
     from planner.report.comparison import Compared
+    from planner.request import Request, resolve
 
     job, reading, calibration = given.pop("job"), given.pop("reading"), given.pop("calibration", None)
     words = text.split()
@@ -170,23 +176,14 @@ def _predicted(label: str, text: str, model: str | None, gpu: str | None, given:
         model = model or job.model
     if model is None:
         raise InvalidInput("no model; give --model, model=... or a config that names one")
-    card = card_of(gpu, None)
-    stack = training_settings(given)
-    spec = load_model(model).spec
-    resolved, training = configure(spec, stack or "custom", given, card=card)
-    if card is None:
-        return Compared(label, predict(spec, training), resolved)
-    chosen = calibration_files.select(card, calibration, training.versions)
-    found = predict(spec, training, chosen.card(card), coefficients=chosen.coefficients)
-    return Compared(label, found, resolved)
+    plan = resolve(Request(model, given, card=card_of(gpu, None), calibration=calibration))
+    return Compared(label, plan.predict(), plan.resolved)
 
 
 def _own_job(label: str, files: tuple[str, ...], reading: dict[str, Any], given: dict[str, Any]) -> Job:
     """Read the configs that a configuration names itself, after those of --from."""
     job = job_of((*reading["configs"], *files), reading, given)
     click.echo(f"{label}: {job.summary}", err=True)
-    for gap in job.missing:
-        click.echo(f"warning: {label}: {gap}", err=True)
     return job
 
 
@@ -202,4 +199,5 @@ def _document(items: list[Compared]) -> dict[str, Any]:
             for s, n, *values, mark in comparison.rows(items)
         ],
         "differences": comparison.sentences(items),
+        "warnings": comparison.warnings(items),
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from planner.cli.options import Word, format_option
+from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
     from planner.dataset.scan import Scan, Source
@@ -64,7 +65,7 @@ def data(
     if show:
         click.echo(_for_terminal(found.example) if sys.stdout.isatty() else found.example, nl=False)
         return 1 if found.num_problems else 0
-    answer = DataAnswer(found, limit, batch)
+    answer = DataAnswer(found, limit, batch, warnings=model_notes(model))
     if split is not None:
         plan = scanning.Split(split, None if in_order else seed)
         rows = plan.train_rows(len(found.lengths))
@@ -77,7 +78,18 @@ def data(
 
         data_plots.lengths(found, limit, plot)
     click.echo(render(answer, style), nl=False)
+    if style == "csv":
+        echo_notes(answer.warnings, err=True)
     return 1 if found.num_problems else 0
+
+
+def model_notes(model: str | None) -> tuple[str, ...]:
+    """What to tell about the model that was named."""
+    if model is None:
+        return ()
+    from planner.request import load_model
+
+    return load_model(model).warnings
 
 
 def _for_terminal(text: str) -> str:
@@ -98,7 +110,7 @@ def source(paths: tuple[str, ...], template: str, tokenizer: str | None, model: 
         raise unknown("template", template, NAMES)
     family = "llama2"
     if model and not tokenizer:
-        from planner.cli.plan import load_model
+        from planner.request import load_model
 
         spec = load_model(model).spec
         family = family_of(spec.model_type, spec.vocab_size)

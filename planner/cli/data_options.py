@@ -1,4 +1,4 @@
-"""The data options that planning commands share: `data_options` adds them, `apply` lets the data set the lengths."""
+"""The data options that planning commands share: `data_options` adds them, `take` takes them out again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import click
 from planner.cli.options import Word
 
 if TYPE_CHECKING:
-    from planner.datarun import DataRun
-    from planner.dataset.scan import Scan, Source
-    from planner.model import ModelSpec
+    from planner.request import Data, Known
 
 DATA = ("data_files", "template", "tokenizer", "padding")
 """Parameters that `data_options` adds."""
@@ -34,56 +32,28 @@ def data_options(command: _Command) -> _Command:
     return command
 
 
-def take(given: dict[str, Any]) -> dict[str, Any]:
-    """Take the data options out of what a command was given.
+def take(given: dict[str, Any]) -> Data | None:
+    """Take the data options out of what a command was given; None where no data was named.
 
     Raises:
         Contradiction: an option that needs --data.
     """
     wanted = {name: given.pop(name) for name in DATA}
-    if not wanted["data_files"]:
-        for name in DATA[1:]:
-            if wanted[name] is not None:
-                from planner.errors import Contradiction
+    if wanted["data_files"]:
+        from planner.request import Data
 
-                raise Contradiction(f"--{name} says how rows of --data are read; give --data too, or drop it")
-    return wanted
+        return Data(tuple(wanted.pop("data_files")), **wanted)
+    for name in DATA[1:]:
+        if wanted[name] is not None:
+            from planner.errors import Contradiction
+
+            raise Contradiction(f"--{name} says how rows of --data are read; give --data too, or drop it")
+    return None
 
 
-def apply(
-    wanted: dict[str, Any], model: ModelSpec, stack: str, given: dict[str, Any], scans: dict[Source, Scan] | None = None
-) -> DataRun | None:
-    """Read the data and set `seq_len` (and the padding mask) in `given` to what its longest batch needs.
-
-    `given` holds keys of `planner.stacks`; its seq_len, or the stack's own, is where rows are cut. Returns None when
-    no data was named. `scans` keeps what was read, for callers that ask several times.
-
-    Raises:
-        PlannerError: data that cannot be read, or a setting that is none.
-    """
-    if not wanted["data_files"]:
-        return None
+def known() -> Known:
+    """What the requests of one command share; data are read with a progress bar on a terminal."""
     from planner.cli.data import read
-    from planner.cli.plan import configure
-    from planner.datarun import needs_mask, on_data
-    from planner.dataset.scan import Source
-    from planner.dataset.templates import NAMES
-    from planner.dataset.tokens import family_of
-    from planner.errors import unknown
+    from planner.request import Known
 
-    template = wanted["template"] or "auto"
-    if template not in NAMES:
-        raise unknown("template", template, NAMES)
-    _, training = configure(model, stack, given, lenient=True)
-    what = Source(
-        paths=tuple(wanted["data_files"]), template=template, tokenizer=wanted["tokenizer"],
-        family=family_of(model.model_type, model.vocab_size),
-    )  # fmt: skip
-    known = scans if scans is not None else {}
-    if what not in known:
-        known[what] = read(what)
-    run = on_data(known[what], training.micro_batch_size, training.seq_len, wanted["padding"] or "longest")
-    given["seq_len"] = run.longest
-    if given.get("padded") is None and needs_mask(run):
-        given["padded"] = True
-    return run
+    return Known(read)

@@ -12,6 +12,7 @@ from planner.cli.options import MOST_STEPS, Number, Sectioned, Word, training_op
 
 if TYPE_CHECKING:
     from planner.exporters.recipe import Export, Recipe
+    from planner.predict import Prediction
 
 TARGETS = (
     "peft", "trl", "axolotl", "llama-factory", "entrenar", "databricks-air", "databricks-cluster", "databricks-fm",
@@ -128,11 +129,14 @@ def _write(made: Export, folder: str) -> None:
 def _export(target: str, model: str, given: dict[str, Any]) -> Export:
     place = {name: given.pop(name) for name in PLACE}
     call = {name: given.pop(name) for name in CALL}
-    recipe, fits, tokens = _recipe(model, given)
-    made = _made(target, recipe, place, call, tokens)
-    if fits == "does not fit" and not target.startswith("databricks"):
-        from dataclasses import replace
+    from dataclasses import replace
 
+    from planner.verdict import NO
+
+    recipe, plan, tokens = _recipe(model, given)
+    made = _made(target, recipe, place, call, tokens)
+    made = replace(made, notes=tuple(dict.fromkeys((*plan.warnings, *made.notes))))
+    if plan.verdict == NO and not target.startswith("databricks"):
         made = replace(made, errors=(*made.errors, "the run does not fit the card: loraplan fits says what to change"))
     return made
 
@@ -164,8 +168,8 @@ def _made(target: str, recipe: Recipe, place: dict[str, Any], call: dict[str, An
     return exporters[target](recipe)
 
 
-def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, str | None, float]:
-    """The planned run, its verdict on the card that was named, and the tokens it trains on."""
+def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, Prediction, float]:
+    """The planned run, its prediction on the card that was named, and the tokens it trains on."""
     from planner.cli.data_options import take
     from planner.cli.fits import answer_of, card_of
     from planner.exporters.recipe import Recipe
@@ -197,7 +201,7 @@ def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, str | None, floa
         **run,
         **more,
     )
-    return recipe, plan.verdict, found.seen.total * run["epochs"] if found else 0.0
+    return recipe, plan, found.seen.total * run["epochs"] if found else 0.0
 
 
 def _check_call(context: click.Context, _: click.Parameter, path: str | None) -> None:

@@ -11,7 +11,6 @@ from planner.cli.from_config import model_or_config
 from planner.cli.options import (
     COST,
     FORMATS,
-    LIBRARIES,
     Sectioned,
     Word,
     calibration_option,
@@ -24,13 +23,14 @@ from planner.cli.options import (
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
     from planner.report.answer import Answer
+    from planner.request import Data
     from planner.search import Change
 
 _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 
 
 @click.command(cls=Sectioned)
-@model_or_config(many=True, reports_gaps=True)
+@model_or_config(many=True)
 @click.option("--gpu", metavar="GPU", help="A card of the catalogue (loraplan gpus), local for this machine's, or cpu.")
 @click.option("--vram", metavar="SIZE", help="Memory of a card of your own, for example 24GiB.")
 @click.option("--margin", metavar="PERCENT", default="0", help="Share of the card that must stay free.")
@@ -88,6 +88,7 @@ def fits(
 
         raise only_files()
     from planner.cli.data_options import take
+    from planner.verdict import FITS
 
     wanted = {name: given.pop(name) for name in COST}
     data = take(given)
@@ -96,7 +97,7 @@ def fits(
     answer = answer._replace(explain=explain, explain_time=explain_time)
     answer = _with_cost(answer, wanted)
     _print(answer, style)
-    return 0 if answer.prediction.verdict in ("fits", None) else 1
+    return 0 if answer.prediction.verdict in (FITS, None) else 1
 
 
 class Tracing(NamedTuple):
@@ -114,62 +115,39 @@ def answer_of(
     search: bool,
     tracing: Tracing | None = None,
     calibration: str | None = None,
-    data: dict[str, Any] | None = None,
+    data: Data | None = None,
 ) -> Answer:
     """Answer for one run; `given` holds what the training options gave.
 
     Raises:
         PlannerError: the run cannot be planned.
     """
-    from planner import calibration_files
-    from planner.cli.plan import (
-        configure,
-        file_notes,
-        load_model,
-        stack_origin,
-        training_settings,
-        with_stated_releases,
-    )
-    from planner.predict import predict
+    from planner.cli.data_options import known
     from planner.report.answer import Answer
+    from planner.request import Request, resolve, training_settings
+    from planner.verdict import FITS
 
-    stated = [name for name in LIBRARIES if given.get(name)]
-    stack = training_settings(given)
     card, kept = with_margin(card, margin)
     if tracing is not None:
         from planner.cli.trace import traced_answer
 
-        if data and data["data_files"]:
+        if data:
             from planner.errors import Contradiction
 
             raise Contradiction("--data is planned by loraplan's own program; drop --via trace")
+        stack = training_settings(given)
         return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
-    loaded = load_model(model)
-    run = None
-    if data and data["data_files"]:
-        from planner.cli.data_options import apply
-
-        run = apply(data, loaded.spec, stack or "custom", given)
-    resolved, training = configure(loaded.spec, stack or "custom", given, card=card)
-    resolved = with_stated_releases(resolved, stated)
-    notes = file_notes(given) + loaded.warnings + ((card.notes,) if card and card.notes.startswith("'") else ())
-    chosen = calibration_files.select(card, calibration, training.versions) if card is not None else None
-    prediction = predict(
-        loaded.spec,
-        training,
-        chosen.card(card) if chosen and card is not None else card,
-        warnings=notes + (chosen.notes if chosen else ()),
-        coefficients=chosen.coefficients if chosen else None,
-        orders=run.orders() if run else None,
-    )
+    plan = resolve(Request(model, given, card=card, calibration=calibration, data=data), known() if data else None)
+    prediction = plan.predict()
     found: tuple[Change, ...] = ()
-    if search and prediction.verdict not in ("fits", None):
+    if search and prediction.verdict not in (FITS, None):
         from planner import catalog
         from planner.search import nearest_changes
 
         found = nearest_changes(prediction, catalog.gpus())
-    origin = stack_origin(given, stack)
-    return Answer(prediction, loaded.loaded, resolved, found, kept, stack_origin=origin, data=run)
+    return Answer(
+        prediction, plan.loaded.loaded, plan.resolved, found, kept, stack_origin=plan.stack_origin, data=plan.data
+    )
 
 
 def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:

@@ -1,7 +1,7 @@
 """`--from FILE`: the options of a training config somebody already has, for any command that takes training options.
 
 `@model_or_config()` stands where a command had `@click.argument("model")`. The command gets its model and options as if
-they had been typed; the job itself travels in the option `job`, which `planner.cli.plan.configure` understands.
+they had been typed; the job itself travels in the option `job`, which `planner.request.configure` understands.
 `@config_options` adds the options alone, for commands that name models in another way; `take_job` reads them.
 """
 
@@ -26,15 +26,11 @@ _OPTIONS = ("configs", "one_gpu", "allow_outside", "show_keys")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def model_or_config(
-    *, many: bool = False, reports_gaps: bool = False, required: bool = True
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def model_or_config(*, many: bool = False, required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the argument MODEL (which a config may name) and the options that read configs.
 
     Args:
         many: several config files in place of MODEL are a gate over all of them (`loraplan fits configs/*.yml`).
-        reports_gaps: the command prints what a config asks for and the estimate lacks (`plan.file_notes`) in its
-            answer; otherwise it is printed here, on stderr.
         required: a run without a model is refused; otherwise the command gets None.
     """
 
@@ -43,7 +39,7 @@ def model_or_config(
         def run(model: Any, **rest: Any) -> Any:
             reading = take_reading(rest)
             models = model if many else (model,) if model else ()
-            return _run(command, models, reading, rest, _Way(reports_gaps, required))
+            return _run(command, models, reading, rest, required)
 
         argument = click.argument("model", nargs=-1) if many else click.argument("model", required=False)
         return argument(config_options(run))
@@ -69,8 +65,8 @@ def take_reading(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given.pop(name) for name in _OPTIONS}
 
 
-def take_job(reading: dict[str, Any], given: dict[str, Any], *, tells: bool = True) -> Job | ShowKeys | None:
-    """Read the job that `--from` names, say so on stderr (with what the estimate lacks of it, where `tells`).
+def take_job(reading: dict[str, Any], given: dict[str, Any]) -> Job | ShowKeys | None:
+    """Read the job that `--from` names and say so on stderr; what the estimate lacks of it is a note of its plan.
 
     Raises:
         PlannerError: the files cannot be read, or their job is not planned.
@@ -83,8 +79,6 @@ def take_job(reading: dict[str, Any], given: dict[str, Any], *, tells: bool = Tr
     if reading["show_keys"]:
         return ShowKeys(job)
     click.echo(job.summary, err=True)
-    for gap in job.missing if tells else ():
-        click.echo(f"warning: {gap}", err=True)
     return job
 
 
@@ -100,19 +94,12 @@ def _click_options() -> list[Callable[..., Any]]:
     ]  # fmt: skip
 
 
-class _Way(NamedTuple):
-    """What the command itself takes care of."""
-
-    reports_gaps: bool
-    required: bool
-
-
 def _run(
     command: Callable[..., Any],
     models: tuple[str, ...],
     reading: dict[str, Any],
     rest: dict[str, Any],
-    way: _Way,
+    required: bool,
 ) -> Any:
     files = models if models and all(is_config(name, len(models) > 1) for name in models) else ()
     if len(files) > 1 or (files and rest.get("style") == "github"):
@@ -125,13 +112,13 @@ def _run(
     if len(models) > 1:
         raise click.UsageError("several models at once; give one, or several training configs (.yml, .json, .py)")
     model = models[0] if models else None
-    job = take_job(reading, rest, tells=not way.reports_gaps)
+    job = take_job(reading, rest)
     if isinstance(job, ShowKeys):
         return show_keys(job.job, rest.get("style", "table"))
     if job is not None:
         rest = with_job(job, rest)
         model = model or job.model
-    if model is None and way.required:
+    if model is None and required:
         raise click.UsageError("Missing argument 'MODEL' (no config names it)" if job else "Missing argument 'MODEL'")
     return command(model=model, **rest)
 

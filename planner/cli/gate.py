@@ -11,7 +11,8 @@ from planner.cli.from_config import job_of, with_job
 from planner.cli.options import COST
 from planner.cli.terminal import tell_unanswered
 from planner.errors import InvalidInput, PlannerError, one_line
-from planner.report.config_checks import Check, render
+from planner.report.config_checks import Check, notes, render
+from planner.verdict import CLOSE, NO
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -43,9 +44,12 @@ def gate(files: tuple[str, ...], reading: Mapping[str, Any], options: Mapping[st
         raise InvalidInput("several files are checked against a card; name it with --gpu or --vram")
     checks = [_check(name, card, margin, reading, options) for name in files]
     click.echo(render(checks, card, options["style"]), nl=False)
+    if options["style"] == "csv":
+        for line in notes(checks):
+            click.echo(line, err=True)
     tell_unanswered(check.error for check in checks)
     verdicts = {check.verdict for check in checks}
-    return 1 if verdicts & {"does not fit", "too close to call"} else 2 if None in verdicts else 0
+    return 1 if verdicts & {NO, CLOSE} else 2 if None in verdicts else 0
 
 
 def _check(name: str, card: Any, margin: float, reading: Mapping[str, Any], options: Mapping[str, Any]) -> Check:

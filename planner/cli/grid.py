@@ -6,24 +6,25 @@ Up to EXACT_ROWS rows are predicted one by one, as `fits` does; larger grids are
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner import cost, families, predict, sources, sweep
+from planner import cost, predict, sweep
 from planner.calibration import Coefficients, Selection
-from planner.cli.options import TRAINING, flag_of
-from planner.cli.plan import configure, training_settings
+from planner.cli.options import TRAINING
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
+from planner.flags import flag_of
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.report.grid import Block
+from planner.request import Data, Known, Plan, Request, resolve
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
+from planner.verdict import VERDICTS
 
 if TYPE_CHECKING:
     from planner.datarun import DataRun
-    from planner.dataset.scan import Scan, Source
     from planner.importers import Job
 
 EXACT_ROWS = 24
@@ -73,8 +74,8 @@ class Run(NamedTuple):
     """The calibration of each card, or its priors."""
     margin: float = 0.0
     """Percent of every card that is kept free."""
-    data: Mapping[str, Any] | None = None
-    """What `data_options` gave, where training data decides lengths and hours."""
+    data: Data | None = None
+    """Training data, where it decides lengths and hours."""
 
     @property
     def budget(self) -> bool:
@@ -179,25 +180,38 @@ class Combination(NamedTuple):
     choices: dict[str, Any]
     training: TrainingSpec
     resolved: Resolved
-    cards: tuple[Gpu, ...]
-    data: DataRun | None = None
+    plans: tuple[Plan, ...]
+    """One for each card."""
+
+    @property
+    def cards(self) -> tuple[Gpu, ...]:
+        """The cards."""
+        return tuple(plan.card for plan in self.plans if plan.card is not None)
+
+    @property
+    def data(self) -> DataRun | None:
+        """What the training data make of these settings."""
+        return self.plans[0].data
 
 
 class Tabulator:
     """Evaluates a product block by block."""
 
-    def __init__(self, wanted: Wanted, run: Run, models: Mapping[str, ModelSpec] | None = None) -> None:
+    def __init__(self, wanted: Wanted, run: Run, known: Known | None = None) -> None:
         if wanted.rows > MOST_ROWS:
             raise InvalidInput(f"{wanted.rows:,} rows; at most {MOST_ROWS:,} in one table")
         self.wanted, self.run = wanted, run
         self.problems = Problems()
-        self.models = dict(models or {})
+        self.known = known or Known()
+        self.notes: dict[str, int] = {}
+        """Notes of the plans so far, with the number of rows that each concerns."""
+        self.evaluated = 0
+        """Rows that were looked at."""
         self.shared: dict[str, Any] = {}
         """Settings that every row so far has, with their values; None where rows differ."""
         if run.data is not None and wanted.rows > DATA_ROWS:
             raise InvalidInput(f"{wanted.rows:,} rows on --data, each predicted by itself; at most {DATA_ROWS:,}")
         self.exact = wanted.rows <= EXACT_ROWS or run.data is not None
-        self.scans: dict[Source, Scan] = {}
         self.choices = [key for key in wanted.values if key not in sweep.NUMBERS or run.data is not None]
         combinations = len(wanted.models)
         for key in self.choices:
@@ -219,13 +233,13 @@ class Tabulator:
         """Evaluate all rows; combinations without an answer are counted in `problems`."""
         for name in self.wanted.models:
             try:
-                model = self._model(name)
+                model = self.known.model(name).spec
             except PlannerError as error:
                 self.problems.add(error, self.wanted.rows // len(self.wanted.models))
                 continue
             for numbers in self._pieces():
                 sweepers: dict[sweep.Axes, sweep.Sweeper] = {}
-                for combination in self._combinations(model):
+                for combination in self._combinations(name, model):
                     axes = _axes(numbers, combination.training)
                     if not self.exact and axes not in sweepers:
                         sweepers[axes] = sweep.Sweeper(model, axes, self.run.coefficients)
@@ -233,11 +247,6 @@ class Tabulator:
                         yield from self._rows(name, combination, axes, sweepers.get(axes))
                     except PlannerError as error:
                         self.problems.add(error, axes.size * len(combination.cards))
-
-    def _model(self, name: str) -> ModelSpec:
-        if name not in self.models:
-            self.models[name] = families.build_spec(sources.load_config(name).config, model_id=name)
-        return self.models[name]
 
     def _pieces(self) -> Iterator[Numbers]:
         """The numbers, in pieces of at most BLOCK_ROWS cells: cut along the axis whose cells just exceed that."""
@@ -258,7 +267,7 @@ class Tabulator:
                 fixed = {name: () if value is None else (value,) for name, value in zip(before, outer, strict=True)}
                 yield {**values, **fixed, key: values[key][start : start + length]}
 
-    def _combinations(self, model: ModelSpec) -> Iterator[Combination]:
+    def _combinations(self, name: str, model: ModelSpec) -> Iterator[Combination]:
         for values in itertools.product(*(self.wanted.values[key] for key in self.choices)):
             choices = dict(zip(self.choices, values, strict=True))
             groups: dict[bool, list[Gpu]] = {}
@@ -266,26 +275,29 @@ class Tabulator:
                 groups.setdefault(predict.lacks_bf16(card), []).append(card)
             for cards in groups.values():
                 try:
-                    given = dict.fromkeys(OPTIONS) | choices
-                    stack = training_settings(given)
-                    if self.wanted.job is not None:
-                        given["job"], stack = self.wanted.job, stack or self.wanted.job.stack
-                    data = self._data(model, stack or "custom", given)
-                    resolved, training = configure(model, stack or "custom", given, lenient=True, card=cards[0])
+                    first = self._plan_of(name, choices, cards[0])
+                    plans = (first, *(first.on(card, self.run.chosen[card.gpu_id]) for card in cards[1:]))
                 except PlannerError as error:
                     inner = [len(self.wanted.values.get(key, (1,))) for key in sweep.NUMBERS if key not in self.choices]
                     self.problems.add(error, len(cards) * _product(inner))
                     continue
-                self._remember(resolved)
-                yield Combination(model, choices, training, resolved, tuple(cards), data)
+                self._remember(plans[0].resolved)
+                yield Combination(model, choices, plans[0].training, plans[0].resolved, plans)
 
-    def _data(self, model: ModelSpec, stack: str, given: dict[str, Any]) -> DataRun | None:
-        """Let the training data decide the length; None without data."""
-        if self.run.data is None:
-            return None
-        from planner.cli.data_options import apply
+    def _plan_of(self, name: str, choices: Mapping[str, Any], card: Gpu) -> Plan:
+        """The plan of one combination on one card."""
+        given: dict[str, Any] = {**dict.fromkeys(OPTIONS), **choices}
+        stack = None
+        if self.wanted.job is not None:
+            given["job"], stack = self.wanted.job, self.wanted.job.stack
+        chosen = self.run.chosen[card.gpu_id]
+        return resolve(Request(name, given, stack, card, chosen, self.run.data, lenient=True), self.known)
 
-        return apply(dict(self.run.data), model, stack, given, self.scans)
+    def _note(self, notes: Iterable[str], rows: int) -> None:
+        """Keep notes of rows; `calibration.time_words` says of all cards together which borrow a calibration."""
+        self.evaluated += rows
+        for note in notes:
+            self.notes[note] = self.notes.get(note, 0) + rows
 
     def _remember(self, resolved: Resolved) -> None:
         """Keep the settings that are the same in every row, for the caption."""
@@ -305,6 +317,8 @@ class Tabulator:
         each = max(BLOCK_ROWS // axes.size, 1)
         for start in range(0, len(some.cards), each):
             cells = sweeper.cells(some.training, some.cards[start : start + each])
+            for plan in some.plans[start : start + each]:
+                self._note(plan.common_warnings, axes.size)
             surplus = self._surplus(some, cells)
             yield self._swept(name, some, cells, sweep.judge(some.model, cells, surplus))
 
@@ -331,7 +345,7 @@ class Tabulator:
         low, high = cells.step_s / (1 + cells.step_spread), cells.step_s * (1 + cells.step_spread)
         tokens = arrays["micro_batch_size"] * arrays["seq_len"] * arrays["gradient_accumulation_steps"]
         gpus = np.array([card.gpu_id for card in cells.cards], dtype=object).reshape(-1, 1, 1, 1, 1)
-        verdicts = np.array(sweep.VERDICTS, dtype=object)
+        verdicts = np.array(VERDICTS, dtype=object)
         arrays = {
             "gpu": np.broadcast_to(gpus, shape),
             **arrays,
@@ -368,20 +382,19 @@ class Tabulator:
     def _predicted(self, name: str, some: Combination, axes: sweep.Axes) -> Block:
         """Every cell by `predict`, as `fits` answers."""
         rows: list[dict[str, Any]] = []
-        for card in some.cards:
+        for plan in some.plans:
             for place in itertools.product(*(range(size) for size in axes.shape)):
-                training = sweep.at_place(some.training, axes, place)
-                rows.append(self.predicted_row(some.model, training, card, some.data))
+                row = plan._replace(training=sweep.at_place(plan.training, axes, place))
+                found = row.predict()
+                self._note(dict.fromkeys((*row.common_warnings, *found.warnings[len(plan.notes) :])), 1)
+                rows.append(self.predicted_row(found, plan.data))
         columns: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in rows[0]}
         return Block(self._constant(name, some), columns, len(rows))
 
-    def predicted_row(
-        self, model: ModelSpec, training: TrainingSpec, card: Gpu, data: DataRun | None = None
-    ) -> dict[str, Any]:
-        """The columns of one configuration."""
-        orders = data.orders() if data is not None else None
-        found = predict.predict_on(model, training, card, self.run.chosen[card.gpu_id], orders)
-        time = found.time
+    def predicted_row(self, found: predict.Prediction, data: DataRun | None = None) -> dict[str, Any]:
+        """The columns of one configuration on a card."""
+        card, training, time = found.gpu, found.training, found.time
+        assert card is not None
         row: dict[str, Any] = {
             "gpu": card.gpu_id,
             **{key: getattr(training, key) for key in sweep.NUMBERS if key != "r"},

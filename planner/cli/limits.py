@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,16 +18,15 @@ from planner.cli.options import (
     format_option,
     training_options,
 )
+from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
-    from planner.calibration import Selection
     from planner.datarun import DataRun
-    from planner.hardware import Gpu
     from planner.largest import Largest
     from planner.model import ModelSpec
     from planner.pick import Candidate, HoursOf
     from planner.report.grid import Caption
-    from planner.training import TrainingSpec
+    from planner.request import Plan
 
 WORDS = {
     "batch": "micro_batch_size", "micro-batch-size": "micro_batch_size", "seq-len": "seq_len", "length": "seq_len",
@@ -72,39 +72,38 @@ def max_(
     \b
     Exit codes: 0 there is one, 1 not even the smallest fits, 2 could not answer.
     """
-    from planner import calibration_files
     from planner.errors import InvalidInput
 
     names = tuple(dict.fromkeys(keys))
-    spec, training, card = _run(model, gpu, vram, given, names)
-    chosen = calibration_files.select(card, calibration, training.versions)
+    plan = _run(model, gpu, vram, calibration, given, names)
     if len(names) > 2:
         raise InvalidInput("a frontier is over two numbers; give --of at most twice")
     if len(names) == 2:
-        return _frontier(spec, training, card, names, probability, up_to, style, chosen)
-    return _single(spec, training, card, names[0], probability, up_to, style, chosen)
+        return _frontier(plan, names, probability, up_to, style)
+    return _single(plan, names[0], probability, up_to, style)
 
 
 def _run(
-    model: str, gpu: str | None, vram: str | None, given: dict[str, Any], names: tuple[str, ...]
-) -> tuple[ModelSpec, TrainingSpec, Gpu]:
+    model: str,
+    gpu: str | None,
+    vram: str | None,
+    calibration: str | None,
+    given: dict[str, Any],
+    names: tuple[str, ...],
+) -> Plan:
     """The run whose numbers are raised; data decides its length."""
-    from planner.cli.data_options import apply, take
+    from planner.cli.data_options import known, take
     from planner.cli.fits import card_of
-    from planner.cli.plan import configure, load_model, training_settings
     from planner.errors import Contradiction, InvalidInput
+    from planner.request import Request, resolve
 
     data = take(given)
-    if data["data_files"] and "seq_len" in names:
+    if data and "seq_len" in names:
         raise Contradiction("the length is what the data decides; look for the largest batch or rank, or drop --data")
     card = card_of(gpu, vram)
     if card is None:
         raise InvalidInput("no card; name one with --gpu or give its memory with --vram")
-    stack = training_settings(given)
-    spec = load_model(model).spec
-    apply(data, spec, stack or "custom", given)
-    _, training = configure(spec, stack or "custom", given, card=card)
-    return spec, training, card
+    return resolve(Request(model, given, card=card, calibration=calibration, data=data), known())
 
 
 def _candidates(key: str, model: ModelSpec, up_to: int | None) -> list[int]:
@@ -115,19 +114,21 @@ def _candidates(key: str, model: ModelSpec, up_to: int | None) -> list[int]:
     return small + list(range(step, most + 1, step))
 
 
-def _single(
-    model: ModelSpec, training: TrainingSpec, card: Gpu, key: str, probability: float, up_to: int | None, style: str,
-    chosen: Selection,
-) -> int:  # fmt: skip
-    from planner.largest import largest
-    from planner.report.answer import WORDS as ANSWERS
-    from planner.units import gib
+def _single(plan: Plan, key: str, probability: float, up_to: int | None, style: str) -> int:
 
-    found = largest(model, training, card, key, _candidates(key, model, up_to), probability, chosen)
+    from planner.largest import largest
+    from planner.units import gib
+    from planner.verdict import ANSWERS
+
+    model, card = plan.spec, plan.card
+    assert card is not None
+    found = largest(model, plan.training, card, key, _candidates(key, model, up_to), probability, plan.chosen)
     p = found.prediction
+    warnings = tuple(dict.fromkeys((*plan.notes, *p.warnings))) if p is not None else plan.warnings
     if style == "table":
         if p is None or found.value is None:
             click.echo(f"none: not even the smallest fits {card.name}; limit: {_why(found)}")
+            echo_notes(warnings)
             return 1
         click.echo(f"{found.value:,} {UNITS[key]} on {card.name}")
         click.echo(f"limit: {_why(found)}")
@@ -135,6 +136,7 @@ def _single(
         click.echo(f"peak {need}; fits says {ANSWERS[p.verdict]}")
         if p.time is not None:
             click.echo(f"{p.time.step_s.expected:,.3f} s per step, {p.time.tokens_per_s:,.0f} tokens/s")
+        echo_notes(warnings)
         return 0
     row = (
         model.model_id, card.gpu_id, found.value, found.probability, p.verdict if p else None,
@@ -144,7 +146,7 @@ def _single(
     )  # fmt: skip
     columns = ["model", "gpu", key, "probability", "verdict", "allocated_bytes", "device_bytes", "step_s",
                "tokens_per_s", "limited_by"]  # fmt: skip
-    _print(columns, [row], style)
+    _print(columns, [row], style, warnings=warnings)
     return 0 if found.value is not None else 1
 
 
@@ -159,21 +161,21 @@ def _why(found: Largest) -> str:
     return f"the allocator's replay, which has no probability; {live}"
 
 
-def _frontier(
-    model: ModelSpec, training: TrainingSpec, card: Gpu, keys: tuple[str, ...], probability: float,
-    up_to: int | None, style: str, chosen: Selection,
-) -> int:  # fmt: skip
+def _frontier(plan: Plan, keys: tuple[str, ...], probability: float, up_to: int | None, style: str) -> int:
     from planner.largest import frontier
     from planner.report.grid import Caption
 
+    model, card = plan.spec, plan.card
+    assert card is not None
     first = sorted({value for n in range(FRONTIER // 2) for value in (2**n, 3 * 2**n)})
     most = up_to or LIMITS[keys[0]]
     axes = {keys[0]: [v for v in first if v <= most], keys[1]: _candidates(keys[1], model, None)}
     if keys[0] == "seq_len":
         axes[keys[0]] = [v for v in (n * 64 for n in first) if v <= (model.max_position_embeddings or most)]
-    corners = frontier(model, training, card, axes, probability, chosen)
+    corners = frontier(model, plan.training, card, axes, probability, plan.chosen)
     rows = [(model.model_id, card.gpu_id, c.first, c.second, c.allocated_bytes, c.tokens_per_s) for c in corners]
-    _print(["model", "gpu", *keys, "allocated_bytes", "tokens_per_s"], rows, style, Caption((CACHE,), {"basis": CACHE}))
+    columns = ["model", "gpu", *keys, "allocated_bytes", "tokens_per_s"]
+    _print(columns, rows, style, Caption((CACHE,), {"basis": CACHE}), plan.warnings)
     return 0 if rows else 1
 
 
@@ -183,14 +185,24 @@ CACHE = (
 )
 
 
-def _print(columns: list[str], rows: list[tuple[Any, ...]], style: str, caption: Caption | None = None) -> None:
+def _print(
+    columns: list[str],
+    rows: list[tuple[Any, ...]],
+    style: str,
+    caption: Caption | None = None,
+    warnings: Sequence[str] = (),
+) -> None:
+    """Print a table with the notes of its plan: below it, under `warnings` in JSON, on stderr beside CSV."""
     import sys
 
     from planner.cli.terminal import table_width
     from planner.report import grid as report
 
     caption = caption or report.Caption((), {})
+    lines = (*caption.lines, *(f"warning: {note}" for note in warnings))
+    caption = report.Caption(lines, {**caption.data, "warnings": list(warnings)})
     if style == "csv":
+        echo_notes(warnings, err=True)
         arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}
         report.write_streamed("csv", sys.stdout, columns, [report.Block({}, arrays, len(rows))], caption)
         return
@@ -236,7 +248,7 @@ def pick(
     from planner.pick import Limits
     from planner.pick import pick as choose
 
-    spec, candidates, amount, run = _candidates_of(model, gpus, providers, single, (tokens, epochs), given)
+    spec, candidates, amount, run, warnings = _candidates_of(model, gpus, providers, single, (tokens, epochs), given)
     hours_of = _hours_on_data(spec, run, epochs) if run else None
     found = choose(spec, candidates, amount, "usd" if goal == "usd" else "time", Limits(hours, budget), hours_of)
     rows = [_row(item, f"picked{_paid_for(found.answer)}") for item in ([found.answer] if found.answer else [])]
@@ -250,7 +262,7 @@ def pick(
         cost_words = f"{a.usd:,.2f} USD" if a.usd is not None else "no price known"
         much = f"{epochs or 1:g} epochs of {len(run.found.lengths):,} rows" if run else f"{tokens or TOKENS} tokens"
         click.echo(f"{a.candidate.gpu.name}{where}: {a.hours:,.2f} h, {cost_words} for {much}\n")
-    _print(columns, rows, style)
+    _print(columns, rows, style, warnings=warnings)
     return 0 if found.answer else 1
 
 
@@ -271,44 +283,48 @@ def _candidates_of(
     model: str, gpus: tuple[str, ...], providers: tuple[str, ...], single: bool, much: tuple[str | None, float | None],
     given: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """The model, a candidate per card with its cheapest allowed machine, the amount of training, the data.
+    """The model, a candidate per card with its cheapest allowed machine, the amount of training, the data, the notes.
 
     Raises:
         PlannerError: unknown names, or no candidate at all.
     """
     from planner import calibration_files, catalog, cost
-    from planner.cli.data_options import apply, take
-    from planner.cli.plan import configure, load_model, training_settings
+    from planner.calibration import time_words
+    from planner.cli.data_options import known, take
     from planner.cli.table import cards_of
     from planner.errors import Contradiction, InvalidInput, unknown
     from planner.pick import Candidate
+    from planner.request import Request, counted, resolve
     from planner.units import parse_count
 
     calibration = given.pop("calibration", None)
     data, (tokens, epochs) = take(given), much
-    if data["data_files"] and tokens is not None:
+    if data and tokens is not None:
         raise Contradiction("--tokens and --data say the same thing twice; give one of them")
-    if epochs is not None and not data["data_files"]:
+    if epochs is not None and not data:
         raise Contradiction("--epochs counts passes over --data; give both")
     machines = catalog.instances()
-    known = {item.provider for item in machines}
+    offered = {item.provider for item in machines}
     for name in providers:
-        if name not in known:
-            raise unknown("provider", name, sorted(known))
+        if name not in offered:
+            raise unknown("provider", name, sorted(offered))
     machines = [m for m in machines if (not providers or m.provider in providers) and (not single or m.gpu_count == 1)]
     names = [name for text in gpus for name in text.split(",")]
     cards = cards_of(names) if names else cards_of(list(dict.fromkeys(m.gpu_id for m in machines)))
-    stack = training_settings(given)
-    spec = load_model(model).spec
-    run = apply(data, spec, stack or "custom", given)
-    chosen = calibration_files.select_each(cards, calibration)
-    found = []
-    for card in cards:
-        _, training = configure(spec, stack or "custom", given, card=card)
-        found.append(Candidate(card, cost.cheapest(card, machines), training, chosen[card.gpu_id]))
+    chosen, shared = calibration_files.select_each(cards, calibration), known()
+    plans = [resolve(Request(model, given, card=c, calibration=chosen[c.gpu_id], data=data), shared) for c in cards]
+    found = [
+        Candidate(card, cost.cheapest(card, machines), plan.training, chosen[card.gpu_id])
+        for card, plan in zip(cards, plans, strict=True)
+    ]
     if not found:
         raise InvalidInput("no candidate: no machine of these providers has a card of the catalogue")
-    return spec, found, cost.Amount(tokens=parse_count(TOKENS if tokens is None else tokens)), run
+    notes = counted((plan.common_warnings, 1) for plan in plans)
+    warnings = [f"{note}{f' ({n} of {len(plans)} cards)' if n < len(plans) else ''}" for note, n in notes]
+    if any(item.borrowed for item in chosen.values()):
+        warnings.append(time_words(chosen))
+    amount = cost.Amount(tokens=parse_count(TOKENS if tokens is None else tokens))
+    return plans[0].spec, found, amount, plans[0].data, warnings
 
 
 TOKENS = "10M"

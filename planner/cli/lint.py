@@ -64,11 +64,10 @@ def lint(
 def _linted(name: str, model: str | None, card: Gpu | None, reading: dict[str, Any], given: dict[str, Any]) -> Linted:
     """Look at one file; one that cannot be read is a finding with its reason (alone, an error)."""
     from planner.cli.from_config import job_of, with_job
-    from planner.cli.plan import configure, load_model, training_settings
     from planner.errors import InvalidInput, PlannerError, one_line
     from planner.lint import traps
-    from planner.predict import predict
     from planner.report.lint_view import Linted
+    from planner.request import Request, resolve
 
     try:
         job = job_of((*reading["configs"], name), reading, given)
@@ -76,12 +75,12 @@ def _linted(name: str, model: str | None, card: Gpu | None, reading: dict[str, A
         base = model or job.model
         if base is None:
             raise InvalidInput(f"{one_line(name, 160)!r} names no model; give it with --model")
-        stack = training_settings(options) or job.stack
-        spec = load_model(base).spec
         # fp16 in place of bf16 only where the framework chooses by the card: what is written is looked at as written
         dtypes = [v for key in ("autocast", "base_dtype") if (v := job.values.get(key)) and v.value == "bf16"]
-        resolved, training = configure(spec, stack, options, card=card if all(v.adapts for v in dtypes) else None)
-        prediction = predict(spec, training, card)
+        keeps = not all(v.adapts for v in dtypes)
+        plan = resolve(Request(base, options, job.stack, card, calibration="none", keeps_dtypes=keeps))
+        prediction = plan.predict()
     except (PlannerError, OSError) as error:
         return Linted(name, None, error=one_line(" ".join(str(error).split()), 400))
-    return Linted(name, prediction, traps(prediction, resolved.settings), job, resolved.settings)
+    found = traps(prediction, plan.resolved.settings)
+    return Linted(name, prediction, found, job, plan.resolved.settings, plan.notes)

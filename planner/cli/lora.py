@@ -8,6 +8,7 @@ import click
 
 from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, Word, format_option, training_options
+from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
     from planner.model import ModelSpec
@@ -40,10 +41,10 @@ def lora(
     """
     from planner import adapter, labs
     from planner.cli.fits import card_of
-    from planner.cli.plan import configure, load_model, training_settings
     from planner.cli.rival import entrenar
     from planner.errors import Contradiction
     from planner.report.lora_report import LoraAnswer, render
+    from planner.request import Request, resolve
 
     if lab == "5.1":
         click.echo(_lab_5_1(data_file), nl=False)
@@ -53,20 +54,24 @@ def lora(
     card = card_of(gpu, vram)
     if (rival is None) != (card is None):
         raise Contradiction("--with needs a card (--gpu or --vram), and a card is only used by --with")
-    stack = training_settings(given)
-    spec = load_model(model).spec
-    _, training = configure(spec, stack or "custom", given, card=card)
+    plan = resolve(Request(model, given, card=card, calibration="none"))  # only memory is printed
+    spec, training = plan.spec, plan.training
     if training.lora is None:
         raise Contradiction("method full has no adapter; choose --method lora or qlora")
     facts = adapter.facts(spec, training)
     if lab is not None:
-        answer = labs.lab_5_2(spec, training, facts) if lab == "5.2" else _lab_5_3(spec, training, model, data_file)
+        if lab == "5.2":
+            answer = {**labs.lab_5_2(spec, training, facts), "warnings": list(plan.warnings)}
+        else:  # a config file of the course, with the keys that it has
+            answer = _lab_5_3(spec, training, model, data_file)
+            echo_notes(plan.warnings, err=True)
         click.echo(_json(answer), nl=False)
         return 0
     beside = entrenar(spec, training, card) if card else None
-    click.echo(
-        render(LoraAnswer(spec.model_id, training, facts, labs.compare(spec, training, facts), beside), style), nl=False
-    )
+    compared = labs.compare(spec, training, facts)
+    click.echo(render(LoraAnswer(spec.model_id, training, facts, compared, beside, plan.warnings), style), nl=False)
+    if style == "csv":
+        echo_notes(plan.warnings, err=True)
     return 0
 
 

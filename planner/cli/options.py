@@ -243,15 +243,6 @@ TRAINING: dict[str, tuple[Option, ...]] = {
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def flag_of(key: str) -> str:
-    """Return the flag that sets a key of `planner.stacks`, as a message names it."""
-    for options in TRAINING.values():
-        for option in options:
-            if option.key == key:
-                return option.flags[-1].partition("/")[0]
-    return key
-
-
 def training_options(command: _Command) -> _Command:
     """Add every training setting to a command; a parameter is None where the user did not give it."""
     for options in reversed(list(TRAINING.values())):

@@ -19,6 +19,7 @@ from planner.cli.options import (
     format_option_of,
     training_options,
 )
+from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
     from planner.cost import Price
@@ -73,6 +74,8 @@ def simulate(
     \b
     Exit codes: 0 the run works, 1 it trains nothing or does not fit, 2 could not answer.
     """
+    from planner.verdict import FITS
+
     simulation = _simulation(model, gpu, given, every, calibration)
     if plot:
         from planner.report import data_plots
@@ -84,8 +87,10 @@ def simulate(
         from planner.report.simulation import render
 
         click.echo(render(simulation, style), nl=False)
+    if style in ("csv", "jsonl"):
+        echo_notes((*simulation.notes, *simulation.timeline.warnings()), err=True)
     works = len(simulation.timeline) and not simulation.timeline.out_of_memory_step()
-    return 0 if works and simulation.timeline.cost.prediction.verdict == "fits" else 1
+    return 0 if works and simulation.timeline.cost.prediction.verdict == FITS else 1
 
 
 def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibration: str | None) -> Simulation:
@@ -98,6 +103,7 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibra
     from planner.report.answer import run_words
     from planner.report.simulation import Simulation
     from planner.simulate import Timeline, closed_form
+    from planner.verdict import CLOSE
 
     wanted = {name: given.pop(name) for name in COST}
     run = {name: given.pop(name) for name in RUN}
@@ -115,8 +121,8 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibra
     notes = [*answer.prediction.warnings]
     if training.lora is not None and isinstance(answer.prediction.model, ModelSpec):
         notes += adapter.facts(answer.prediction.model, training).warnings
-    if answer.prediction.verdict == "too close to call":
-        notes.append("whether it fits is too close to call: loraplan fits says by how much")
+    if answer.prediction.verdict == CLOSE:
+        notes.append(f"whether it fits is {CLOSE}: loraplan fits says by how much")
     if found and found.found.token_error:
         notes.append(ESTIMATED)
     if price is not None:

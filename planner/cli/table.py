@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from planner.cli.data_options import data_options, take
+from planner.cli.data_options import data_options, known, take
 from planner.cli.from_config import ShowKeys, config_options, is_config, show_keys, take_job, take_reading
 from planner.cli.options import COST, TRAINING, Sectioned, Word, calibration_option
 from planner.outputs import whole_file
@@ -168,12 +168,12 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job:
     chosen = calibration_files.select_each(cards, costs.get("calibration"))
     cards = tuple(chosen[card.gpu_id].card(card) for card in cards)
     prices = card_prices(cards, lambda card: price_of(card, wanted))
-    data = costs.get("data") or {"data_files": ()}
-    if data["data_files"]:
+    data = costs.get("data")
+    if data:
         amount = amount_on_data(wanted)
-        return Tabulator(Wanted(models, cards, values, job), Run(amount, prices, chosen, margin, data))
+        return Tabulator(Wanted(models, cards, values, job), Run(amount, prices, chosen, margin, data), known())
     run = Run(amount_of(wanted), prices, chosen, margin)
-    return Tabulator(Wanted(models, cards, values, job), run)
+    return Tabulator(Wanted(models, cards, values, job), run, known())
 
 
 def _names(texts: Sequence[Any]) -> tuple[str, ...]:
@@ -281,7 +281,7 @@ def explicit(
     except csv.Error as error:
         raise InvalidInput(f"{one_line(path)!r} is no CSV file: {one_line(str(error))}") from None
     made = []
-    models: dict[str, Any] = {}
+    shared = known()
     if len(listed) >= MOST_LISTED:
         raise InvalidInput(f"{one_line(path)!r} has {MOST_LISTED:,} rows or more; split it")
     for number, row in enumerate(listed, start=2):
@@ -290,7 +290,7 @@ def explicit(
             one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs, job)
         except PlannerError as error:
             raise type(error)(f"{one_line(path, 60)} line {number}: {error}") from None
-        one.models = models
+        one.known = shared
         one.exact = True
         made.append(one)
     if not made:
@@ -328,6 +328,7 @@ class View(NamedTuple):
         reorders = self.sort or self.top or self.pareto or self.pivot
         if self.style in report.STREAMED and not reorders:
             count = self._stream(blocks, columns, caption_of(made, final=False))
+            self._tell_notes(made)
         else:
             rows = self._rows((row for block in blocks for row in block.rows(columns)), columns)
             count = len(rows)
@@ -339,6 +340,8 @@ class View(NamedTuple):
                 self._write_matrix(headings, turned, verdicts, caption, show)
             else:
                 self._write(columns, rows, caption)
+            if self.style in report.STREAMED:
+                self._tell_notes(made)
         problems: dict[str, int] = {}
         for one in made:
             for reason, number in one.problems.reasons.items():
@@ -346,6 +349,13 @@ class View(NamedTuple):
         for reason, number in problems.items():
             click.echo(f"left out {number:,}: {one_line(reason, 300)}", err=True)
         return 0 if count else 1
+
+    def _tell_notes(self, made: Sequence[Tabulator]) -> None:
+        """Say on stderr what formats of mere rows have no place for."""
+        from planner.errors import one_line
+
+        for line in warnings_of(notes_of(made), sum(one.evaluated for one in made)):
+            click.echo(one_line(line, 1000), err=True)
 
     def _rows(self, rows: Iterator[tuple[Any, ...]], columns: Sequence[str]) -> list[tuple[Any, ...]]:
         from planner.errors import InvalidInput
@@ -432,6 +442,7 @@ def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
 def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     """Version, calibration, prices and their days, and the settings that all rows share."""
     from planner import __version__
+    from planner.calibration import time_words
     from planner.cli.money import ESTIMATED
     from planner.report.answer import value_words
     from planner.report.grid import Caption
@@ -441,14 +452,11 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     shared = dict(made[0].shared)
     for one in made[1:]:
         shared = {key: value for key, value in shared.items() if one.shared.get(key) == value}
-    labels = {name: item.calibration for name, item in made[0].run.chosen.items() if item.calibration is not None}
-    calibrations = "time from data sheets, not calibrated on these cards"
-    if labels:
-        calibrations = f"time calibrated on {', '.join(sorted(labels))}, elsewhere from data sheets"
-    lines = [f"loraplan {__version__}; {made[0].basis}; {calibrations}"]
+    chosen = {name: item for one in made for name, item in one.run.chosen.items()}
+    lines = [f"loraplan {__version__}; {made[0].basis}; {time_words(chosen)}"]
     if made[0].run.margin:
         lines.append(f"{made[0].run.margin:g} % of every card is kept free (--margin)")
-    if final and any(scan.token_error for one in made for scan in one.scans.values()):
+    if final and any(scan.token_error for one in made for scan in one.known.scans.values()):
         lines.append(ESTIMATED)
     if made[0].run.budget and days:
         lines.append(f"prices on demand, read {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
@@ -457,11 +465,31 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
                  "target_modules", "base_dtype", "autocast")  # fmt: skip
         words = [f"{key} {value_words(shared[key])}" for key in order if key in shared]
         lines.append(f"all rows: {'; '.join(words)}")
-    data = {
-        "version": __version__, "basis": made[0].basis, "calibrated": sorted(labels), "prices_read": days,
+    data: dict[str, Any] = {
+        "version": __version__, "basis": made[0].basis, "prices_read": days,
+        "calibrated": sorted(name for name, item in chosen.items() if item.calibration and not item.borrowed),
+        "borrowed": {n: i.calibration.label for n, i in sorted(chosen.items()) if i.calibration and i.borrowed},
         "shared": {key: value_words(value) for key, value in shared.items()},
     }  # fmt: skip
+    if final:
+        notes = notes_of(made)
+        data["warnings"] = [{"text": text, "rows": rows} for text, rows in notes.items()]
+        lines += warnings_of(notes, sum(one.evaluated for one in made))
     return Caption(tuple(lines), data)
+
+
+def notes_of(made: Sequence[Tabulator]) -> dict[str, int]:
+    """Distinct notes of the plans of all rows, with the number of rows that each concerns."""
+    found: dict[str, int] = {}
+    for one in made:
+        for note, rows in one.notes.items():
+            found[note] = found.get(note, 0) + rows
+    return found
+
+
+def warnings_of(notes: Mapping[str, int], rows: int) -> list[str]:
+    """The notes as lines, with how many of the rows they concern."""
+    return [f"warning{f' ({n:,} of {rows:,} rows)' if n < rows else ''}: {note}" for note, n in notes.items()]
 
 
 def _with_progress(made: Sequence[Tabulator]) -> Iterator[Block]:

@@ -31,6 +31,16 @@ def echo_coloured(text: str, word: str, colour: str) -> None:
         click.echo(text, nl=False, color=False)
 
 
+def echo_notes(notes: Iterable[str], *, err: bool = False) -> None:
+    """Print what a plan's user must see, a paragraph each; `err`: beside a format that has no place for notes."""
+    from planner.errors import one_line
+    from planner.report.tables import wrapped
+
+    for note in notes:
+        text = f"warning: {one_line(note, 1000)}"
+        click.echo(text if err else wrapped(text, indent="  "), err=err)
+
+
 def tell_unanswered(errors: Iterable[str]) -> None:
     """Say on stderr how many of the files had no answer: the reasons stand in the output."""
     files = list(errors)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the command's help needs none of these
 
 
 @click.command(cls=Sectioned)
-@model_or_config(reports_gaps=True)
+@model_or_config()
 @click.option("--gpu", metavar="GPU", help="The card whose kernels are imitated (loraplan gpus); default an A100's.")
 @click.option(
     "--layers",
@@ -66,9 +66,9 @@ def trace(
     Exit codes: 0 traced, 2 could not answer.
     """
     from planner.cli.fits import card_of
-    from planner.cli.plan import training_settings
     from planner.predict import architecture
     from planner.report.trace_view import TraceView
+    from planner.request import training_settings
 
     if plot is not None:
         _check_plot(plot)
@@ -95,15 +95,15 @@ def traced_answer(
     Raises:
         PlannerError: no answer.
     """
-    from planner.cli.plan import stack_origin
     from planner.predict import architecture
     from planner.report.answer import Answer
+    from planner.request import stack_origin
     from planner.traced import predict_traced
 
     loaded, spec, notes, resolved, training = _prepare(model, stack, given, card)
     arch = architecture(card, training)
     traced = _run(loaded.config, loaded.model_id, training, arch, "full", limit_s, cached, events=True)
-    notes += _other_releases(given, traced) + ((card.notes,) if card and card.notes.startswith("'") else ())
+    notes += _other_releases(given, traced)
     prediction = predict_traced(traced, training, card, model=spec, warnings=notes)
     return Answer(prediction, loaded, resolved, (), kept, stack_origin=stack_origin(given, stack))
 
@@ -113,8 +113,8 @@ def _prepare(
 ) -> tuple[LoadedConfig, ModelSpec | None, tuple[str, ...], Resolved, TrainingSpec]:
     """Read the model's config, the family's structure if one is registered, and the settings."""
     from planner import sources
-    from planner.cli.plan import configure, file_notes, read_model
     from planner.errors import UnknownName
+    from planner.request import configure, notes_of, read_model
 
     loaded = sources.load_config(model)
     spec, notes = None, loaded.warnings
@@ -125,7 +125,7 @@ def _prepare(
     else:
         spec, notes = known.spec, known.warnings
     resolved, training = configure(spec, stack or "custom", given, card=card)
-    return loaded, spec, file_notes(given) + notes, resolved, training
+    return loaded, spec, notes_of(given, notes, card), resolved, training
 
 
 def _layers(text: str) -> str | int:

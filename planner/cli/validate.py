@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("file")
+@click.argument("file", required=False)
 @click.option("--source", "sources", multiple=True, metavar="NAME", help="Only rows of this source (repeatable).")
 @click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only rows with this value (repeatable).")
 @click.option("--rows", is_flag=True, help="Print each compared figure too.")
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @calibration_option
 @format_option
 def validate(
-    file: str,
+    file: str | None,
     sources: tuple[str, ...],
     where: tuple[str, ...],
     rows: bool,
@@ -37,13 +37,16 @@ def validate(
     calibration: str | None,
     style: str,
 ) -> int:
-    """Compare predictions with the measurements of FILE (CSV, columns of measurements.md).
+    """Compare predictions with the measurements of FILE (CSV), or with the published runs that loraplan ships.
+
+    The columns and the sources of the shipped runs are described in data/README.md.
 
     Errors are signed percents of the nearer end of the published interval, negative when the prediction is too low.
     Source * is the mean over sources. A row that cannot be predicted is listed with its reason.
 
     \b
     Examples:
+      loraplan validate --where gpu=t4
       loraplan validate measurements.csv
       loraplan validate measurements.csv --where gpu=t4 --where method=qlora --rows
       loraplan validate measurements.csv --source litgpt --format json
@@ -53,14 +56,15 @@ def validate(
     """
     from pathlib import Path
 
-    from planner import measurements, validation
+    from planner import catalog, measurements, validation
     from planner.cli.terminal import progress
     from planner.report import validation_report
 
-    table = measurements.select(measurements.read_measurements(Path(file)), sources, where)
+    path = file if file is not None else catalog.data_path("measurements", "published.csv")
+    table = measurements.select(measurements.read_measurements(Path(path)), sources, where)
     glue = _Glue(calibration)
     report = validation.score(
-        progress(table, "predicting"), glue.predict, capacity=glue.capacity, include_loose=include_c,
+        progress(table, "predicting"), glue.predict, include_loose=include_c,
         anchor=anchor == "first",
     )  # fmt: skip
     click.echo(validation_report.render(report, style, rows=rows), nl=False)
@@ -83,8 +87,10 @@ class _Glue:
     """What turns a row's options into a prediction; models and cards are read once."""
 
     def __init__(self, calibration: str | None = None) -> None:
+        from planner.request import Known
+
         self.calibration = calibration
-        self.models: dict[str, Any] = {}
+        self.known = Known(offline=True)
         self.cards: dict[str, Any] = {}
 
     def predict(self, options: dict[str, Any], model_id: str, gpu_id: str | None) -> Prediction:
@@ -93,42 +99,15 @@ class _Glue:
         Raises:
             PlannerError: the row's model, card or settings are not known.
         """
-        from planner import calibration_files
-        from planner.cli.plan import configure
-        from planner.predict import predict
+        from planner.request import Request, resolve
 
         given = dict(options)
         stack = given.pop("stack")
         lengths: RowLengths | None = given.pop("row_lengths", None)
-        spec = self._model(model_id)
-        _, training = configure(spec, stack, given, lenient=True)
         card = self._card(gpu_id) if gpu_id else None
-        if card is None:
-            return predict(spec, training, None, orders=_orders(lengths, training))
-        chosen = calibration_files.select(card, self.calibration, training.versions)
-        return predict(
-            spec, training, chosen.card(card), warnings=chosen.notes, coefficients=chosen.coefficients,
-            orders=_orders(lengths, training),
-        )  # fmt: skip
-
-    def capacity(self, gpu_id: str) -> int | None:
-        """Return a card's memory in bytes; None for a card that is not known."""
-        card = self._card(gpu_id)
-        return card.memory_bytes if card else None
-
-    def _model(self, model_id: str) -> Any:
-        from planner.cli.plan import load_model
-        from planner.errors import PlannerError
-
-        if model_id not in self.models:
-            try:
-                self.models[model_id] = load_model(model_id, offline=True).spec
-            except PlannerError as error:
-                self.models[model_id] = error
-        found = self.models[model_id]
-        if isinstance(found, PlannerError):
-            raise found
-        return found
+        request = Request(model_id, given, stack, card, calibration=self.calibration, lenient=True)
+        plan = resolve(request, self.known)
+        return plan.predict(_orders(lengths, plan.training))
 
     def _card(self, gpu_id: str) -> Any:
         """Return the card; None when the catalogue lacks it (its rows are still scored for memory)."""

@@ -16,6 +16,7 @@ from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import comment, json_file, yaml
 from planner.hardware import Gpu
 from planner.predict import Prediction, predict
+from planner.verdict import FITS
 
 ENVIRONMENT_VERSION = 6
 DEPENDENCIES = ("trl==1.16.0", "peft>=0.21", "bitsandbytes>=0.50")
@@ -62,7 +63,7 @@ def choose(recipe: Recipe, name: str | None, count: int | None, margin: float = 
     tried = []
     for accelerator in ACCELERATORS:
         prediction = _predicted(recipe, accelerator, margin)
-        if prediction.verdict == "fits":
+        if prediction.verdict == FITS:
             return Choice(accelerator, check_count(accelerator, count), prediction)
         tried.append(f"{accelerator.name} {prediction.verdict}")
     raise PlannerError(
@@ -125,7 +126,7 @@ def export(
             f"the plan is for one GPU; {count} are reserved (whole nodes). Several GPUs are not planned: run.sh starts "
             "one process"
         )
-    errors = [] if prediction.verdict == "fits" else [_fit_words(accelerator, prediction)]
+    errors = [] if prediction.verdict == FITS else [_fit_words(accelerator, prediction)]
     return Export(
         artifacts=(
             Artifact("workload.yaml", head + "\n" + yaml(workload)),

@@ -18,6 +18,7 @@ from planner.exporters.text import json_file
 from planner.hardware import Gpu, Instance
 from planner.predict import Prediction, lacks_bf16, predict
 from planner.units import GiB
+from planner.verdict import FITS
 
 RUNTIME = "15.4.x-gpu-ml-scala2.12"
 """A GPU ML runtime; Photon does not run on GPU nodes."""
@@ -131,7 +132,7 @@ def choose(recipe: Recipe, cloud: str, name: str | None) -> Choice:
         if key not in tried:
             tried[key] = predict(recipe.model, recipe.training, candidate.gpu)
             reasons[key] = f"{candidate.gpu.name} {_need(tried[key])}"
-        if tried[key].verdict == "fits":
+        if tried[key].verdict == FITS:
             return Choice(candidate, tried[key])
     raise PlannerError(
         f"the run fits no GPU node of {cloud}: {'; '.join(reasons.values())}; several GPUs are not planned"
@@ -153,7 +154,7 @@ def export(recipe: Recipe, choice: Choice, *, name: str = "loraplan", user: str 
         raise InvalidInput(f"the cluster name is {one_line(name)!r}; must be 1 to 100 printable characters")
     found, prediction = choice
     errors = []
-    if prediction.verdict != "fits":
+    if prediction.verdict != FITS:
         errors.append(f"{found.name}: {prediction.verdict}, {_need(prediction)}")
     return Export(
         artifacts=(

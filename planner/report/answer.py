@@ -19,9 +19,6 @@ if TYPE_CHECKING:  # a run that fits needs no search
     from planner.datarun import DataRun
     from planner.search import Change
 
-WORDS = {"fits": "YES", "does not fit": "NO", "too close to call": "MAYBE", None: "NEEDS"}
-"""Verdict -> the first word of the table; NEEDS when no card was named."""
-
 
 class Answer(NamedTuple):
     """Everything a report about one run may print."""

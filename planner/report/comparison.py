@@ -37,6 +37,15 @@ class Part(NamedTuple):
         return any(value != self.values[0] for value in self.values[1:])
 
 
+def warnings(items: Sequence[Compared]) -> list[str]:
+    """Distinct warnings, with the configurations that each concerns."""
+    found: dict[str, list[str]] = {}
+    for item in items:
+        for note in item.prediction.warnings:
+            found.setdefault(note, []).append(item.label)
+    return [f"{', '.join(labels)}: {note}" for note, labels in found.items()]
+
+
 def settings(items: Sequence[Compared]) -> list[Part]:
     """The settings that all configurations use and that are not the same in all."""
     parts = [

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from planner.errors import one_line
 from planner.hardware import Gpu
-from planner.report.answer import WORDS, Answer, run_words
-from planner.report.tables import json_text, table
+from planner.report.answer import Answer, run_words
+from planner.report.tables import escape, json_text, table, wrapped
+from planner.request import counted
 from planner.units import GiB, gib
+from planner.verdict import ANSWERS, CLOSE, FITS, NO, Verdict
 
 HEADERS = ("file", "verdict", "peak GiB", "up to", "left", "run")
 
@@ -35,7 +37,21 @@ def render(checks: Sequence[Check], card: Gpu, style: str) -> str:
     if style == "github":
         return "".join(annotation(check, card) for check in checks) + _summary(checks, card)
     text = table(style, HEADERS, [_row(check) for check in checks])
-    return text + (f"\n{_summary(checks, card)}" if style == "table" else "")
+    if style == "markdown":
+        return text + "".join(f"\n- {escape(line)}" for line in notes(checks)) + ("\n" if notes(checks) else "")
+    if style == "csv":
+        return text
+    return f"{text}\n{_summary(checks, card)}" + "".join(f"{wrapped(line, indent='  ')}\n" for line in notes(checks))
+
+
+def notes(checks: Sequence[Check]) -> list[str]:
+    """Distinct warnings of all files, with how many of them each concerns where that is not all."""
+    answered = [check.answer.prediction for check in checks if check.answer is not None]
+    found = counted((tuple(dict.fromkeys(p.warnings)), 1) for p in answered)
+    return [
+        f"warning{f' ({n} of {len(checks)} files)' if n < len(checks) else ''}: {one_line(note, 1000)}"
+        for note, n in found
+    ]
 
 
 def document(checks: Sequence[Check], card: Gpu) -> dict[str, Any]:
@@ -43,7 +59,7 @@ def document(checks: Sequence[Check], card: Gpu) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "gpu": card.gpu_id,
-        "fits": all(check.verdict == "fits" for check in checks),
+        "fits": all(check.verdict == FITS for check in checks),
         "files": [_entry(check) for check in checks],
     }
 
@@ -67,19 +83,19 @@ def _row(check: Check) -> tuple[Any, ...]:
         return (check.file, "?", None, None, None, check.error)
     p = check.answer.prediction
     sizes = (p.device.expected / GiB, p.device.high / GiB, p.headroom_bytes / GiB)
-    return (check.file, WORDS[p.verdict], *sizes, run_words(check.answer))
+    return (check.file, ANSWERS[p.verdict], *sizes, run_words(check.answer))
 
 
 def _summary(checks: Sequence[Check], card: Gpu) -> str:
-    counts = {word: sum(1 for c in checks if c.verdict == verdict) for verdict, word in _COUNTED}
+    counts = {word: sum(1 for c in checks if c.verdict == verdict) for verdict, word in COUNTED}
     parts = [f"{count} {word}" for word, count in counts.items() if count]
     return f"{len(checks)} files on {one_line(card.name, 40)} ({gib(card.memory_bytes)} GiB): {', '.join(parts)}\n"
 
 
-_COUNTED = (
-    ("fits", "fit"),
-    ("does not fit", "do not fit"),
-    ("too close to call", "too close to call"),
+COUNTED: tuple[tuple[Verdict | None, str], ...] = (
+    (FITS, "fit"),
+    (NO, "do not fit"),
+    (CLOSE, CLOSE),
     (None, "without an answer"),
 )
 
@@ -96,11 +112,10 @@ def annotation(check: Check, card: Gpu) -> str:
         return command("error", check.file, 1, "loraplan: no answer", check.error)
     p = check.answer.prediction
     size = f"{gib(p.device.expected)} GiB (up to {gib(p.device.high)}) of {gib(p.capacity_bytes)} on {card.name}"
-    kind, title = {
-        "fits": ("notice", "fits"),
-        "too close to call": ("error", "too close to call"),
-    }.get(p.verdict or "", ("error", "does not fit"))
-    lines = [command(kind, check.file, check.line, f"loraplan: {title}", f"{run_words(check.answer)}: peak {size}")]
+    kind = "notice" if p.verdict == FITS else "error"
+    lines = [
+        command(kind, check.file, check.line, f"loraplan: {p.verdict or NO}", f"{run_words(check.answer)}: peak {size}")
+    ]
     for warning in p.warnings:
         lines.append(command("warning", check.file, check.line, "loraplan", one_line(warning, 500)))
     return "".join(lines)

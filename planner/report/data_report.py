@@ -25,6 +25,8 @@ class DataAnswer(NamedTuple):
     seed: int | None = None
     written: dict[str, int] | None = None
     folder: str = ""
+    warnings: tuple[str, ...] = ()
+    """About the model whose vocabulary was named."""
 
 
 def paddings(answer: DataAnswer) -> list[Padded]:
@@ -86,6 +88,7 @@ def document(answer: DataAnswer) -> dict[str, Any]:
         if answer.split
         else None,
         "written": answer.written,
+        "warnings": list(answer.warnings),
     }  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def _text(answer: DataAnswer) -> str:
         _truncation(answer) + "\n",
         f"one epoch in batches of {answer.batch}, rows cut to {answer.limit:,} tokens:\n"
         + aligned(_BATCH_HEADERS, _batch_rows(answer)),
-        "".join(f"{line}\n" for line in notes(answer)),
+        "".join(f"{wrapped(line, indent='  ') if line.startswith('warning: ') else line}\n" for line in notes(answer)),
     ]
     return "\n".join(block for block in blocks if block)
 
@@ -159,6 +162,7 @@ def notes(answer: DataAnswer) -> list[str]:
     if answer.written:
         files = ", ".join(f"{name} ({rows:,} rows)" for name, rows in answer.written.items())
         lines.append(f"written to {one_line(answer.folder, 100)}: {files}")
+    lines += [f"warning: {one_line(note, 1000)}" for note in answer.warnings]
     return lines
 
 

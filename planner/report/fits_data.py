@@ -7,7 +7,6 @@ from typing import Any
 from planner.memory import CATEGORIES
 from planner.predict import Range
 from planner.report.answer import (
-    WORDS,
     Answer,
     card_words,
     components,
@@ -21,6 +20,7 @@ from planner.report.tables import csv_text, escape, json_text, markdown
 from planner.report.time_text import PARTS, parts_of, run_block, run_data, time_data
 from planner.search import Change
 from planner.units import GiB, gib
+from planner.verdict import ANSWERS
 
 SCHEMA_VERSION = 1
 COUNTERS = ("allocated", "reserved", "device")
@@ -199,7 +199,7 @@ def _cell(key: str, value: Any) -> Any:
 
 def _markdown(answer: Answer) -> str:
     p = answer.prediction
-    blocks = [f"## {WORDS[p.verdict]}: {escape(run_words(answer))}"]
+    blocks = [f"## {ANSWERS[p.verdict]}: {escape(run_words(answer))}"]
     if p.gpu is not None:
         left = f"{gib(abs(p.headroom_bytes))} GiB {'left over' if p.headroom_bytes >= 0 else 'missing'}"
         blocks.append(f"On {escape(card_words(answer))}, of which {gib(p.capacity_bytes)} GiB may be used: {left}.")

@@ -8,7 +8,6 @@ from planner.errors import one_line
 from planner.hardware import CPU
 from planner.predict import Range
 from planner.report.answer import (
-    WORDS,
     Answer,
     card_words,
     components,
@@ -20,6 +19,7 @@ from planner.report.answer import (
 from planner.report.tables import aligned, wrapped
 from planner.report.time_text import ledger_block, step_block
 from planner.units import gib
+from planner.verdict import ANSWERS, CLOSE, FITS, NO
 
 _TOTALS = {
     "allocated": "max_memory_allocated",
@@ -44,9 +44,9 @@ def render(answer: Answer) -> str:
     blocks = [_headline(answer), _ledger(answer), _peak(answer), step_block(answer), _data(answer)]
     if answer.changes:
         blocks.append(_changes(answer))
-    elif answer.prediction.via == "trace" and answer.prediction.verdict not in ("fits", None):
+    elif answer.prediction.via == "trace" and answer.prediction.verdict not in (FITS, None):
         blocks.append("what would fit is searched by loraplan's own program only: leave out --via trace\n")
-    elif answer.prediction.verdict in ("does not fit", "too close to call"):
+    elif answer.prediction.verdict in (NO, CLOSE):
         blocks.append("no single change or combination that was tried makes it fit\n")
     if answer.explain_time and not answer.explain and answer.prediction.time is not None:
         blocks.append(ledger_block(answer.prediction.time))
@@ -76,7 +76,7 @@ def _paragraph(label: str, text: str) -> str:
 
 def _headline(answer: Answer) -> str:
     p = answer.prediction
-    word, card = WORDS[p.verdict], card_words(answer)
+    word, card = ANSWERS[p.verdict], card_words(answer)
     body = wrapped(f"{run_words(answer)}{f', on {card}' if card else ''}", 73).replace("\n", "\n       ")
     need = f"peak {gib(p.device.expected)} GiB ({gib(p.device.low)} to {gib(p.device.high)})"
     if p.gpu is not None:

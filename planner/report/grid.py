@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from planner.errors import InvalidInput, MissingDependency, one_line, unknown
 from planner.report.tables import aligned, csv_cell, markdown, plain, wrapped
 from planner.units import GiB
+from planner.verdict import ANSWERS, CLOSE, NO, VERDICTS, Verdict
 
 FORMATS = ("table", "json", "jsonl", "csv", "markdown", "latex", "html", "parquet")
 SUFFIXES = {
@@ -416,7 +417,7 @@ def figure(value: Any, kind: Shown) -> Any:
     return made
 
 
-MARKS = {"does not fit": "!", "too close to call": "?"}
+MARKS: dict[Verdict, str] = {NO: "!", CLOSE: "?"}
 
 
 def marked(value: Any, kind: Shown, verdict: Any) -> Any:
@@ -505,7 +506,7 @@ def html_table(headings: Sequence[str], cells: Sequence[Sequence[Any]], caption:
 
 
 _NUMERIC = re.compile(r"[-+]?[\d,]+(\.\d+)?")
-_VERDICT_CLASS = {"fits": "yes", "does not fit": "no", "too close to call": "maybe"}
+_VERDICT_CLASS: dict[str, str] = {word: ANSWERS[word].lower() for word in VERDICTS}
 
 STYLE = """
 :root{color-scheme:light}

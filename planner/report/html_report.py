@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from planner import __version__
 from planner.errors import one_line
 from planner.report.answer import value_words
-from planner.report.comparison import Compared, sentences, shown_rows
+from planner.report.comparison import Compared, sentences, shown_rows, warnings
 from planner.report.figures import Picture
 from planner.report.grid import Caption, html_page, html_table
 from planner.units import gib
@@ -44,8 +44,7 @@ def _summary(items: Sequence[Compared]) -> str:
             f"{gib(p.device.low)} to {gib(p.device.high)}", p.capacity_bytes / 2**30 if p.gpu else None,
             f"{p.time.step_s.expected:,.3f}" if p.time else "", int(p.time.tokens_per_s) if p.time else None,
         ])  # fmt: skip
-    warnings = [f"{item.label}: {note}" for item in items for note in item.prediction.warnings]
-    return html_table(headings, cells, Caption(tuple(warnings), {}))
+    return html_table(headings, cells, Caption(tuple(warnings(items)), {}))
 
 
 def _comparison(items: Sequence[Compared]) -> str:

@@ -32,6 +32,8 @@ class Linted(NamedTuple):
     traps: tuple[Trap, ...] = ()
     job: Job | None = None
     settings: Mapping[str, Setting] = {}
+    notes: tuple[str, ...] = ()
+    """What an answer about the file must say: settings that are not modelled, how its model was read."""
     error: str = ""
 
 
@@ -49,6 +51,7 @@ def render(found: Sequence[Linted], style: str) -> str:
         for i in found
         for t in i.traps
     ]
+    rows += [(i.file, "warning", None, None, None, i.file, "", n) for i in found for n in i.notes]  # type: ignore[misc]
     rows += [(i.file, "error", None, None, None, i.file, "", i.error) for i in found if i.error]  # type: ignore[misc]
     return table(style, headers, rows)
 
@@ -87,20 +90,19 @@ def _text(item: Linted) -> str:
         return wrapped(f"{one_line(item.file, 200)}: no answer: {item.error}", 80, "  ") + "\n"
     p = item.prediction
     head = f"{one_line(item.file, 200)}: {one_line(p.model.model_id, 80)}, peak {gib(p.device.expected)} GiB"
-    if not item.traps:
-        return f"{head}: no traps\n"
-    lines = [head]
+    lines = [head if item.traps else f"{head}: no traps"]
     for trap in item.traps:
         mark = "!!" if trap.serious else "  "
         lines.append(wrapped(f"{mark} {trap.name}: costs {cost(trap)}", 80, "     "))
         lines.append(wrapped(f"     {trap.what}", 80, "     "))
         lines.append(wrapped(one_line(f"     {_where(item, trap)[0]} -> {_change(item, trap)}", 1000), 80, "     "))
+    lines += [wrapped(f"   warning: {one_line(note, 1000)}", 80, "     ") for note in item.notes]
     return "\n".join(lines) + "\n"
 
 
 def _document(item: Linted) -> dict[str, Any]:
     if item.prediction is None:
-        return {"file": item.file, "error": item.error, "traps": []}
+        return {"file": item.file, "error": item.error, "traps": [], "warnings": []}
     found = [
         {
             "name": t.name, "what": t.what, "bytes": t.nbytes, "seconds": t.seconds, "share": t.share,
@@ -109,13 +111,17 @@ def _document(item: Linted) -> dict[str, Any]:
         for t in item.traps
     ]  # fmt: skip
     model, peak = item.prediction.model.model_id, item.prediction.device.expected
-    return {"file": item.file, "error": None, "model": model, "peak_device_bytes": peak, "traps": found}
+    return {
+        "file": item.file, "error": None, "model": model, "peak_device_bytes": peak, "traps": found,
+        "warnings": list(item.notes),
+    }  # fmt: skip
 
 
 def _annotations(item: Linted) -> str:
     if item.error:
         return command("error", item.file, 1, "loraplan lint: no answer", item.error)
-    return "".join(
+    notes = "".join(command("warning", item.file, 1, "loraplan lint", one_line(note, 500)) for note in item.notes)
+    return notes + "".join(
         command(
             "error" if trap.serious else "warning", item.file, _where(item, trap)[1], f"loraplan lint: {trap.name}",
             f"costs {cost(trap)}: {trap.what}; change to {_change(item, trap)}",

@@ -11,6 +11,7 @@ from planner.report.tables import aligned, csv_text, escape, json_text, markdown
 from planner.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
 from planner.training import TrainingSpec
 from planner.units import GB, human_bytes
+from planner.verdict import FITS, NO
 
 SCHEMA_VERSION = 1
 
@@ -39,6 +40,13 @@ class LoraAnswer(NamedTuple):
     facts: AdapterFacts
     comparisons: tuple[Comparison, ...]
     rival: Rival | None = None
+    notes: tuple[str, ...] = ()
+    """Of the plan: what was read of the model and the config."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The plan's notes, then the adapter's."""
+        return tuple(dict.fromkeys((*self.notes, *self.facts.warnings)))
 
 
 def render(answer: LoraAnswer, style: str) -> str:
@@ -94,7 +102,7 @@ def _text(answer: LoraAnswer) -> str:
     ]
     if answer.rival:
         blocks.append(rival_text(answer.rival))
-    blocks.append("".join(f"{wrapped(f'warning: {note}', 80, '  ')}\n" for note in answer.facts.warnings))
+    blocks.append("".join(f"{wrapped(f'warning: {note}', 80, '  ')}\n" for note in answer.warnings))
     return "\n".join(block for block in blocks if block)
 
 
@@ -111,7 +119,7 @@ def _number(value: float) -> str:
 
 def _rival_rows(rival: Rival) -> list[tuple[Any, ...]]:
     plan = rival.plan
-    words = {"fits": "yes", "does not fit": "no"}
+    words: dict[str, str] = {FITS: "yes", NO: "no"}
     ours, own = words.get(rival.verdict or "", "unclear"), words.get(rival.own_verdict or "", "unclear")
     asked = "as asked"
     return [
@@ -170,7 +178,7 @@ def document(answer: LoraAnswer) -> dict[str, Any]:
             for c in answer.comparisons
         ],
         "entrenar": rival_document(answer.rival),
-        "warnings": list(f.warnings),
+        "warnings": list(answer.warnings),
     }  # fmt: skip
 
 
@@ -204,5 +212,5 @@ def _markdown(answer: LoraAnswer) -> str:
     if answer.rival:
         blocks.append(markdown(_RIVAL_HEADERS, _rival_rows(answer.rival)).rstrip())
         blocks.append("\n".join(f"- {escape(note)}" for note in answer.rival.notes))
-    blocks.append("\n".join(f"- Warning: {escape(note)}" for note in answer.facts.warnings))
+    blocks.append("\n".join(f"- Warning: {escape(note)}" for note in answer.warnings))
     return "\n\n".join(block for block in blocks if block) + "\n"

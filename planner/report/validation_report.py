@@ -7,6 +7,7 @@ from typing import Any
 from planner.errors import one_line
 from planner.report.tables import csv_text, json_text, table, wrapped
 from planner.validation import Comparison, Report
+from planner.verdict import CLOSE
 
 _GROUP = ("source", "quantity", "n", "mean_abs_pct", "median_abs_pct", "worst_under_pct", "worst_over_pct", "coverage")
 _GROUP_HEADERS = ("source", "quantity", "n", "mean %", "median %", "under %", "over %", "inside %")
@@ -24,12 +25,12 @@ def render(report: Report, style: str, *, rows: bool) -> str:
     blocks = [
         f"{heading}Errors by source (percent; source * is the mean over sources)\n\n"
         + table(style, _GROUP_HEADERS, [_group_row(group) for group in report.groups()]),
-        _verdicts(report),
+        (verdict_sentence(report) if style == "markdown" else wrapped(verdict_sentence(report))) + "\n",
     ]
     if rows:
         compared = [_comparison_row(item) for item in report.comparisons]
         blocks.insert(1, f"{heading}Rows (GiB)\n\n" + table(style, _ROW_HEADERS, compared))
-    for title, items in (("Skipped", report.skipped), ("Scored under an assumption", report.flagged)):
+    for title, items in (("Skipped", report.skipped), ("Scored under an assumption or with a warning", report.flagged)):
         if items:
             blocks.append(f"{heading}{title}: {len(items)}\n\n{_reasons(items, style, rows)}")
     return "\n".join(blocks)
@@ -59,11 +60,17 @@ def _comparison_row(item: Comparison) -> tuple[Any, ...]:
     return (item.id, item.source, item.quantity, *sizes, item.error_pct, item.covered)
 
 
-def _verdicts(report: Report) -> str:
-    v = report.verdicts
+def verdict_sentence(report: Report) -> str:
+    """How often the verdict that is printed was right."""
+    v, judged = report.verdicts, report.judged()
+    ends = {"oom": "out of memory", "ok": "ran"}
+    parts = [
+        f"{words} {v[f'{end}_right']} right, {v[f'{end}_wrong']} wrong, {v[f'{end}_undecided']} too close"
+        for end, words in ends.items()
+    ]
     return (
-        f"Verdicts: out of memory {v['oom_right']} right, {v['oom_wrong']} wrong; "
-        f"ran {v['ok_right']} right, {v['ok_wrong']} wrong\n"
+        f"Of {sum(judged.values())} runs that say whether they fitted, the verdict is right for {judged['right']}, "
+        f'wrong for {judged["wrong"]} and "{CLOSE}" for {judged["undecided"]}: {"; ".join(parts)}.'
     )
 
 
@@ -73,7 +80,9 @@ def _reasons(items: Any, style: str, every: bool) -> str:
     for item in items:
         by_reason.setdefault(item.reason, []).append(item.id)
     if style == "markdown":
-        return table(style, ("reason", "n", "ids"), [(r, len(ids), " ".join(ids)) for r, ids in by_reason.items()])
+        cut = {r: " ".join(ids if every else ids[:3]) for r, ids in by_reason.items()}
+        rows = [(r, len(ids), cut[r] + (" ..." if not every and len(ids) > 3 else "")) for r, ids in by_reason.items()]
+        return table(style, ("reason", "n", "rows"), rows)
     lines = []
     for reason, ids in by_reason.items():
         shown = ids if every else ids[:3]

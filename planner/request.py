@@ -1,21 +1,245 @@
-"""From what a user gives (a model, a framework, options) to the model and training a prediction needs."""
+"""The one way from a user's words to a plan: `Request` (all that was said) -> `resolve` -> `Plan` (all that follows).
+
+A plan carries every note that its user must see: what a config asks for and the estimate lacks, what was read of the
+model, what the card's name leaves open, what the calibration is. Commands print `Plan.notes` or `Prediction.warnings`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner import families, lora, sources, stacks
-from planner.cli.options import LIBRARIES, flag_of
-from planner.cli.settled import NOTHING, Settled, settle, without_idle
+from planner import calibration_files, families, lora, sources, stacks
+from planner.calibration import Selection
 from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
+from planner.flags import flag_of
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.predict import lacks_bf16
+from planner.predict import Prediction, lacks_bf16, predict, training_warnings
+from planner.settled import NOTHING, Settled, settle, without_idle
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
 from planner.training import LoraSpec, TrainingSpec, Versions
+
+if TYPE_CHECKING:  # a run without data or config reads neither
+    from planner.datarun import DataRun
+    from planner.dataset.orders import Orders
+    from planner.dataset.scan import Scan, Source
+
+LIBRARIES = tuple(field.name for field in fields(Versions))
+"""Options that name a release of a library."""
+
+
+class Data(NamedTuple):
+    """Training data that decides a run's length, and how it is read."""
+
+    files: tuple[str, ...]
+    template: str | None = None
+    tokenizer: str | None = None
+    padding: str | None = None
+
+
+class Known:
+    """What several requests of one call share: models, scans of data and what they make of a batch, read once each."""
+
+    def __init__(self, read: Callable[[Source], Scan] | None = None, *, offline: bool = False) -> None:
+        self.read, self.offline = read, offline
+        self.models: dict[str, LoadedModel] = {}
+        self.scans: dict[Source, Scan] = {}
+        self.runs: dict[tuple[Source, int, int, str], DataRun] = {}
+
+    def model(self, name: str) -> LoadedModel:
+        """Read a model, once.
+
+        Raises:
+            PlannerError: as `load_model`.
+        """
+        if name not in self.models:
+            self.models[name] = load_model(name, offline=self.offline)
+        return self.models[name]
+
+    def run(self, what: Source, batch: int, limit: int, padding: Any) -> DataRun:
+        """Read data and batch its rows, once.
+
+        Raises:
+            PlannerError: data that cannot be read.
+        """
+        from planner.datarun import on_data
+        from planner.dataset.scan import scan
+
+        key = (what, batch, limit, padding)
+        if what not in self.scans:
+            self.scans[what] = (self.read or scan)(what)
+        if key not in self.runs:
+            self.runs[key] = on_data(self.scans[what], batch, limit, padding)
+        return self.runs[key]
+
+
+class Request(NamedTuple):
+    """Everything that can be said about one run."""
+
+    model: str
+    settings: Mapping[str, Any]
+    """Keys of `planner.stacks` (None: not given); `job` holds what config files say."""
+    stack: str | None = None
+    card: Gpu | None = None
+    calibration: str | Selection | None = None
+    """A file or id, "none" for priors, None for the best there is; or one that was chosen already."""
+    data: Data | None = None
+    lenient: bool = False
+    """Accept settings that the run has no use for (`configure`)."""
+    keeps_dtypes: bool = False
+    """Look at bf16 as it is written, on a card without it too."""
+
+
+class Plan(NamedTuple):
+    """A request with everything resolved, and every note that belongs to it."""
+
+    loaded: LoadedModel
+    stack: str | None
+    stack_origin: str
+    resolved: Resolved
+    training: TrainingSpec
+    card: Gpu | None
+    """With its measured context, where there is one."""
+    chosen: Selection | None
+    data: DataRun | None
+    notes: tuple[str, ...]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.loaded.spec
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes and what the settings cost unnoticed: what `predict` warns of, before it is asked."""
+        return tuple(dict.fromkeys((*self.notes, *training_warnings(self.spec, self.training, self.card))))
+
+    def on(self, card: Gpu, choice: str | Selection | None) -> Plan:
+        """The same settings on another card, which has bf16 where this one has."""
+        chosen = _calibration(card, choice, self.training.versions)
+        own = notes_of({}, (), self.card, self.chosen)
+        kept = tuple(note for note in self.notes if note not in own)
+        return self._replace(
+            card=chosen.card(card) if chosen is not None else card,
+            chosen=chosen,
+            notes=notes_of({}, kept, card, chosen),
+        )
+
+    @property
+    def common_warnings(self) -> tuple[str, ...]:
+        """The warnings without that of a borrowed calibration, which `calibration.time_words` says for many cards."""
+        own = self.chosen.notes[:1] if self.chosen is not None and self.chosen.borrowed else ()
+        return tuple(note for note in self.warnings if note not in own)
+
+    def predict(self, orders: Orders | None = None) -> Prediction:
+        """Predict the run; its warnings hold the plan's notes.
+
+        Args:
+            orders: in which rows of unequal length come, where that is known without data.
+
+        Raises:
+            PlannerError: settings that exclude each other or that the model does not have.
+        """
+        return predict(
+            self.spec,
+            self.training,
+            self.card,
+            warnings=self.notes,
+            coefficients=self.chosen.coefficients if self.chosen else None,
+            orders=self.data.orders() if self.data else orders,
+        )
+
+
+def resolve(request: Request, known: Known | None = None) -> Plan:
+    """Read the model and the data, settle every setting, choose the calibration, and collect what to tell the user.
+
+    `request.settings` is not changed.
+
+    Raises:
+        PlannerError: unknown names, unreadable files, or settings that exclude each other.
+    """
+    known, given = known or Known(), dict(request.settings)
+    stated = [name for name in LIBRARIES if given.get(name)]
+    stack = (training_settings(given) if "stack" in given else None) or request.stack
+    loaded = known.model(request.model)
+    run = data_run(request.data, loaded.spec, stack or "custom", given, known)
+    card = request.card
+    resolved, training = configure(
+        loaded.spec, stack or "custom", given, lenient=request.lenient, card=None if request.keeps_dtypes else card
+    )
+    chosen = _calibration(card, request.calibration, training.versions)
+    return Plan(
+        loaded=loaded,
+        stack=stack,
+        stack_origin=stack_origin(given, stack),
+        resolved=with_stated_releases(resolved, stated),
+        training=training,
+        card=chosen.card(card) if chosen is not None and card is not None else card,
+        chosen=chosen,
+        data=run,
+        notes=notes_of(given, loaded.warnings, card, chosen),
+    )
+
+
+def notes_of(
+    given: Mapping[str, Any], model: Sequence[str], card: Gpu | None, chosen: Selection | None = None
+) -> tuple[str, ...]:
+    """What every answer about a run must say: of its config, its model, its card's name, its calibration."""
+    named = (card.notes,) if card is not None and card.notes.startswith("'") else ()
+    return tuple(dict.fromkeys((*file_notes(given), *model, *named, *(chosen.notes if chosen else ()))))
+
+
+def _calibration(card: Gpu | None, choice: str | Selection | None, versions: Versions) -> Selection | None:
+    """Choose the coefficients for a card; one that was chosen before is told the releases."""
+    if card is None:
+        return None
+    if not isinstance(choice, Selection):
+        return calibration_files.select(card, choice, versions)
+    return choice.planned_with(versions)
+
+
+def data_run(wanted: Data | None, model: ModelSpec, stack: str, given: dict[str, Any], known: Known) -> DataRun | None:
+    """Read the data and set `seq_len` (and the padding mask) in `given` to what its longest batch needs.
+
+    `given` holds keys of `planner.stacks`; its seq_len, or the stack's own, is where rows are cut. Returns None when
+    no data was named.
+
+    Raises:
+        PlannerError: data that cannot be read, or a setting that is none.
+    """
+    if wanted is None or not wanted.files:
+        return None
+    from planner.datarun import needs_mask
+    from planner.dataset.scan import Source
+    from planner.dataset.templates import NAMES
+    from planner.dataset.tokens import family_of
+    from planner.errors import unknown
+
+    template = wanted.template or "auto"
+    if template not in NAMES:
+        raise unknown("template", template, NAMES)
+    _, training = configure(model, stack, given, lenient=True)
+    what = Source(
+        paths=tuple(wanted.files), template=template, tokenizer=wanted.tokenizer,
+        family=family_of(model.model_type, model.vocab_size),
+    )  # fmt: skip
+    run = known.run(what, training.micro_batch_size, training.seq_len, wanted.padding or "longest")
+    given["seq_len"] = run.longest
+    if given.get("padded") is None and needs_mask(run):
+        given["padded"] = True
+    return run
+
+
+def counted(notes: Iterable[tuple[tuple[str, ...], int]]) -> tuple[tuple[str, int], ...]:
+    """Distinct notes of many rows, with the number of rows that each concerns."""
+    found: dict[str, int] = {}
+    for of_rows, rows in notes:
+        for note in of_rows:
+            found[note] = found.get(note, 0) + rows
+    return tuple(found.items())
 
 
 class LoadedModel(NamedTuple):
@@ -114,7 +338,7 @@ def configure(
 ) -> tuple[Resolved, TrainingSpec]:
     """Resolve the given options with the framework's defaults, for this model.
 
-    The option `job` (`planner.cli.from_config`) holds what config files say: it yields to options the user typed.
+    The option `job` holds what config files say: it yields to options the user typed.
 
     `lenient` accepts settings that the run has no use for: tables fill columns that do not apply. On a `card` without
     bf16 the defaults become fp16. Of a model that no family describes (None) module names are not checked here.
