@@ -375,7 +375,7 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
 
 
 def _own_modules(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
-    """What is not known of litgpt's modules (planner.step.litgpt)."""
+    """What is not known of litgpt's modules (planner.step.classes.litgpt)."""
     dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
     four_bit = training.quantization.kind in ("nf4", "fp4")
     if not dense:

@@ -14,7 +14,8 @@ from planner.cuda_rules import Architecture
 from planner.errors import Contradiction
 from planner.families import build_spec
 from planner.predict import predict
-from planner.step import litgpt, program
+from planner.step import program
+from planner.step.classes import litgpt
 from planner.training import TrainingSpec
 
 CASES = json.loads(Path(__file__).with_name("litgpt_trace.json").read_text())["cases"]

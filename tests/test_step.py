@@ -12,6 +12,7 @@ from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.step import ops, program, sequence
 from planner.step.engine import BF16, Engine, Tensor
+from planner.step.habits import COMMON
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 ARCH = cuda_rules.Architecture()
@@ -182,7 +183,7 @@ def test_eight_bit_states_are_the_known_exception_to_growth() -> None:
     """bitsandbytes keeps tensors below 4096 elements in 32 bit: one more rank can shrink a state tensor."""
     from planner.step.optimizers import OptimizerState
 
-    step = program.Step(model(), qlora(optimizer="adamw-8bit"), ARCH)
+    step = program.Step(model(), qlora(optimizer="adamw-8bit"), ARCH, COMMON)
     state = OptimizerState(step, [])
     below, above = (step.eng.parameter(n, "fp32", "adapter", trainable=True) for n in (4095, 4096))
     assert sum(state.state_bytes(above)) < sum(state.state_bytes(below))

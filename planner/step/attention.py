@@ -19,8 +19,6 @@ from planner.step.norms import norm
 REPEATS_BEFORE = (4, 48)
 """Before: the attention module itself repeats key/value heads to all query heads, under the same names (repeat_kv in
 the attention classes of 4.43 to 4.47); since then the attention function does, if at all."""
-REPEATS_FOR_FLASH = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2")
-"""Model types whose flash attention class did so too (modeling files of 4.43 to 4.47)."""
 
 
 def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
@@ -46,20 +44,20 @@ def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None =
 
 
 def _heads_after_projection(step: Step, spec: Attention) -> Attention:
-    """Falcon's new architecture copies every key/value head to its query heads before anything else."""
-    if step.model.model_type == "falcon" and 1 < spec.num_kv_heads < spec.num_heads and not step.train.uses_own_modules:
+    """A class that copies every key/value head to its query heads does so before anything else."""
+    if step.habits.expands_heads and 1 < spec.num_kv_heads < spec.num_heads:
         return replace(spec, num_kv_heads=spec.num_heads)
     return spec
 
 
 def _repeats_in_module(step: Step, spec: Attention) -> bool:
     """Whether q, k, v leave the projections of an old release with equally many heads."""
-    train, kind = step.train, step.model.model_type
-    if train.versions.transformers >= REPEATS_BEFORE or train.uses_own_modules or spec.kind == "mla":
+    train, habits = step.train, step.habits
+    if train.versions.transformers >= REPEATS_BEFORE or not habits.repeats_in_module or spec.kind == "mla":
         return False
-    if spec.num_kv_heads == spec.num_heads or kind in ("falcon", "gpt_bigcode") or runs_eager(step, spec):
+    if spec.num_kv_heads == spec.num_heads or runs_eager(step, spec):
         return False
-    return train.attention == "sdpa" or kind in REPEATS_FOR_FLASH
+    return train.attention == "sdpa" or habits.repeats_for_flash
 
 
 Projected = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]
@@ -68,7 +66,7 @@ Projected = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]
 
 def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Projected:
     """q, k, v from separate or fused projections, with their norms and rotary."""
-    eng, t = step.eng, step.tokens
+    eng, t, habits = step.eng, step.tokens, step.habits
     named: tuple[Tensor, ...] = ()
     sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
     group = [held.linears[p.name] for p in spec.projections]
@@ -80,20 +78,17 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
             step.cache.append((eng.layer, fused.view()))
         if spec.clips_qkv:
             fused = picking.clamp(eng, fused, 2)
-        if step.model.model_type in SLICES and not step.train.uses_own_modules:
-            q, k, v = _sliced(step, held.spec.attention, fused)
+        if habits.splits_projection is not None:
+            q, k, v = habits.splits_projection(step, held.spec.attention, fused)
             named = (fused,)
         else:
             q, k, v = ops.split(eng, fused, sizes)
-        if step.model.model_type == "codegen":  # its splits lie in four parts: each is copied (modeling_codegen.py)
-            named = (fused,)
-            q, k, v = ops.contiguous(eng, q, "split"), ops.contiguous(eng, k, "split"), ops.contiguous(eng, v, "split")
         del fused
     else:
         late = spec.qk_norm_after_rope
         q = _by_heads(step, spec, linears.forward(step, group[0], x), spec.num_heads)
         q = _projected_norm(step, held, None if late else spec.q_norm, q)
-        if step.model.model_type in SCALES_QUERY:
+        if habits.scales_query:
             q = ops.scale(eng, q, "query")
         k = _by_heads(step, spec, linears.forward(step, group[1], x), spec.num_kv_heads)
         k = _projected_norm(step, held, None if late else spec.k_norm, k)
@@ -104,10 +99,8 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         q = _projected_norm(step, held, spec.q_norm, q)
         k = _projected_norm(step, held, spec.k_norm, k)
     if spec.position == "rope":
-        if step.model.model_type in eager.ROTATES_TOKENS_FIRST:
-            source = v.dtype
-            q, k, parts = positions.rotate_tokens_first(step, spec, q, k)
-            q, k = ops.cast(eng, q, source, "rotary"), ops.cast(eng, k, source, "rotary")  # codegen's tables are fp32
+        if habits.rotate is not None:
+            q, k, parts = habits.rotate(step, spec, q, k, v.dtype)
             named += parts
         else:
             if positions.tables_per_layer(step):
@@ -124,49 +117,24 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
 
 def _by_heads(step: Step, spec: Attention, x: Tensor, heads: int) -> Tensor:
     """A projection's output by heads, where rotate_half follows."""
-    kind = step.model.model_type
-    turns = spec.position == "rope" and kind not in (*eager.ROTATES_TOKENS_FIRST, positions.OWN_CODE)
-    if not turns or heads == 1 or step.train.kernels in ("unsloth", "fms-fused", "liger"):
+    if (
+        spec.position != "rope"
+        or not step.habits.splits_heads
+        or heads == 1
+        or step.train.kernels in ("unsloth", "fms-fused", "liger")
+    ):
         return x
     return ops.split_heads(step.eng, x)
 
 
-SCALES_QUERY = ("opt",)
-"""Model types that multiply the query by the softmax scale before attention (models/opt/modeling_opt.py)."""
-
-SLICES = ("bloom", "falcon")
-"""Model types that index q, k and v out of a fused projection instead of splitting it: each gets a gradient of the
-whole (modeling_bloom.py _reshape, modeling_falcon.py _split_heads)."""
-
-
-def _sliced(step: Step, spec: Attention, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v by indexing; falcon takes shared key/value heads by a list of indices, which copies them."""
-    eng, t = step.eng, step.tokens
-    q = ops.narrow(eng, fused, t * spec.q_size)
-    groups = spec.num_heads // spec.num_kv_heads
-    if groups == 1:
-        return q, ops.narrow(eng, fused, t * spec.kv_size), ops.narrow(eng, fused, t * spec.kv_size)
-    k = picking.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
-    v = picking.gather(eng, fused, eng.empty(1, INT64, "split"), t * spec.kv_size, "split")
-    if spec.num_kv_heads == 1:
-        return q, k, v
-    return ops.contiguous(eng, q, "split"), ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
-
-
-CACHES_BEFORE: dict[str, tuple[int, int]] = {"gpt_bigcode": (4, 53)}
-"""model_type -> release before which checkpointing left use_cache on: the keys and values of every layer, views of
-the whole fused projection, stay in the outputs until the loss is taken from them (modeling_gpt_bigcode.py v4.48.1)."""
-
-
 def _caches_keys(step: Step) -> bool:
-    limit = CACHES_BEFORE.get(step.model.model_type)
-    in_forward = not step.backward_began
-    return limit is not None and step.train.versions.transformers < limit and in_forward
+    """Whether the outputs hold the keys and values of every layer until the loss is taken from them."""
+    return step.train.versions.transformers < step.habits.caches_before and not step.backward_began
 
 
 def _fuses_lora(step: Step, group: list[LinearWeights]) -> bool:
     """fms replaces a group of quantized projections by one function when every one of them is adapted."""
-    fused = step.train.kernels == "fms-fused" and step.model.model_type != "gpt_bigcode"
+    fused = step.train.kernels == "fms-fused" and step.habits.fuses_lora
     return fused and all(held.lora and held.kind != "none" and held.dora is None for held in group)
 
 
@@ -221,8 +189,8 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
 
 
 def always_masks(step: Step) -> bool:
-    """Whether the class asks for a 4-D mask where SDPA's causal flag would do (falcon: allow_is_causal_skip=False)."""
-    return step.model.model_type == "falcon" and step.train.attention == "sdpa" and not step.train.uses_own_modules
+    """Whether the class asks for a 4-D mask where SDPA's causal flag would do."""
+    return step.habits.always_masks and step.train.attention == "sdpa"
 
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
@@ -249,9 +217,8 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
     eng = step.eng
     arg = (q, k, v)
     names: tuple[Tensor, ...] = ()
-    if step.model.model_type == positions.OWN_CODE:
-        flash = step.train.attention == "flash2"
-        out = (_unpadded_flash if flash else _own_mask)(step, spec, q, k, v)
+    if step.habits.attend is not None:
+        out = step.habits.attend(step, spec, q, k, v)
     elif runs_eager(step, spec):
         out, names = eager.eager(step, spec, q, k, v, source)
     else:
@@ -280,7 +247,7 @@ def fused(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, by_heads
     if kernel == "efficient" or (kernel == "cudnn" and _masked(step, spec)):
         return _efficient(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "efficient_attention")
     arg = q, k, v
-    out = _flash(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "flash_attention")
+    out = flash(step, spec, q, k, v, "cudnn_attention" if kernel == "cudnn" else "flash_attention")
     if by_heads:
         out = ops.contiguous(step.eng, out, "attention")
     del arg
@@ -306,9 +273,8 @@ def runs_eager(step: Step, spec: Attention) -> bool:
 
 
 def _broadcasts_heads(step: Step, spec: Attention) -> bool:
-    """Falcon hands SDPA one key/value head beside many query heads; no fused kernel takes that (sdp_utils.cpp)."""
-    own = step.train.uses_own_modules  # litgpt's modules expand the heads instead
-    return step.model.model_type == "falcon" and spec.num_kv_heads == 1 and not own
+    """Whether SDPA gets one key/value head beside many query heads; no fused kernel takes that (sdp_utils.cpp)."""
+    return step.habits.expands_heads and spec.num_kv_heads == 1
 
 
 def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -405,7 +371,7 @@ def _padding(step: Step, spec: Attention, op: str, masked: bool = False) -> floa
     return 1.0
 
 
-def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
+def attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
     """Causal scores and values: 2 products of b*H*s*s*d, half of them left out; with a `masked` tensor none is.
 
     A window as long as the row is none (transformers 5.24 modeling_flash_attention_utils.py: key_length > window).
@@ -418,7 +384,7 @@ def _attention_flops(step: Step, spec: Attention, masked: bool = False) -> Size:
     return 2.0 * step.batch * step.seq * keys * spec.num_heads * (spec.head_dim + v_dim) * share
 
 
-def _flash(
+def flash(
     step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, op: str = "flash_attention"
 ) -> Tensor:  # fmt: skip
     """FlashAttention-2: keeps q, k, v, output and logsumexp; so does cuDNN's kernel."""
@@ -427,7 +393,7 @@ def _flash(
     buffers = rule(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
     return fused_attention(
         step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
-        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec), op=op,
+        workspace_bytes=sum(n for _, n in buffers), flops=attention_flops(step, spec), op=op,
         padding=_padding(step, spec, op),
     )  # fmt: skip
 
@@ -439,7 +405,7 @@ def _efficient(
     eng = step.eng
     masked, kv_heads = _masked(step, spec), spec.num_kv_heads
     mask: Tensor | None = None
-    if masked and step.mask is not None and step.model.model_type == "falcon" and spec.position == "alibi":
+    if masked and step.mask is not None and step.habits.alibi_in_mask and spec.position == "alibi":
         mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")  # ALiBi is in it: a bias already
     elif masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
@@ -451,60 +417,6 @@ def _efficient(
         buffers, rows = cuda_rules.cudnn_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim), s
     return fused_attention(
         eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * rows,
-        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked), op=op, mask=mask,
+        workspace_bytes=sum(n for _, n in buffers), flops=attention_flops(step, spec, masked), op=op, mask=mask,
         padding=_padding(step, spec, op, masked),
     )  # fmt: skip
-
-
-def _unpadded_flash(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashSelfAttention of modeling_qwen.py: more than one row is packed for the kernel and spread out again.
-
-    Trainers always pass an attention mask, so rows are packed even where none is shorter.
-    """
-    eng = step.eng
-    arg = (q, k, v)
-    several = step.batch > 1
-    if several:
-        k, q, v = (ops.scale(eng, t, "unpad") for t in (k, q, v))
-    out = _flash(step, spec, q, k, v)
-    if several:
-        out = ops.scale(eng, out, "pad")
-    del arg
-    return out
-
-
-def _own_mask(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """QWenAttention without flash-attn, torch 2: every layer makes its causal mask and hands SDPA an additive one."""
-    eng, s, b = step.eng, step.seq, step.batch
-    arg = (q, k, v)
-    ones = eng.empty(s * s, "int8", "attention_mask")
-    causal = eng.empty(s * s, "int8", "attention_mask")  # torch.tril of it
-    del ones
-    inverse = eng.empty(s * s, "int8", "attention_mask")
-    mask = eng.empty(b * s * s, step.train.base_dtype, "attention_mask")
-    del inverse
-    bias = mask
-    if step.arch.sdpa_kernels and not _aligned(s):
-        spread = spec.num_heads if step.arch.torch < SPREADS_BEFORE_PADDING else 1
-        bias = eng.empty(b * spread * s * cuda_rules.round_up(s, MASK_ALIGNMENT), mask.dtype, "attention_bias")
-    buffers = cuda_rules.efficient_backward_workspace(
-        b, s, s, spec.num_heads, spec.num_kv_heads, spec.head_dim, ITEMSIZE[q.dtype]
-    )
-    rows = b * spec.num_heads * cuda_rules.round_up(s, 32)
-    out = fused_attention(
-        eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=rows,
-        workspace_bytes=sum(n for _, n in buffers), flops=_attention_flops(step, spec, masked=True),
-        op="efficient_attention", mask=bias,
-    )  # fmt: skip
-    del arg, causal, mask, bias
-    return out
-
-
-MASK_ALIGNMENT = 16
-"""SDPA pads a mask whose rows are no multiple of this (ATen/native/transformers/attention.cpp preprocess_mask)."""
-SPREADS_BEFORE_PADDING = (2, 2)
-"""Before: it expands the mask to all heads first, so the padded copy is written out for each of them (v2.1)."""
-
-
-def _aligned(length: Size) -> bool:
-    return bool(length % MASK_ALIGNMENT == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner import cuda_rules
 from planner.model import ModelSpec
 from planner.step.engine import FP32, Engine, Size, Tensor
+from planner.step.habits import Habits
 from planner.training import TrainingSpec
 
 
@@ -13,8 +14,8 @@ class Step:
 
     __slots__ = (
         "alibi", "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
-        "kept_inputs", "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq", "tokens",
-        "train", "unquantized_dtype", "unused_probabilities", "widened",
+        "habits", "kept_inputs", "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq",
+        "tokens", "train", "unquantized_dtype", "unused_probabilities", "widened",
     )  # fmt: skip
 
     def __init__(
@@ -22,12 +23,15 @@ class Step:
         model: ModelSpec,
         train: TrainingSpec,
         arch: cuda_rules.Architecture,
+        habits: Habits,
         accumulates_in_place: bool = True,
     ) -> None:
         self.eng = Engine(accumulates_in_place, cuda_rules.colons_are_slices(arch.torch))
         self.model = model
         self.train = train
         self.arch = arch
+        self.habits = habits
+        """What the model's class, or the framework's own modules, do otherwise than most."""
         self.batch: Size = train.micro_batch_size
         self.seq: Size = train.seq_len
         self.tokens: Size = train.micro_batch_size * train.seq_len

@@ -1,6 +1,6 @@
 """Eager attention: whole score matrices, as the classes write them.
 
-Most classes call one `eager_attention_forward`; BLOOM, MPT and Falcon write theirs into the module's forward, whose
+Most classes call one `eager_attention_forward`; some write theirs into the module's forward (`Habits.eager`), whose
 frame names what it made until the output projection has run. Every function returns the attention's output and those
 names. Order of calls and lifetimes: transformers 5.23 and 5.24 (models/*/modeling_*.py).
 """
@@ -13,18 +13,6 @@ from planner.step import ops, picking
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Shape, Tensor
 
-BOOLEAN_MASKS = ("mpt",)
-"""Model types whose eager attention fills by a bool mask (modeling_mpt.py) instead of adding one."""
-
-ROTATES_TOKENS_FIRST = ("gptj", "codegen")
-"""Model types that rotate [batch, tokens, heads, size] before they turn it (models/gptj/modeling_gptj.py)."""
-
-RETURNS_PROBABILITIES = ("bloom", "mpt", "falcon", "gpt_neo")
-"""Model types whose decoder layer returns the attention probabilities (models/bloom/modeling_bloom.py BloomBlock)."""
-
-KEEPS_SCORES_DTYPE = ("gpt2", "gptj", "codegen", "gpt_neo")
-"""Model types whose softmax names no dtype: that of the scores, fp32 under autocast (models/gpt2/modeling_gpt2.py)."""
-
 DROPOUT = 0.1
 """The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
 
@@ -34,16 +22,10 @@ Attended = tuple[Tensor, tuple[Tensor, ...]]
 
 def eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Attended:
     """The eager attention of the model's class; `source`: dtype of the attention module's input."""
-    kind = step.model.model_type
     if spec.sinks:
-        return _sinks(step, spec, q, k, v), ()
-    if step.train.uses_own_modules:
-        return _standard(step, spec, q, k, v), ()
-    if kind == "falcon":
-        own = _falcon_alibi if spec.position == "alibi" else _falcon
-        return own(step, spec, q, k, v, source)
-    if kind in ("bloom", "mpt"):
-        return (_bloom if kind == "bloom" else _mpt)(step, spec, q, k, v)
+        return _with_sinks(step, spec, q, k, v), ()
+    if step.habits.eager is not None:
+        return step.habits.eager(step, spec, q, k, v, source)
     return _standard(step, spec, q, k, v), ()
 
 
@@ -66,49 +48,50 @@ def _standard(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
     if spec.scores_fp32:
         q, k = ops.cast(eng, q, FP32, "scores_fp32"), ops.cast(eng, k, FP32, "scores_fp32")
     scores_numel = step.batch * spec.num_heads * step.seq * step.seq
-    scores = _scores(step, spec, q, k, (heads_first, copied or (heads_first and groups == 1)))
-    if spec.scores_fp32 and step.model.model_type in ROTATES_TOKENS_FIRST:
-        del q, k  # their casts have no names
+    scores = score_product(step, spec, q, k, (heads_first, copied or (heads_first and groups == 1)))
+    if spec.scores_fp32 and not step.habits.names_score_casts:
+        del q, k
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
     if step.mask is not None:
         scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
-    names_dtype = step.model.model_type not in KEEPS_SCORES_DTYPE or step.autocast is not None
-    probs = _softmax(step, scores, FP32 if names_dtype else scores.dtype)
+    names_dtype = not step.habits.keeps_scores_dtype or step.autocast is not None
+    probs = softmax_of(step, scores, FP32 if names_dtype else scores.dtype)
     probs = ops.cast(eng, probs, values, "probabilities")  # attn_weights names the scores until this is assigned
     del scores
     if spec.dropout:
         probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
-    _returned(step, probs)
+    keep_probabilities(step, probs)
     step.unused_probabilities = probs
-    out = _values(step, spec, probs, v, copied)
+    out = value_product(step, spec, probs, v, copied)
     held = ops.contiguous(eng, out, "attention")
     del out, arg
     return held
 
 
-def _scores(step: Step, spec: Attention, q: Tensor, k: Tensor, heads_first: tuple[bool, bool]) -> Tensor:
+def score_product(step: Step, spec: Attention, q: Tensor, k: Tensor, heads_first: tuple[bool, bool]) -> Tensor:
     """torch.matmul(q, k^T): autocast casts the right side first, then both are folded."""
     right = ops.autocast_half(step.eng, k)
     left = ops.autocast_half(step.eng, q)
-    folded = _folded(step, left, heads_first[0]), _folded(step, right, heads_first[1])
+    folded = fold(step, left, heads_first[0]), fold(step, right, heads_first[1])
     return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores", "nt")
 
 
-def _values(step: Step, spec: Attention, probs: Tensor, v: Tensor, heads_first: bool = False) -> Tensor:
+def value_product(step: Step, spec: Attention, probs: Tensor, v: Tensor, heads_first: bool = False) -> Tensor:
     """torch.matmul(probs, v)."""
     right = ops.autocast_half(step.eng, v)
     left = ops.autocast_half(step.eng, probs)
-    return ops.bmm(step.eng, left, _folded(step, right, heads_first), shapes(step, spec)[1], "attention")
+    return ops.bmm(step.eng, left, fold(step, right, heads_first), shapes(step, spec)[1], "attention")
 
 
-def _returned(step: Step, probs: Tensor) -> None:
-    if step.model.model_type in RETURNS_PROBABILITIES:
+def keep_probabilities(step: Step, probs: Tensor) -> None:
+    """A class whose layer returns the probabilities holds them beside its output."""
+    if step.habits.returns_probabilities:
         step.probabilities = probs
 
 
-def _softmax(step: Step, scores: Tensor, dtype: str) -> Tensor:
+def softmax_of(step: Step, scores: Tensor, dtype: str) -> Tensor:
     """F.softmax(scores, dtype=dtype); a cast from 16 bit to fp32 happens inside the CUDA kernel."""
     eng, product = step.eng, step.arch.softmax_backward_product
     if dtype == FP32:
@@ -117,93 +100,8 @@ def _softmax(step: Step, scores: Tensor, dtype: str) -> Tensor:
     return ops.softmax_same(eng, ops.cast(eng, scores, dtype, "softmax_cast"), writes_product=product)
 
 
-def _bloom(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Attended:
-    """BloomAttention: the scores are a product added onto ALiBi, scaled inside the product."""
-    eng = step.eng
-    values = q.dtype
-    numel = step.batch * spec.num_heads * step.seq * step.seq
-    score_shape, value_shape = shapes(step, spec)
-    q, k, v = _folded(step, q, False), _folded(step, k, False), _folded(step, v, False)
-    scores = ops.bmm(eng, q, k, score_shape, "scores", "nt", scales=True)
-    assert step.mask is not None
-    masked = ops.add(eng, scores, step.mask, "scores", numel)
-    probs = ops.cast(eng, _softmax(step, masked, FP32), values, "probabilities")
-    if spec.dropout:
-        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
-    _returned(step, probs)
-    out = ops.contiguous(eng, ops.bmm(eng, probs, v, value_shape, "attention"), "attention")
-    return out, (q, k, v, scores, masked, probs)
-
-
-def _mpt(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Attended:
-    """MptAttention: fp32 ALiBi makes the scores fp32, a bool mask fills them."""
-    eng = step.eng
-    values = v.dtype
-    numel = step.batch * spec.num_heads * step.seq * step.seq
-    scores = ops.scale(eng, _scores(step, spec, q, k, (False, False)), "scores")
-    assert step.alibi is not None and step.mask is not None
-    scores = ops.add(eng, scores, step.alibi, "scores", numel)
-    scores = ops.masked_fill(eng, scores, step.mask, "scores")
-    probs = ops.cast(eng, _softmax(step, scores, FP32), values, "probabilities")
-    if spec.dropout:
-        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
-    _returned(step, probs)
-    out = ops.contiguous(eng, _values(step, spec, probs, v), "attention")
-    return out, (scores, probs)
-
-
-def _falcon(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Attended:
-    """FalconAttention without ALiBi: scores scaled in place, softmax in the dtype of the layer's input."""
-    eng = step.eng
-    numel = step.batch * spec.num_heads * step.seq * step.seq
-    scores = ops.scale_in_place(eng, _falcon_scores(step, spec, q, k))
-    assert step.mask is not None
-    probs = _softmax(step, ops.add(eng, scores, step.mask, "scores", numel), source)
-    del scores
-    _returned(step, probs)
-    out = ops.contiguous(eng, _falcon_values(step, spec, probs, v), "attention")
-    return out, (probs,)
-
-
-def _falcon_alibi(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: str) -> Attended:
-    """FalconAttention with ALiBi: fp32 scores beside the product, scaled in place; the mask holds ALiBi again."""
-    eng = step.eng
-    numel = step.batch * spec.num_heads * step.seq * step.seq
-    product = _falcon_scores(step, spec, q, k)
-    scores = ops.cast(eng, product, FP32, "scores_fp32")
-    assert step.alibi is not None and step.mask is not None
-    logits = ops.scale_in_place(eng, ops.add(eng, scores, step.alibi, "scores", numel))
-    probs = _softmax(step, ops.add(eng, logits, step.mask, "scores", numel), source)
-    if spec.dropout:
-        probs = ops.dropout(eng, probs, DROPOUT, "attention_dropout")
-    _returned(step, probs)
-    out = ops.contiguous(eng, _falcon_values(step, spec, probs, v), "attention")
-    return out, (product, scores, logits, probs)
-
-
-def _falcon_scores(step: Step, spec: Attention, q: Tensor, k: Tensor) -> Tensor:
-    right = ops.autocast_half(step.eng, k)
-    left = ops.autocast_half(step.eng, q)
-    folded = _folded(step, left, False), _falcon_heads(step, spec, right)
-    return ops.bmm(step.eng, *folded, shapes(step, spec)[0], "scores", "nt")
-
-
-def _falcon_values(step: Step, spec: Attention, probs: Tensor, v: Tensor) -> Tensor:
-    right = ops.autocast_half(step.eng, v)
-    left = ops.autocast_half(step.eng, probs)
-    return ops.bmm(step.eng, left, _falcon_heads(step, spec, right), shapes(step, spec)[1], "attention")
-
-
-def _falcon_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
-    """Keys or values as torch.matmul takes them: one head is expanded, a view for one row, a copy for several."""
-    groups = spec.num_heads // spec.num_kv_heads
-    if groups == 1:
-        return _folded(step, x, False)
-    return broadcast(step, x, groups) if step.batch == 1 else ops.expand_copy(step.eng, x, groups)
-
-
-def _sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """gpt_oss: one more column of scores for the sinks, the row maximum subtracted, softmax in the scores' dtype."""
+def _with_sinks(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One more column of scores for the sinks, the row maximum subtracted, softmax in the scores' dtype."""
     eng = step.eng
     groups = spec.num_heads // spec.num_kv_heads
     k, v = ops.expand_copy(eng, k, groups), ops.expand_copy(eng, v, groups)
@@ -236,17 +134,13 @@ def leads_with_heads(step: Step, spec: Attention) -> bool:
     mha_fwd: empty_like).
     """
     partial = spec.position == "rope" and 0 < spec.rotary_dim < spec.head_dim
-    partial = (partial and step.model.model_type not in ROTATES_TOKENS_FIRST) or _joins_nothing(step, spec)
+    partial = (partial and not step.habits.rotates_tokens_first) or _joins_nothing(step, spec)
     return spec.kind == "mla" or partial
-
-
-JOINS_NOTHING = ("glm", "glm4", "nemotron", "phi3")
-"""Model types that append what is not rotated even where that is nothing: a copy (models/phi3/modeling_phi3.py)."""
 
 
 def _joins_nothing(step: Step, spec: Attention) -> bool:
     whole = spec.position == "rope" and spec.rotary_dim in (0, spec.head_dim)
-    return whole and step.model.model_type in JOINS_NOTHING
+    return whole and step.habits.joins_nothing
 
 
 def broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
@@ -271,7 +165,7 @@ def repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
     return ops.expand_copy(step.eng, x, groups)
 
 
-def _folded(step: Step, x: Tensor, heads_first: bool) -> Tensor:
+def fold(step: Step, x: Tensor, heads_first: bool) -> Tensor:
     """torch.matmul folds batch and heads into one dimension: a copy of what lies token by token, if rows are many."""
     copies = not heads_first and step.batch > 1
     return ops.contiguous(step.eng, x, "matmul_copy") if copies else x

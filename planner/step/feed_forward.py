@@ -13,9 +13,6 @@ from planner.step.linears import LayerWeights
 Finish = Callable[[Tensor], Tensor]
 """What a module does with its result before it returns: adds the residual, in classes that hand it in."""
 
-UP_FIRST = ("qwen",)
-"""Model types that project both ways before they activate: a1 * silu(a2) (modeling_qwen.py QWenMLP)."""
-
 
 def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Feed-forward module: gated (separate or fused gate and up) or plain."""
@@ -25,7 +22,7 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | N
         hidden = activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
     elif spec.gate is not None and step.train.kernels in ("liger", "unsloth"):
         hidden = _fused_swiglu(step, held, spec, x)
-    elif spec.gate is not None and step.model.model_type in UP_FIRST:
+    elif spec.gate is not None and step.habits.up_first:
         up = linears.forward(step, held.linears[spec.up.name], x)
         gate = linears.forward(step, held.linears[spec.gate.name], x)
         hidden = ops.mul(eng, up, activate(step, spec, gate), "mlp")
@@ -70,8 +67,10 @@ def activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
     """The activation function: one fused kernel, or the forms that transformers writes out (activations.py)."""
     eng = step.eng
     arg = x
-    written = spec.activation if not step.train.uses_own_modules else ""
-    if written == "gelu_new":  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
+    written = spec.activation if step.habits.writes_out_activations else ""
+    if step.habits.activation is not None:
+        out = step.habits.activation(step, x)
+    elif written == "gelu_new":  # NewGELUActivation: 0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))
         half = ops.scale(eng, x, "gelu_new")
         curve = _new_curve(eng, x)
         out = ops.mul(eng, half, curve, "gelu_new")
@@ -89,12 +88,8 @@ def activate(step: Step, spec: Mlp, x: Tensor) -> Tensor:
         del half
     elif written == "quick_gelu":  # QuickGELUActivation: x * sigmoid(1.702 * x)
         out = ops.mul(eng, x, ops.pointwise(eng, ops.scale(eng, x, "gelu"), "gelu", False), "gelu")
-    elif written == "bloom_gelu":
-        out = _bloom_gelu(step, x)
     elif spec.activation == "relu2":  # torch.square is on autocast's fp32 list: the result is fp32 there
         out = ops.power(eng, ops.pointwise(eng, x, "relu", False), "relu2")
-    elif spec.activation == "xielu":
-        out = _xielu(step, x)
     else:
         out = ops.pointwise(eng, x, spec.activation, spec.activation != "relu")
     del arg
@@ -111,81 +106,12 @@ def _new_curve(eng: Engine, x: Tensor) -> Tensor:
     return ops.shift(eng, tanh.pop(), op)
 
 
-def _bloom_gelu(step: Step, x: Tensor) -> Tensor:
-    """GeLUFunction: the tanh form written out, forward and backward; keeps only its input (modeling_bloom.py)."""
-    eng = step.eng
-
-    def one(x: Tensor, op: str = "bloom_gelu") -> Tensor:
-        return ops.unary(eng, x, op)
-
-    def curve(x: Tensor, op: str) -> Tensor:
-        """tanh(0.79788456 * x * (1 + 0.044715 * x * x)): one tensor a pass, the last operand until the next exists."""
-        inner = one(x, op)
-        ratio = one(one(one(x, op), op), op)
-        inner = one(inner, op)
-        del ratio
-        return one(inner, op)
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        (x,) = node.saved
-        op = "bloom_gelu_grad"
-        tanh = curve(x, op)
-        half = one(x, op)
-        slope = one(one(tanh, op), op)  # 1 - tanh * tanh
-        ratio = one(one(one(x, op), op), op)  # 0.79788456 + 0.1070322243 * x * x
-        slope = one(slope, op)
-        del ratio
-        half = one(half, op)
-        del slope
-        rest = one(one(tanh, op), op)
-        derivative = one(half, op)
-        del half, rest
-        return [one(derivative, op)]
-
-    half = one(x)
-    rest = one(curve(x, "bloom_gelu"))
-    out = one(half)
-    del half, rest
-    eng.link(out, (x,), backward, (x,))
-    return out
-
-
-def _xielu(step: Step, x: Tensor) -> Tensor:
-    """XIELUActivation._xielu_python: both branches are computed whole, expm1 in fp32 under autocast."""
-    eng = step.eng
-    dtype = FP32 if eng.autocast else step.unquantized_dtype  # softplus of the parameters is on autocast's fp32 list
-    alpha_p, alpha_n = eng.empty(1, dtype, "xielu"), eng.empty(1, dtype, "xielu")
-    alpha_p.requires_grad = alpha_n.requires_grad = eng.grad_enabled and step.train.method == "full"
-    condition = eng.empty(x.numel, "int8", "xielu")
-    squared = ops.mul(eng, ops.mul(eng, alpha_p, x, "xielu"), x, "xielu")
-    positive = ops.add(eng, squared, ops.scale(eng, x, "xielu"), "xielu")
-    del squared
-    curve = ops.expm1(eng, ops.minimum(eng, x, "xielu"), "xielu")
-    negative = ops.mul(eng, ops.subtract(eng, curve, x, "xielu"), alpha_n, "xielu")
-    del curve
-    negative = ops.add(eng, negative, ops.scale(eng, x, "xielu"), "xielu")
-    dtype = ops.promote(positive.dtype, negative.dtype)
-    out = eng.empty(x.numel, dtype, "xielu")
-
-    def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [ops.unary(eng, ops._grad(grads), "xielu_grad"), ops.unary(eng, ops._grad(grads), "xielu_grad")]
-
-    eng.link(out, (positive, negative), backward, (condition,))
-    return out
-
-
-SHARED_FIRST = ("qwen2_moe",)
-"""Model types that run the shared expert before the router (models/qwen2_moe/modeling_qwen2_moe.py)."""
-
-
 def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """A mixture of experts: router, sorted tokens, grouped products, weighted sum (integrations/moe.py)."""
     eng, t = step.eng, step.tokens
     arg = x
     pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
-    shared = (
-        mlp(step, held, spec.shared, x) if spec.shared is not None and step.model.model_type in SHARED_FIRST else None
-    )
+    shared = mlp(step, held, spec.shared, x) if spec.shared is not None and step.habits.shared_first else None
     weights = _route(step, held, spec, x)
     sorted_ids, order = eng.empty(pairs, INT64, "router"), eng.empty(pairs, INT64, "router")
     chosen = picking.gather(eng, x, eng.empty(pairs, INT64, "router"), pairs * spec.hidden_size, "experts")
@@ -256,11 +182,6 @@ def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor
     return out
 
 
-ROUTERS_IN_HIDDEN_DTYPE = ("gpt_oss", "granitemoe")
-ROUTERS_IN_LOGITS_DTYPE = ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe")
-"""Model types whose router casts the fp32 top-k weights back (models/*/modeling_*.py, classes *TopKRouter)."""
-
-
 def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """Router logits, softmax in fp32, the top-k weights."""
     eng, t = step.eng, step.tokens
@@ -281,9 +202,8 @@ def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
         return [eng.empty(full, FP32, "router_grad")]
 
     eng.link(top, (probs,), backward, (index,))
-    if step.model.model_type in ROUTERS_IN_HIDDEN_DTYPE:
-        return ops.cast(eng, top, x.dtype, "router")
-    return ops.cast(eng, top, logits.dtype, "router") if step.model.model_type in ROUTERS_IN_LOGITS_DTYPE else top
+    dtypes = {"fp32": FP32, "hidden": x.dtype, "logits": logits.dtype}
+    return ops.cast(eng, top, dtypes[step.habits.router_dtype], "router")
 
 
 def _grouped(step: Step, x: Tensor, weight: Tensor, rows: Size, n: int, k: int) -> Tensor:

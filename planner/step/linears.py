@@ -91,12 +91,12 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     eng, train = step.eng, step.train
     held = LinearWeights(spec)
     quant = train.quantization
-    if is_quantized(spec, quant, adapted, train.uses_own_modules):
+    if is_quantized(spec, quant, adapted, step.habits.quantizes_subclasses):
         held.kind = quant.kind
         held.packed = _quantized(step, spec, quant)
     else:
         held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
-    held.dtype = FP16 if train.uses_own_modules and held.kind != "none" else train.base_dtype  # Lightning's .half()
+    held.dtype = FP16 if step.habits.halves_quantized and held.kind != "none" else train.base_dtype
     if spec.bias and held.kind in ("nf4", "fp4"):
         # Linear4bit's first forward leaves it in the compute dtype (bitsandbytes nn/modules.py)
         held.bias = eng.parameter(spec.out_features, train.quantization.compute_dtype, "weight")
@@ -158,7 +158,7 @@ def base_forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     spec = held.spec
     assert held.weight is not None
     m, n, k = step.tokens, spec.out_features, spec.in_features
-    if spec.cls == "subclass" and held.bias is not None and not step.train.uses_own_modules:
+    if spec.cls == "subclass" and held.bias is not None and step.habits.adds_bias_apart:
         arg = x  # FalconLinear: x @ weight.T, then + bias into a new tensor (modeling_falcon.py)
         out = ops.linear(step.eng, x, held.weight, m, n, k)
         out = ops.add(step.eng, out, held.bias, "linear")

@@ -15,27 +15,10 @@ UPCASTS_IN_FORWARD = (4, 46)
 """Before: the model's forward replaces the logits by their fp32 copy (models/llama/modeling_llama.py v4.45.2)."""
 SHIFTS_BY_COPY = (4, 49)
 """Before: the loss copies logits[..., :-1, :].contiguous(); since then the labels are padded (loss/loss_utils.py)."""
-_OWN_LOSS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "stablelm")
-_NO_RELEASE = (1 << 30, 0)
-WITHOUT_UPCAST: dict[str, tuple[int, int]] = {**dict.fromkeys(_OWN_LOSS, (4, 49)), "qwen": _NO_RELEASE}
-"""model_type -> release before which its class called CrossEntropyLoss on 16-bit logits (modeling files v4.48.1; the
-code of first-generation Qwen comes with the checkpoint and always does, modeling_qwen.py QWenLMHeadModel.forward)."""
-SHIFTS_ALWAYS = ("qwen",)
-"""Model types whose own code copies logits[..., :-1, :] whatever the release of transformers."""
-
-
-_SLICED_LATE = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granitemoe", "mpt", "opt")
-SLICES_HIDDEN_SINCE: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(_SLICED_LATE, (5, 0)),  # not in 4.48, in 5.24
-    **dict.fromkeys(("falcon", "olmo2"), (4, 47)),
-    **dict.fromkeys(("baichuan", "chatglm", "internlm2", "mimo", "qwen"), _NO_RELEASE),
-}
-"""model_type -> release since which the head reads hidden_states[:, -0:, :] (logits_to_keep); else 4.45."""
 
 
 def _slices_hidden(step: Step) -> bool:
-    since = SLICES_HIDDEN_SINCE.get(step.model.model_type, (4, 45))
-    return step.train.versions.transformers >= since and not step.train.uses_own_modules
+    return step.train.versions.transformers >= step.habits.slices_hidden_since
 
 
 def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -60,14 +43,14 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
     if model.logit_softcap:
         logits = ops.scale(eng, logits, "logits_softcap")
         logits = ops.scale(eng, ops.pointwise(eng, logits, "logits_softcap", False), "logits_softcap")
-    upcasts = release >= WITHOUT_UPCAST.get(model.model_type, (0, 0)) and (
+    upcasts = release >= step.habits.upcasts_since and (
         train.loss == "full-logits-fp32" or train.kernels == "fms-fused"
     )
     wide = ops.cast(eng, logits, FP32, "logits_fp32") if upcasts else logits
     if upcasts and release < UPCASTS_IN_FORWARD:
         logits = wide
     source = wide
-    if release < SHIFTS_BY_COPY or model.model_type in SHIFTS_ALWAYS:
+    if release < SHIFTS_BY_COPY or step.habits.always_shifts:
         source = _all_but_last(step, wide, model.vocab_size, "logits")
         if step.batch != 1:  # one row is contiguous as it is
             source = ops.contiguous(eng, source, "logits_shifted")

@@ -14,10 +14,11 @@ from typing import Any
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
-from planner.step import layers, linears, litgpt, loading, losses, ops, positions
+from planner.step import layers, linears, loading, losses, ops, positions
 from planner.step.attention import always_masks, needs_window_mask, runs_eager
+from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
+from planner.step.eager import DROPOUT
 from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.linears import LayerWeights
 from planner.step.norms import norm
@@ -28,22 +29,6 @@ from planner.training import TrainingSpec
 EMULATED_RUN = 4
 """Layers emulated of a run of equal ones: first, second, third (which stands for the middle) and last."""
 
-
-SCALES_IN_MODULE = ("gemma", "gemma2", "gemma3", "gemma3_text")
-"""Model types whose embedding module multiplies its output itself (classes *TextScaledWordEmbedding)."""
-
-MASK_BUFFERS = ("gpt_bigcode",)
-"""Model types that keep a causal mask [positions, positions] of bools as a buffer (modeling_gpt_bigcode.py)."""
-
-TABLES_BY_WINDOW = ("gemma3_text", "olmo3")
-"""Model types with rotary tables of their own for layers with a window (modeling_gemma3.py)."""
-
-LAYER_BUFFERS = ("gpt_neo",)
-"""Model types that keep such a mask in every layer (modeling_gpt_neo.py)."""
-
-
-LOGN_POSITIONS = 32767
-"""Elements of the logn_tensor buffer that every attention of first-generation Qwen holds (modeling_qwen.py)."""
 
 LONGEST_PATTERN = 12
 """Layers of the longest repeating pattern that is looked for (sliding, ..., full: 2 to 8 in published models)."""
@@ -117,9 +102,10 @@ def run(
 ) -> Program:
     """Run one training step of `train` on `model` symbolically and return everything that happened."""
     model = model.with_tokens(train.added_tokens)
-    if train.uses_own_modules:
-        model, train = litgpt.own_modules(model, train)
-    step = Step(model, train, arch, accumulates_in_place)
+    habits = registry.habits_of(model.model_type, train.uses_own_modules)
+    if habits.rebuild is not None:
+        model, train = habits.rebuild(model, train)
+    step = Step(model, train, arch, habits, accumulates_in_place)
     stack = plan_layers(model, full_depth)
     step.eng.repeats = stack.repeats
     collecting = gc.isenabled()
@@ -198,15 +184,8 @@ class _Run:
         self.tables = loaded
         self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm,) if n is not None}
         self.projections = [linears.load_base(step, p, False) for p in model.embedding_projections]
-        if model.model_type in ROTATES_TOKENS_FIRST:  # GPTJRotaryEmbedding.embed_positions
-            spec = model.layers[0].attention
-            entries = model.max_position_embeddings * (spec.rotary_dim or spec.head_dim)
-            self.buffers = [self.eng.empty(entries, FP32, "weight")]
-        if model.model_type in MASK_BUFFERS:
-            self.buffers = [self.eng.empty(model.max_position_embeddings**2, "int8", "weight")]
-        if model.model_type == positions.OWN_CODE:  # RotaryEmbedding caches cos and sin of twice the longest row so far
-            width = model.layers[0].attention.head_dim
-            self.buffers = [self.eng.empty(2 * step.seq * width, FP32, "rotary_tables") for _ in range(2)]
+        if step.habits.makes_buffers is not None:
+            self.buffers = step.habits.makes_buffers(step)
         self._count(-1)
         for unit, layer in zip(self.stack.units, self.stack.layers, strict=True):
             self._begin("load", unit)
@@ -218,7 +197,9 @@ class _Run:
         if self.head is None:
             self.head = self._load_head(trainable)
         self._count(-1)
-        self._own_buffers()
+        if step.habits.makes_own_state is not None:
+            buffers, self.stable = step.habits.makes_own_state(step, self.embedding)
+            self.buffers += buffers
         self._resize()
         self._prepare()
         if train.lora:
@@ -238,29 +219,6 @@ class _Run:
         )
         recomputes = self.step.train.gradient_checkpointing != "none"
         return cuda_rules.cublaslt_handles(biased=biased, recomputes=recomputes)
-
-    def _own_buffers(self) -> None:
-        """What litgpt keeps on the card beside the model: rotary tables; in a quantized run a second embedding.
-
-        That is a StableEmbedding, which no optimizer knows: its gradient is never set to zero, and `main` still names
-        the embedding whose place it took (finetune/lora.py).
-        """
-        step, eng = self.step, self.eng
-        if not step.train.uses_own_modules:
-            return
-        spec = step.model.layers[0].attention
-        if spec.position == "rope":
-            width = spec.rotary_dim or spec.head_dim
-            self.buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
-        bnb = step.train.quantization.kind in ("nf4", "fp4", "int8")
-        if not bnb or step.train.versions.bitsandbytes < litgpt.STABLE_EMBEDDING:
-            return
-        assert self.embedding is not None
-        self.buffers.append(eng.empty(self.embedding.numel, self.embedding.dtype, "weight"))
-        norm = [eng.empty(step.model.hidden_size, step.embedding_dtype, "weight") for _ in range(2)]
-        self.stable = [self.embedding, *norm]
-        for held in self.stable:
-            eng.leaf(held).grad = eng.empty(held.numel, held.dtype, "gradient")
 
     def _resize(self) -> None:
         """resize_token_embeddings: the longer table exists before the old one goes, then so with the head.
@@ -313,8 +271,9 @@ class _Run:
 
     def _load_layer(self, layer: Layer, adapted: set[str]) -> LayerWeights:
         held = LayerWeights(layer)
-        if self.step.model.model_type == positions.OWN_CODE:
-            held.buffer = self.eng.empty(LOGN_POSITIONS, self.step.train.base_dtype, "weight")
+        habits = self.step.habits
+        if habits.makes_layer_buffer is not None and habits.layer_buffer_first:
+            held.buffer = habits.makes_layer_buffer(self.step)
         specs = {spec.name: spec for spec in layer.linears}
         norms = {spec.name: spec for spec in (*layer.attention.norms, *layer.norms)}
         names = [*specs, *norms]
@@ -326,8 +285,8 @@ class _Run:
         held.linears = {name: held.linears[name] for name in specs}  # in the order of the modules again
         if layer.experts is not None:
             self._load_experts(held)
-        if self.step.model.model_type in LAYER_BUFFERS:
-            held.buffer = self.eng.empty(self.step.model.max_position_embeddings**2, "int8", "weight")
+        if habits.makes_layer_buffer is not None and not habits.layer_buffer_first:
+            held.buffer = habits.makes_layer_buffer(self.step)
         return held
 
     def _load_experts(self, held: LayerWeights) -> None:
@@ -391,8 +350,8 @@ class _Run:
     def _load_adapter(self, held: linears.LinearWeights) -> None:
         lora = self.step.train.lora
         assert lora is not None
-        if self.step.train.uses_own_modules:
-            litgpt.load_adapter(self.step, held, lora.target_slices, lora.r, lora.dtype)
+        if self.step.habits.load_adapter is not None:
+            self.step.habits.load_adapter(self.step, held, lora)
         else:
             linears.load_adapter(self.step, held, lora)
 
@@ -417,10 +376,10 @@ class _Run:
             hidden = self._decode()
             eng.enter("loss")
             assert self.head is not None
-            own = step.train.uses_own_modules and step.train.loss == "chunked"
-            loss, logits = (litgpt if own else losses).head_and_loss(step, self.head, hidden)
+            own = step.habits.head_and_loss if step.train.loss == "chunked" else None
+            loss, logits = (own or losses.head_and_loss)(step, self.head, hidden)
             del hidden
-        if step.train.outputs_to_fp32 and not own:  # accelerate converts the outputs when the forward returns
+        if step.train.outputs_to_fp32 and own is None:  # accelerate converts the outputs when the forward returns
             logits = [ops.cast(eng, part.view(), FP32, "outputs_to_fp32") for part in logits]
         self._drop_cache()
         step.backward_began = True
@@ -452,19 +411,18 @@ class _Run:
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm
-            normalise = litgpt.norm if step.train.uses_own_modules else norm
-            hidden = normalise(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
+            hidden = (step.habits.norm or norm)(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
         del names, outputs
         if not self._reenters():
             self._drop_positions()
         return hidden
 
     def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        step, eng, model, mode = self.step, self.eng, self.step.model, self.step.train.gradient_checkpointing
+        step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
         spec = held.spec.attention
         window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
         mask = self.masks.get(self._masks_window(held))
-        tables = self.rotary.get(model.model_type in TABLES_BY_WINDOW and bool(spec.sliding_window))
+        tables = self.rotary.get(step.habits.tables_by_window and bool(spec.sliding_window))
         arguments = (tables, mask, step.alibi, self.position_ids, window)
         transfer = self._transfer()
 
@@ -510,11 +468,11 @@ class _Run:
         self._link_table(out, self.embedding)
         if self.stable:
             out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], step.tokens)
-        if model.embedding_scale and model.model_type in SCALES_IN_MODULE:
+        if model.embedding_scale and step.habits.scales_in_embedding:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
             self.input_leaf = eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
-        if model.embedding_scale and model.model_type not in SCALES_IN_MODULE:
+        if model.embedding_scale and not step.habits.scales_in_embedding:
             out = ops.scale(eng, out, "embedding")
         names = [out]
         for projection in self.projections[:1]:
@@ -549,48 +507,43 @@ class _Run:
 
     def _positions(self, dtype: str) -> None:
         """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
-        step, eng, model = self.step, self.eng, self.step.model
-        spec = model.layers[0].attention
-        if step.train.uses_own_modules and spec.kind == "standard":
-            if spec.position == "rope":
-                self.rotary[False] = self.rotary[True] = (self.buffers[0].view(), self.buffers[1].view())
+        step, eng, habits = self.step, self.eng, self.step.habits
+        spec = step.model.layers[0].attention
+        if habits.gives_tables is not None and not (habits.standard_attention_only and spec.kind != "standard"):
+            if habits.counts_positions:
+                self.position_ids = eng.empty(step.seq, INT64, "positions")
+            given = habits.gives_tables(step, self.buffers)
+            if given is not None:
+                self.rotary[False] = self.rotary[True] = given
             return
-        if model.model_type == positions.OWN_CODE:
-            self.position_ids = eng.empty(step.seq, INT64, "positions")
-            self.rotary[False] = (
-                self.buffers[0].view(step.seq * spec.head_dim),
-                self.buffers[1].view(step.seq * spec.head_dim),
-            )
-            return
-        if spec.position == "rope" or model.model_type == "falcon":  # falcon makes them beside ALiBi too
+        if spec.position == "rope" or habits.tables_beside_alibi:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
             windows = {bool(held.spec.attention.sliding_window) for held in self.weights}
             if not positions.tables_per_layer(step):
-                for windowed in windows if model.model_type in TABLES_BY_WINDOW else {False}:
+                for windowed in windows if habits.tables_by_window else {False}:
                     self.rotary[windowed] = positions.tables(step, spec, dtype)
         assert self.embedding is not None
         eager, entries = runs_eager(step, spec), step.batch * step.seq * step.seq
         if spec.position == "alibi":
             self._alibi(spec, dtype)
-        if spec.position == "alibi" and model.model_type == "falcon" and not step.train.uses_own_modules:
-            # ALiBi is written into the mask (modeling_falcon.py), one for every head
+        if spec.position == "alibi" and habits.alibi_in_mask:
             self.masks[False] = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
         elif eager or (step.train.padded and step.train.attention == "sdpa"):
             # made from the embedding's output; later norms and projections may have another dtype
-            kind = self.embedding.dtype if eager and model.model_type not in BOOLEAN_MASKS else "int8"
+            kind = self.embedding.dtype if eager and not habits.boolean_mask else "int8"
             for windowed in {self._masks_window(held) for held in self.weights}:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
     def _masks_window(self, held: LayerWeights) -> bool:
-        """Whether a layer takes the mask of a window; gpt_neo's local layers add their own buffer to the common one."""
-        return bool(held.spec.attention.sliding_window) and self.step.model.model_type != "gpt_neo"
+        """Whether a layer takes the mask of a window."""
+        return bool(held.spec.attention.sliding_window) and self.step.habits.masks_by_window
 
     def _alibi(self, spec: Attention, dtype: str) -> None:
-        """The bias of every head and key: of the longest row in fp32 (mpt), or of every row of the batch."""
+        """The bias of every head and key: of the longest row in fp32, or of every row of the batch."""
         step, model = self.step, self.step.model
-        if model.model_type == "mpt":
+        if step.habits.alibi_of_longest:
             step.alibi = self.eng.empty(spec.num_heads * model.max_position_embeddings, FP32, "alibi")
         else:
             step.alibi = self.eng.empty(step.batch * spec.num_heads * step.seq, dtype, "alibi")

@@ -17,8 +17,9 @@ from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.step import attention, feed_forward, linears, losses, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
+from planner.step.habits import NEVER, Habits
 from planner.step.linears import LayerWeights, LinearWeights
-from planner.training import TrainingSpec
+from planner.training import LoraSpec, TrainingSpec
 
 HEAD_CHUNK = 128
 """Positions of a chunk of the head and of the loss (finetune/lora.py lm_head_chunk_size, utils.py chunk_size)."""
@@ -102,12 +103,42 @@ def _own_mlp(layer: Layer, spec: Mlp | None) -> Mlp | None:
     return replace(spec, gate=gate, up=up)
 
 
+def own_state(step: Step, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Rotary tables, as buffers; in a quantized run a second embedding, and the one in use with its norm.
+
+    That is a StableEmbedding, which no optimizer knows: its gradient is never set to zero, and `main` still names
+    the embedding whose place it took (finetune/lora.py).
+    """
+    eng = step.eng
+    buffers: list[Tensor] = []
+    spec = step.model.layers[0].attention
+    if spec.position == "rope":
+        width = spec.rotary_dim or spec.head_dim
+        buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
+    bnb = step.train.quantization.kind in ("nf4", "fp4", "int8")
+    if not bnb or step.train.versions.bitsandbytes < STABLE_EMBEDDING:
+        return buffers, []
+    buffers.append(eng.empty(embedding.numel, embedding.dtype, "weight"))
+    norm = [eng.empty(step.model.hidden_size, step.embedding_dtype, "weight") for _ in range(2)]
+    stable = [embedding, *norm]
+    for held in stable:
+        eng.leaf(held).grad = eng.empty(held.numel, held.dtype, "gradient")
+    return buffers, stable
+
+
+def tables(step: Step, buffers: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """cos and sin for the longest row are made once, with the model."""
+    if step.model.layers[0].attention.position != "rope":
+        return None
+    return buffers[0].view(), buffers[1].view()
+
+
 # --- linear modules -------------------------------------------------------------------------------------------------
 
 
-def load_adapter(step: Step, held: LinearWeights, slices: Sequence[int], rank: int, dtype: str) -> None:
+def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
     """LoRALinear's A and B; LoRAQKVLinear stacks those of the parts that it adapts."""
-    spec = held.spec
+    spec, slices, rank, dtype = held.spec, lora.target_slices, lora.r, lora.dtype
     widths = spec.parts if len(spec.parts) == len(_QKV) else (spec.out_features,)
     widths = tuple(widths[i] for i in slices) if slices and len(widths) > 1 else widths
     stacked, width = rank * len(widths), sum(widths)
@@ -467,3 +498,36 @@ def _capped(step: Step, logits: Tensor) -> Tensor:
     eng = step.eng
     scaled = ops.scale(eng, logits, "logits_softcap")
     return ops.scale(eng, ops.pointwise(eng, scaled, "logits_softcap", False), "logits_softcap")
+
+
+# --- habits ---------------------------------------------------------------------------------------------------------
+
+
+def habits(of_class: Habits) -> Habits:
+    """litgpt's modules in the place of a class of transformers, of which experts and latent attention remain."""
+    return Habits(
+        rebuild=own_modules,
+        layer=layer,
+        standard_attention_only=True,
+        makes_own_state=own_state,
+        load_adapter=load_adapter,
+        norm=norm,
+        gives_tables=tables,
+        counts_positions=False,
+        head_and_loss=head_and_loss,
+        quantizes_subclasses=True,
+        halves_quantized=True,  # Lightning's .half() (fabric/plugins/precision/bitsandbytes.py)
+        adds_bias_apart=False,
+        repeats_in_module=False,
+        writes_out_activations=False,
+        slices_hidden_since=NEVER,
+        scales_in_embedding=of_class.scales_in_embedding,
+        interleaves_tables=of_class.interleaves_tables,
+        half_tables=of_class.half_tables,
+        fp32_tables=of_class.fp32_tables,
+        fp32_rotary=of_class.fp32_rotary,
+        turn=of_class.turn,
+        shared_first=of_class.shared_first,
+        router_dtype=of_class.router_dtype,
+        upcasts_since=of_class.upcasts_since,
+    )

@@ -1,0 +1,11 @@
+"""GLM-4 and Helium (models/glm, glm4, helium): tables interleaved in every layer."""
+
+from __future__ import annotations
+
+from planner.step.habits import Habits
+
+HABITS = {
+    "glm": Habits(interleaves_tables=True, joins_nothing=True),
+    "glm4": Habits(interleaves_tables=True, joins_nothing=True),
+    "helium": Habits(interleaves_tables=True),
+}
