@@ -28,6 +28,7 @@ from planner.predict import (
     predict,
     uncertainty,
 )
+from planner.quantizations import QUANTIZATIONS
 from planner.records import record
 from planner.step import program
 from planner.step.engine import Record
@@ -240,7 +241,7 @@ class Sweeper:
             np.full(shape, np.nan),
         )
         classes: dict[Any, list[int]] = {}
-        four_bit = training.quantization.kind in ("nf4", "fp4")
+        four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
         for number, card in enumerate(cards):
             arch = architecture(card, training)
             classes.setdefault(cuda_rules.program_class(arch, four_bit=four_bit), []).append(number)

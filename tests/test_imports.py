@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "records"),
+    ("errors",),
+    ("records",),
+    ("optimizers", "quantizations", "loss_kinds"),
     ("units", "cuda_rules", "config_values", "outputs"),
     ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),

@@ -21,9 +21,9 @@ from planner.cuda_rules import CUBLASLT_WORKSPACE_BYTES, Architecture
 from planner.errors import PlannerError
 from planner.families import build_spec
 from planner.model import ModelSpec
+from planner.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.predict import predict
 from planner.step import program
-from planner.step.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec
 
 ROOT = Path(__file__).parent.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.loss_kinds import KERNEL_SETS
 from planner.model import Attention
 from planner.step import eager, ops
 from planner.step.context import Step
@@ -63,7 +64,7 @@ def rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, T
     eng, t, kind = step.eng, step.tokens, step.model.model_type
     assert step.cos_sin is not None
     source, tables = q.dtype, step.cos_sin
-    fused = step.train.kernels in ("unsloth", "fms-fused", "liger")
+    fused = KERNEL_SETS[step.train.kernels].fuses_rotary
     if kind in INTERLEAVES_TABLES and not fused:
         tables = ops.unary(eng, tables[0], "rotary"), ops.unary(eng, tables[1], "rotary")
     if kind in FP32_ROTARY and not fused:
@@ -102,7 +103,7 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
     tables = tables or step.cos_sin
     assert tables is not None
     cos, sin = tables
-    if step.train.kernels in ("unsloth", "fms-fused", "liger"):
+    if KERNEL_SETS[step.train.kernels].fuses_rotary:
         return _fused_rotary(step, x)
     if step.model.model_type in ROTATES_HALVES:
         return _rotary_halves(step, x)

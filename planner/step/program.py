@@ -13,7 +13,9 @@ from typing import Any
 
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
+from planner.loss_kinds import LOSSES
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
+from planner.quantizations import QUANTIZATIONS
 from planner.step import layers, linears, litgpt, loading, losses, ops, positions
 from planner.step.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
@@ -233,7 +235,10 @@ class _Run:
         """Threads with a cuBLASLt workspace: those that run a linear with a bias, quantized to 8 bit or not at all."""
         held = [*([self.head] if self.head else []), *(w for layer in self.weights for w in layer.linears.values())]
         biased = any(
-            linear.bias is not None and linear.kind != "int8" and linear.spec.cls != "subclass" for linear in held
+            linear.bias is not None
+            and QUANTIZATIONS[linear.kind].storing != "rows-of-8-bit"
+            and linear.spec.cls != "subclass"
+            for linear in held
         )
         recomputes = self.step.train.gradient_checkpointing != "none"
         return cuda_rules.cublaslt_handles(biased=biased, recomputes=recomputes)
@@ -251,7 +256,7 @@ class _Run:
         if spec.position == "rope":
             width = spec.rotary_dim or spec.head_dim
             self.buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
-        bnb = step.train.quantization.kind in ("nf4", "fp4", "int8")
+        bnb = QUANTIZATIONS[step.train.quantization.kind].by_bitsandbytes
         if not bnb or step.train.versions.bitsandbytes < litgpt.STABLE_EMBEDDING:
             return
         assert self.embedding is not None
@@ -416,7 +421,7 @@ class _Run:
             hidden = self._decode()
             eng.enter("loss")
             assert self.head is not None
-            own = step.train.uses_own_modules and step.train.loss == "chunked"
+            own = step.train.uses_own_modules and LOSSES[step.train.loss].logits == "chunks"
             loss, logits = (litgpt if own else losses).head_and_loss(step, self.head, hidden)
             del hidden
         if step.train.outputs_to_fp32 and not own:  # accelerate converts the outputs when the forward returns
