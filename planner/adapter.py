@@ -188,8 +188,15 @@ def base_weights(model: ModelSpec, training: TrainingSpec, adapted: tuple[Adapte
         quantized_bytes=nbytes,
         bits_per_weight=bits_per_weight(quant),
         other_elements=other,
-        other_bytes=other * width,
+        other_bytes=other * width + (4 - width) * _kept_in_fp32(model, training),
     )
+
+
+def _kept_in_fp32(model: ModelSpec, training: TrainingSpec) -> int:
+    """Elements that transformers' class keeps in fp32 beside a 16-bit base."""
+    if training.uses_own_modules:
+        return 0
+    return model.elements_kept_in_fp32(training.base_dtype, training.versions.transformers)
 
 
 def _linears(model: ModelSpec) -> Iterator[tuple[Linear, int, int]]:

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("records",),
     ("optimizers", "quantizations", "loss_kinds"),
-    ("units", "cuda_rules", "config_values", "outputs"),
+    ("units", "cuda_rules", "config_values", "depth", "outputs"),
     ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),
     ("releases",),

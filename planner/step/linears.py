@@ -103,13 +103,13 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
         held.kind = quant.kind
         held.packed = _quantized(step, spec, quant)
     else:
-        held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
+        held.weight = step.weight(f"{spec.name}.weight", spec.weight_elements, spec.out_features + spec.in_features)
     held.dtype = FP16 if train.uses_own_modules and held.kind != "none" else train.base_dtype  # Lightning's .half()
     if spec.bias and QUANTIZATIONS[held.kind].packed_4bit:
         # Linear4bit's first forward leaves it in the compute dtype (bitsandbytes nn/modules.py)
         held.bias = eng.parameter(spec.out_features, train.quantization.compute_dtype, "weight")
     elif spec.bias:
-        held.bias = step.weight(spec.out_features)
+        held.bias = step.weight(f"{spec.name}.bias", spec.out_features)
     return held
 
 
