@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from planner import cuda_rules
+from planner import cuda_rules, memory
 from planner.families import build_spec
 from planner.model import Linear, ModelSpec
-from planner.step import linears, program
+from planner.step import linears, program, sequence
 from planner.step.context import Step
 from planner.step.engine import Record
 from planner.step.optimizers import OptimizerState
@@ -41,6 +41,7 @@ TOYS["gpt_bigcode"] = {
     "model_type": "gpt_bigcode", "n_embd": 128, "n_head": 4, "n_layer": 2, "n_positions": 256, "vocab_size": 1000,
     "n_inner": 256, "multi_query": True,
 }  # fmt: skip
+TOYS["windowed"] = {**TOYS["mistral"], "sliding_window": 64}
 TOYS["qwen"] = {
     "model_type": "qwen", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000,
     "num_attention_heads": 4, "kv_channels": 32, "seq_length": 256, "max_position_embeddings": 256,
@@ -127,15 +128,16 @@ def kernels(op: str, **settings: Any) -> list[float]:
     return [float(sum(k.count for k in found)), float(sum(k.bytes for k in found)), float(sum(k.flops for k in found))]
 
 
-def peak_of_the_backward(**settings: Any) -> int:
-    """Highest level inside the backward, in requested bytes."""
-    record = recorded(**settings)
-    level = peak = 0
-    for segment in record.segments:
-        for _, size in record.events[segment.start : segment.end]:
+def peak_of_all_steps(optimizer: str, steps: int) -> int:
+    """Bytes by which the highest level of the first `steps` steps exceeds that with SGD, which has no states."""
+    peaks = []
+    for name in (optimizer, "sgd"):
+        level = peak = 0
+        for _, size in sequence.expand(recorded(optimizer=name), steps):
             level += int(size)
-            peak = max(peak, level) if segment.phase == "backward" else peak
-    return peak
+            peak = max(peak, level)
+        peaks.append(peak)
+    return peaks[0] - peaks[1]
 
 
 def quantized(kind: str, out: int, into: int, **quant: Any) -> dict[str, int]:
@@ -175,7 +177,7 @@ def sdpa(dtype: str, capability: list[int], torch: list[int], **rest: Any) -> st
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
     for probe in (
-        allocated, alive, made_by_the_loss, kernels, peak_of_the_backward, quantized, state_bytes, optimizer_step,
+        allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, quantized, state_bytes, optimizer_step,
         sdpa,
     )
 }  # fmt: skip
@@ -229,3 +231,40 @@ def test_every_release_of_the_step_is_a_fact() -> None:
             if all(isinstance(v, tuple) and len(v) == 2 and all(isinstance(n, int) for n in v) for v in releases):
                 where = f"{'step.' if inside else ''}{path.stem}:{name}"
                 assert any(fact.endswith(f":{name}") for fact in named), where
+
+
+def test_a_walk_by_hand() -> None:
+    """Load 1000 and 600 B; a layer that stands for 3 keeps 512 each; a workspace of 100 on top in the backward.
+
+    Blocks of 512: weights 1024, adapter 1024, activations 3 x 512; the peak is in the backward, with the workspace and
+    a gradient of 700 (1024).
+    """
+    record = Record()
+    weight = record.allocate(1000, "weight")
+    record.allocate(600, "adapter")
+    record.enter("state")
+    record.allocate(300, "optimizer_state")
+    record.enter("forward", 0, 3)
+    kept = record.allocate(512, "linear")
+    record.enter("loss")
+    logits = record.allocate(512, "lm_head")
+    record.enter("backward")
+    record.release(logits, 512)
+    record.enter("backward", 0, 3)
+    grad = record.allocate(700, "linear_grad")
+    work = record.allocate(100, "flash_attention_workspace")
+    record.release(work, 100)
+    record.release(grad, 700)
+    record.release(kept, 512)
+    record.enter("optimizer")
+    record.release(weight, 1000)
+    record.close()
+    found = memory.breakdown(record)
+    assert found.static_bytes == 1024 + 1024 + 512
+    assert found.peak_allocated_bytes == memory.peak_bytes(record) == 2560 + 3 * 512 + 1024 + 512
+    assert dict(found.ledger) == {
+        "base weights": 1024, "adapters": 1024, "optimizer state": 512, "activations": 3 * 512,
+        "activation gradients": 1024, "workspaces": 512,
+    }  # fmt: skip
+    assert (found.moment.phase, found.moment.op) == ("backward", "flash_attention_workspace")
+    assert memory.peak_bytes(record, block=1) == 1000 + 600 + 300 + 3 * 512 + 700 + 100
