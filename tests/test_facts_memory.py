@@ -128,6 +128,13 @@ def kernels(op: str, **settings: Any) -> list[float]:
     return [float(sum(k.count for k in found)), float(sum(k.bytes for k in found)), float(sum(k.flops for k in found))]
 
 
+def weights_read(number: int, **settings: Any) -> list[int]:
+    """Bytes of the first weights that come from the checkpoint, in their order."""
+    record = recorded(**settings)
+    sizes = {index: int(size) for index, size in record.events if size > 0}
+    return [sizes[index] for index in record.arrivals[:number]]
+
+
 def peak_of_all_steps(optimizer: str, steps: int) -> int:
     """Bytes by which the highest level of the first `steps` steps exceeds that with SGD, which has no states."""
     peaks = []
@@ -177,8 +184,8 @@ def sdpa(dtype: str, capability: list[int], torch: list[int], **rest: Any) -> st
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
     for probe in (
-        allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, quantized, state_bytes, optimizer_step,
-        sdpa,
+        allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, quantized, state_bytes,
+        optimizer_step, sdpa,
     )
 }  # fmt: skip
 
