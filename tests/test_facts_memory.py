@@ -135,6 +135,11 @@ def weights_read(number: int, **settings: Any) -> list[int]:
     return [sizes[index] for index in record.arrivals[:number]]
 
 
+def readers(**settings: Any) -> int:
+    """Threads that read weights ahead of the one that quantizes them."""
+    return recorded(**settings).readers
+
+
 def peak_of_all_steps(optimizer: str, steps: int) -> int:
     """Bytes by which the highest level of the first `steps` steps exceeds that with SGD, which has no states."""
     peaks = []
@@ -184,7 +189,7 @@ def sdpa(dtype: str, capability: list[int], torch: list[int], **rest: Any) -> st
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
     for probe in (
-        allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, quantized, state_bytes,
+        allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, readers, quantized, state_bytes,
         optimizer_step, sdpa,
     )
 }  # fmt: skip
