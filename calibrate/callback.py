@@ -26,6 +26,7 @@ from calibrate.measurements import device_gpu, write_json
 from calibrate.measurements import to_document as _document
 from planner import calibration_files, families
 from planner.errors import one_line
+from planner.optimizers import by_transformers_name
 from planner.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 from planner.units import gib, seconds
@@ -34,12 +35,7 @@ WARMUP = 3
 """First steps that do not count: kernels are loaded, the optimizer makes its state."""
 KEPT = 500
 """Step times that are stored."""
-OPTIMIZERS = {
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw-fused", "adamw_bnb_8bit": "adamw-8bit",
-    "adamw_8bit": "adamw-8bit", "paged_adamw_32bit": "paged-adamw", "paged_adamw": "paged-adamw",
-    "paged_adamw_8bit": "paged-adamw-8bit", "lion_32bit": "lion", "lion_8bit": "lion-8bit",
-    "adafactor": "adafactor", "sgd": "sgd",
-}  # fmt: skip
+OPTIMIZERS = by_transformers_name()
 """TrainingArguments.optim -> loraplan's name."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner import catalog
+from planner.depth import first_layers
 from planner.lora import PEFT_DEFAULT_TARGETS
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -24,7 +25,6 @@ MODELS = (
 )  # fmt: skip
 """One catalogue model of each of 33 model types or variants."""
 
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 TOKEN_KEYS = ("pad_token_id", "bos_token_id", "eos_token_id")
 VOCABULARIES = (0, 32000, 65536, 131072, 262144)
@@ -62,12 +62,7 @@ def shrunk(model_id: str, layers: int, vocabulary: int) -> dict[str, Any]:
     """The catalogue's config with few layers and experts, at its real widths."""
     record = catalog.model_record(model_id)
     assert record is not None, model_id
-    config = dict(record.config)
-    for key in LAYER_KEYS:
-        if key in config:
-            config[key] = layers
-    if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = config["layer_types"][:layers]
+    config = first_layers(record.config, layers)
     for key in EXPERT_KEYS:
         if key in config:
             config[key] = min(config[key], 16)

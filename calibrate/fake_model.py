@@ -17,15 +17,14 @@ from torch import nn
 
 from calibrate.layer_paths import IN_LAYER
 from planner import cuda_rules
+from planner.depth import first_layers
 from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.training import LoraSpec, TrainingSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_CONFIG = ("torch_dtype", "dtype", "quantization_config", "architectures", "auto_map", "transformers_version")
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 MARKS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|fc\d", "all-linear": r"layers|blocks|\.h\."}
 """How module paths show what a target keyword means."""
-DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def model_config(config: dict[str, Any], layers: int | None = None, added_tokens: int = 0) -> Any:
@@ -45,14 +44,7 @@ def model_config(config: dict[str, Any], layers: int | None = None, added_tokens
             f"model_type {one_line(model_type)!r} is unknown to the installed transformers {transformers.__version__}; "
             "install a release that has it (code that comes with a model is not run)"
         )
-    if layers is not None:
-        for name in PER_LAYER_LISTS:
-            if isinstance(values.get(name), list):
-                values[name] = values[name][:layers]
-        depth = next((n for n in DEPTH_NAMES if n in values), DEPTH_NAMES[0])
-        values[depth] = layers
-        if "max_window_layers" in values:
-            values["max_window_layers"] = min(values["max_window_layers"], layers)
+    values = first_layers(values, layers)
     if "vocab_size" in values:
         values["vocab_size"] += added_tokens
     built = AutoConfig.for_model(model_type, **values)
@@ -133,7 +125,7 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if any(re.search(rf"(^|\.){re.escape(mark)}(\.|$)", name) for mark in kept):
+        if any(mark in name for mark in kept):  # core_model_loading.py build_glob_alternation: anywhere in the name
             tensor.data = tensor.data.float()
 
 

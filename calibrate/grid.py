@@ -331,9 +331,9 @@ def with_repeats(source: Iterator[Burst], every: int) -> Iterator[Burst]:
 
 def step_seconds(burst: Burst, gpu: Gpu, coefficients: Coefficients | None = None) -> float:
     """Predicted seconds of one step; a guess of the time a burst takes."""
-    from calibrate.measurements import with_layers
+    from planner.depth import first_layers
 
-    config = with_layers(dict(burst.config), burst.layers)
+    config = first_layers(dict(burst.config), burst.layers)
     try:
         spec = families.build_spec(config, model_id=burst.model)
         time = predict(spec, burst.training, gpu, coefficients=coefficients or priors(gpu)).time
@@ -344,8 +344,8 @@ def step_seconds(burst: Burst, gpu: Gpu, coefficients: Coefficients | None = Non
 
 def peak_bytes(burst: Burst, gpu: Gpu) -> int:
     """Predicted device memory."""
-    from calibrate.measurements import with_layers
+    from planner.depth import first_layers
 
-    config = with_layers(dict(burst.config), burst.layers)
+    config = first_layers(dict(burst.config), burst.layers)
     spec = families.build_spec(config, model_id=burst.model)
     return predict(spec, burst.training, gpu).device.expected

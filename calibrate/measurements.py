@@ -19,6 +19,7 @@ from typing import Any
 from planner import catalog, processor
 from planner.calibration import STACK
 from planner.calibration_files import load_json, migrated
+from planner.depth import first_layers
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.hardware import Gpu
 from planner.records import record
@@ -71,7 +72,7 @@ class Measurement:
     @property
     def config(self) -> dict[str, Any]:
         """The model's config at the depth that ran."""
-        return with_layers(dict(self.request["config"]), self.request.get("layers"))
+        return first_layers(dict(self.request["config"]), self.request.get("layers"))
 
     @property
     def ok(self) -> bool:
@@ -178,20 +179,6 @@ def request_key(request: Mapping[str, Any]) -> str:
     """Hash of what was asked of the worker, without how often it was timed."""
     parts = {name: request.get(name) for name in ("config", "layers", "training", "device_kind", "threads")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
-
-def with_layers(config: dict[str, Any], layers: int | None) -> dict[str, Any]:
-    """The config with the first `layers` layers only."""
-    if layers is None:
-        return config
-    cut = {key: layers for key in DEPTH_KEYS if key in config}
-    lists = {
-        k: v[:layers] for k, v in config.items() if k in ("layer_types", "mlp_layer_types") and isinstance(v, list)
-    }
-    return {**config, **cut, **lists}
 
 
 def device_gpu(device: Mapping[str, Any]) -> Gpu:

@@ -23,7 +23,19 @@ from transformers.pytorch_utils import Conv1D
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.families import known_families, text_part
 from planner.families.parts import ACTIVATIONS
-from planner.model import Activation, Attention, Experts, Layer, Linear, Mlp, ModelSpec, Norm, NormKind, Table
+from planner.model import (
+    Activation,
+    Attention,
+    Experts,
+    KeptInFp32,
+    Layer,
+    Linear,
+    Mlp,
+    ModelSpec,
+    Norm,
+    NormKind,
+    Table,
+)  # fmt: skip
 
 MAX_COUNT = 2048
 """Layers, experts and the like: every one becomes a module, so a config must not ask for millions."""
@@ -45,6 +57,12 @@ _TOP_K = (
 _HIDDEN_DROPOUTS = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout")
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _FIRST_NORM = re.compile(r"input|pre_?att|attn_norm|attention_norm|ln_?1|norm_?1|self_attn")
+
+
+def kept_in_fp32(model: Any) -> Iterator[KeptInFp32]:
+    """What from_pretrained of a class keeps in fp32, by the lists that it and its parts have."""
+    for fp16_only, names in ((False, model._keep_in_fp32_modules_strict), (True, model._keep_in_fp32_modules)):
+        yield from (KeptInFp32(name=name, fp16_only=fp16_only, since=(0, 0)) for name in sorted(names or ()))
 
 
 class Modules(NamedTuple):
@@ -156,7 +174,7 @@ class _Reader:
             stored_dtype=_dtype_name(self.part),
             max_position_embeddings=_positive(self.config, "max_position_embeddings"),
             stored_quantization=_quantization(self.part),
-            keep_in_fp32=tuple(sorted(self.model._keep_in_fp32_modules_strict or ())),
+            keep_in_fp32=tuple(kept_in_fp32(self.model)),
             derived=True,
             layer_prefix=self.prefix,
         )  # fmt: skip
@@ -400,7 +418,7 @@ class _Reader:
             return {}
         head = _positive(self.config, "head_dim") or self.hidden // int(self.config.num_attention_heads)
         query, key = (x if x.weight else replace(x, size=head) for x in (query, key))
-        return {"q_norm": query, "k_norm": key, "qk_norm_scope": "head" if query.size == head else "full"}
+        return {"q_norm": query, "k_norm": key}
 
     def _window(self, index: int, module: nn.Module) -> int:
         """The window that the attention module carries, else what layer_types says of this layer."""

@@ -8,10 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from calibrate.tracker import Tracker
+from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
 from planner.training import TrainingSpec
-
-PAGED_MIN_ELEMENTS = 100_000
-"""bitsandbytes keeps smaller states on the device even in paged optimizers (optim/optimizer.py get_state_buffer)."""
 
 
 def make_optimizer(training: TrainingSpec, parameters: list[torch.nn.Parameter], tracker: Tracker | None = None) -> Any:
@@ -43,11 +41,11 @@ def _bitsandbytes(name: str, parameters: list[torch.nn.Parameter], tracker: Trac
     with unset_fake_temporarily():  # fill_qmap reads tensor values
         optimizer = kinds[name](parameters, lr=1e-4)
         optimizer.fill_qmap()
-    if tracker is not None and name.startswith("paged"):
+    if tracker is not None and OPTIMIZERS[name].paged:
         device_buffer = optimizer.get_state_buffer
 
         def state_buffer(p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            if p.numel() < PAGED_MIN_ELEMENTS:
+            if p.numel() < BNB_PAGED_ELEMENTS:
                 return device_buffer(p, dtype)
             with tracker.ignore():
                 return device_buffer(p, dtype)

@@ -35,6 +35,8 @@ from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture
 from planner.errors import Contradiction, InvalidInput
+from planner.loss_kinds import LOSSES
+from planner.quantizations import QUANTIZATIONS
 from planner.training import TrainingSpec, training_from_dict
 
 STEPS = 2
@@ -200,8 +202,8 @@ def refuse_unsupported(training: TrainingSpec) -> None:
         (training.kernels != "none", f"{training.kernels} kernels; choose --kernels none"),
         (training.compile, "torch.compile; drop --compile"),
         (training.optimizer_in_backward, "an optimizer in the backward; drop --optimizer-in-backward"),
-        (training.loss in ("chunked", "fused"), f"a {training.loss} loss; choose --loss full-logits-fp32"),
-        (quant.kind not in ("none", "nf4", "fp4", "int8"), f"{quant.kind} bases; choose nf4, fp4, int8 or none"),
+        (not LOSSES[training.loss].traced, f"a {training.loss} loss; choose --loss full-logits-fp32"),
+        (QUANTIZATIONS[quant.kind].grouped, f"{quant.kind} bases; choose nf4, fp4, int8 or none"),
         (quant.kind != "none" and quant.quantized_modules != "linears", "a partly quantized base; drop the option"),
         (lora is not None and bool(lora.target_slices), "adapters on slices of a module; drop --target-slices"),
     )

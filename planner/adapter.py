@@ -12,6 +12,7 @@ from typing import Literal
 from planner import lora as adapters
 from planner.lora import Adapted
 from planner.model import Linear, ModelSpec
+from planner.quantizations import QUANTIZATIONS
 from planner.records import record
 from planner.step.linears import is_quantized, quantized_bytes
 from planner.training import DTYPE_BYTES, LoraSpec, QuantizationSpec, TrainingSpec
@@ -157,7 +158,7 @@ def bits_per_weight(quantization: QuantizationSpec) -> float:
     NF4 and FP4: 4 + 32/64; double quantization: 4 + 8/64 + 32/(64 * 256) (QLoRA, arXiv 2305.14314, section 3).
     Other formats depend on a module's shape and have no one number: 0.
     """
-    if quantization.kind not in ("nf4", "fp4"):
+    if not QUANTIZATIONS[quantization.kind].packed_4bit:
         return 0.0
     if quantization.double_quant:
         return 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK)
@@ -187,8 +188,15 @@ def base_weights(model: ModelSpec, training: TrainingSpec, adapted: tuple[Adapte
         quantized_bytes=nbytes,
         bits_per_weight=bits_per_weight(quant),
         other_elements=other,
-        other_bytes=other * width,
+        other_bytes=other * width + (4 - width) * _kept_in_fp32(model, training),
     )
+
+
+def _kept_in_fp32(model: ModelSpec, training: TrainingSpec) -> int:
+    """Elements that transformers' class keeps in fp32 beside a 16-bit base."""
+    if training.uses_own_modules:
+        return 0
+    return model.elements_kept_in_fp32(training.base_dtype, training.versions.transformers)
 
 
 def _linears(model: ModelSpec) -> Iterator[tuple[Linear, int, int]]:

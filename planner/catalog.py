@@ -42,7 +42,6 @@ class ModelRecord:
     published_source: str
     counted_parameters: int
     """Unique parameters of this config, counted without this package (`counted_how`)."""
-    counted_parameters_with_vision: int | None
     counted_how: str
     difference: str
     """Why published and counted totals differ; empty: equal or not published."""
@@ -224,7 +223,6 @@ def model_record(name: str) -> ModelRecord | None:
         published_parameters=data.get("published_parameters"),
         published_source=data.get("published_source", ""),
         counted_parameters=data["counted_parameters"],
-        counted_parameters_with_vision=data.get("counted_parameters_with_vision"),
         counted_how=data["counted_how"],
         difference=data.get("difference", ""),
         text_part_only=data.get("text_part_only", False),

@@ -11,6 +11,7 @@ from planner import rivals
 from planner.adapter import AdapterFacts, base_weights
 from planner.lora import resolve_targets
 from planner.model import ModelSpec
+from planner.quantizations import QUANTIZATIONS
 from planner.records import record
 from planner.training import TrainingSpec
 from planner.units import GB
@@ -50,7 +51,7 @@ def compare(model: ModelSpec, training: TrainingSpec, facts: AdapterFacts) -> tu
              "it guesses the hidden size from the parameter count and counts at least four square modules"),
     ]  # fmt: skip
     quant = training.quantization
-    if quant.kind in ("nf4", "fp4"):
+    if QUANTIZATIONS[quant.kind].packed_4bit:
         base = facts.base.total_bytes / GB
         half = model.num_parameters * 2
         ratio = rivals.demo_memory_ratio(4, quant.double_quant)
@@ -134,7 +135,7 @@ def lab_5_3(model: ModelSpec, training: TrainingSpec, job: Job) -> dict[str, Any
         "model": {
             "name": job.model_name,
             "parameters": model.num_parameters,
-            "load_in_4bit": quant.kind in ("nf4", "fp4"),
+            "load_in_4bit": QUANTIZATIONS[quant.kind].packed_4bit,
             "base_bytes": base.total_bytes,
         },
         "lora": {

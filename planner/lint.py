@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from planner import lora
 from planner.errors import InvalidInput
 from planner.model import ModelSpec
+from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
 from planner.predict import Prediction, lacks_bf16, predict
+from planner.quantizations import QUANTIZATIONS
 from planner.stacks import Setting
-from planner.step.optimizers import BNB_PAGED_ELEMENTS
-from planner.training import Optimizer, QuantizationSpec, TrainingSpec
+from planner.training import QuantizationSpec, TrainingSpec
 from planner.units import GiB
 
 SERIOUS = 0.05
@@ -101,7 +102,7 @@ def _fp4(prediction: Prediction, settings: Mapping[str, Setting]) -> Iterator[Tr
 
 def _single_quantization(prediction: Prediction, _: Mapping[str, Setting]) -> Iterator[Trap]:
     t = prediction.training
-    if t.quantization.kind in ("nf4", "fp4") and not t.quantization.double_quant:
+    if QUANTIZATIONS[t.quantization.kind].packed_4bit and not t.quantization.double_quant:
         what = "double quantization is off: the scales of 4-bit weights stay fp32"
         yield _priced(prediction, Trap("no-double-quant", what, "double_quant", True), _quantized(t, double_quant=True))
 
@@ -134,9 +135,10 @@ def _plain_experts(prediction: Prediction, _: Mapping[str, Setting]) -> Iterator
     kind = prediction.training.quantization.kind
     layers = _model(prediction).distinct_layers()
     elements = sum(count * layer.experts.expert_elements for layer, count in layers if layer.experts)
-    if not elements or kind not in ("nf4", "fp4", "int8"):
+    if not elements or not QUANTIZATIONS[kind].by_bitsandbytes:
         return
-    bits = 8.0 if kind == "int8" else 4 + 32 / 64  # bitsandbytes functional.py quantize_4bit: blocksize 64, fp32 absmax
+    four = QUANTIZATIONS[kind].packed_4bit
+    bits = 4 + 32 / 64 if four else 8.0  # bitsandbytes functional.py quantize_4bit: blocksize 64, fp32 absmax
     nbytes = int(elements * (16 - bits) / 8)
     what = f"{elements / 1e9:.1f}e9 expert weights stay 16-bit: they are no linear modules, and {kind} passes over them"
     yield Trap("plain-experts", what, "experts", "quantized", nbytes=nbytes, share=nbytes / prediction.device.expected)
@@ -144,13 +146,13 @@ def _plain_experts(prediction: Prediction, _: Mapping[str, Setting]) -> Iterator
 
 def _idle_paging(prediction: Prediction, _: Mapping[str, Setting]) -> Iterator[Trap]:
     t = prediction.training
-    if not t.optimizer.startswith("paged") or t.lora is None:
+    plain = OPTIMIZERS[t.optimizer].unpaged
+    if not plain or t.lora is None:
         return
     adapted = lora.resolve_targets(_model(prediction), t.lora)
     largest = max((max(int(a.a_elements), int(a.b_elements)) for a in adapted), default=0)
     if largest >= BNB_PAGED_ELEMENTS or t.lora.modules_to_save:
         return
-    plain: Optimizer = "adamw-8bit" if t.optimizer == "paged-adamw-8bit" else "adamw"
     what = (
         f"the paged optimizer pages nothing at rank {t.lora.r}: the largest adapter has {largest:,} elements, "
         f"and bitsandbytes pages from {BNB_PAGED_ELEMENTS:,}"

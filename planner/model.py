@@ -86,8 +86,6 @@ class Attention:
     output: Linear
     q_norm: Norm | None = None
     k_norm: Norm | None = None
-    qk_norm_scope: Literal["head", "full"] = "head"
-    """"head": after the split into heads, over head_dim. "full": over the whole projection, before the split."""
     qk_norm_after_rope: bool = False
     """The norms follow the rotation instead of preceding it (llama4)."""
     q_a_norm: Norm | None = None
@@ -100,7 +98,6 @@ class Attention:
     position: Literal["rope", "alibi", "learned", "none"] = "rope"
     rotary_dim: int = 0
     """Rotated elements per head (partial rotary); 0 with position="rope": all of head_dim."""
-    rope_style: Literal["half", "interleaved", "neox"] = "half"
     sliding_window: int = 0
     """Window in tokens; 0: full attention."""
     logit_softcap: bool = False
@@ -281,6 +278,21 @@ class Table:
 
 
 @record
+class KeptInFp32:
+    """Parameters that transformers' from_pretrained loads in fp32 although a 16-bit dtype was asked for.
+
+    Source: modeling_utils.py _get_dtype_plan (5.24): `_keep_in_fp32_modules_strict` of the class for fp16 and bf16,
+    `_keep_in_fp32_modules` for fp16 only; core_model_loading.py looks for each entry anywhere in a parameter's name.
+    """
+
+    name: str
+    """What the parameter's name contains."""
+    fp16_only: bool
+    since: tuple[int, int]
+    """The first release of transformers in which the class's list is known to name it."""
+
+
+@record
 class UnreadModel:
     """What is known of a model whose structure no family here describes: sizes that its own class reports."""
 
@@ -331,8 +343,8 @@ class ModelSpec:
     """The published class is not in transformers: the structure rests on the model's own code."""
     derived: bool = False
     """Read from transformers' class on the meta device (calibrate.meta_spec), not by a family of the registry."""
-    keep_in_fp32: tuple[str, ...] = ()
-    """Module names the class keeps in fp32 when loaded in 16 bit (_keep_in_fp32_modules)."""
+    keep_in_fp32: tuple[KeptInFp32, ...] = ()
+    """Parameters that transformers' class keeps in fp32 when it is loaded in 16 bit."""
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     exact_parameters: int = 0
@@ -350,6 +362,16 @@ class ModelSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def stored_as(self, parameter: str, dtype: str, transformers: tuple[int, int]) -> str:
+        """The dtype that a parameter has after from_pretrained(dtype=`dtype`): `dtype`, or fp32 where it is kept so."""
+        if not self.keep_in_fp32 or dtype not in ("fp16", "bf16"):
+            return dtype
+        kept = any(
+            rule.name in parameter and transformers >= rule.since and (dtype == "fp16" or not rule.fp16_only)
+            for rule in self.keep_in_fp32
+        )
+        return "fp32" if kept else dtype
+
     def distinct_layers(self) -> Iterator[tuple[Layer, int]]:
         """Yield every distinct layer with how often it occurs, in order of first occurrence."""
         counts: dict[int, int] = {}
@@ -359,6 +381,22 @@ class ModelSpec:
             kinds[id(layer)] = layer
         for key, number in counts.items():
             yield kinds[key], number
+
+    def elements_kept_in_fp32(self, dtype: str, transformers: tuple[int, int]) -> int:
+        """Elements of norms and routers that are fp32 after from_pretrained(dtype=`dtype`), a 16-bit one."""
+        if not self.keep_in_fp32:
+            return 0
+        parts: list[tuple[str, int]] = [(n.name, n.num_parameters) for n in (self.final_norm,) if n is not None]
+        for layer, number in self.distinct_layers():
+            inside = [(n.name, n.num_parameters) for n in (*layer.attention.norms, *layer.norms)]
+            if layer.experts is not None:
+                inside.append((layer.experts.router.name, layer.experts.router.weight_elements))
+            parts += [(name, elements * number) for name, elements in inside]
+        return sum(n for name, n in parts if self.stored_as(f"{name}.weight", dtype, transformers) != dtype)
+
+    def first_layers(self, layers: int) -> ModelSpec:
+        """The model that ends after its first `layers` decoder layers."""
+        return replace(self, layers=self.layers[:layers])
 
     def with_tokens(self, added: int) -> ModelSpec:
         """The model after resize_token_embeddings(vocab_size + added): table, head and logits grow."""

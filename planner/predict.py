@@ -15,6 +15,7 @@ from planner.calibration import Coefficients, Selection, priors
 from planner.dataset.orders import SLOW, TYPICAL, Orders
 from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
+from planner.quantizations import QUANTIZATIONS
 from planner.records import record
 from planner.step import linears, loading, program, sequence
 from planner.step.engine import Record
@@ -351,7 +352,7 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
         reasons.append(("torch.compile decides what it keeps", 0.10))
     if training.gradient_checkpointing == "offload":
         reasons.append(("offloading keeps some inputs on the GPU until their copy is done", 0.03))
-    if training.quantization.kind in ("gptq4", "gptq8", "awq4"):
+    if QUANTIZATIONS[training.quantization.kind].grouped:
         reasons.append(("group size of the quantized checkpoint", 0.02))
     if training.uses_own_modules:
         reasons += _own_modules(model, training)
@@ -377,7 +378,7 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
 def _own_modules(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
     """What is not known of litgpt's modules (planner.step.classes.litgpt)."""
     dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
-    four_bit = training.quantization.kind in ("nf4", "fp4")
+    four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
     if not dense:
         yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15
     elif four_bit and training.versions.bitsandbytes < linears.KEEPS_NO_INPUT:
@@ -412,7 +413,7 @@ def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu 
     if model is None:
         return tuple(notes)
     experts = [layer.experts for layer, _ in model.distinct_layers() if layer.experts]
-    if experts and training.quantization.kind in ("nf4", "fp4", "int8"):
+    if experts and QUANTIZATIONS[training.quantization.kind].by_bitsandbytes:
         notes.append("expert weights are fused 3-D parameters that bitsandbytes does not quantize: they stay 16-bit")
     if model.tied and training.lora and "lm_head" in training.lora.modules_to_save:
         notes.append("lm_head is tied to the embeddings: saving it as a module trains an untied copy")

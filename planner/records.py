@@ -7,7 +7,10 @@ dataclasses.dataclass(frozen=True) compiles several functions per class, which w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from planner.errors import unknown
 
 T = TypeVar("T")
 
@@ -87,3 +90,30 @@ _METHODS: dict[str, Any] = {
     "__hash__": _hash,
     "__repr__": _repr,
 }
+
+
+class Rows(dict[str, T]):
+    """One row per thing, by its name. A row that does not exist is an error with the known names, never a default."""
+
+    def __init__(self, what: str, names: Iterable[str], rows: Iterable[tuple[str, T]]) -> None:
+        """`names`: those that must have a row, in the order they are offered.
+
+        Raises:
+            TypeError: a name without a row, a row without a name, or two rows of one name.
+        """
+        found = list(rows)
+        wanted = list(names)
+        made = dict(found)
+        missing, extra = [n for n in wanted if n not in made], [n for n in made if n not in wanted]
+        if missing or extra or len(made) != len(found):
+            wrong = f"no row for {', '.join(missing)}" if missing else f"rows without a name: {', '.join(extra)}"
+            raise TypeError(f"{what}: {wrong if missing or extra else 'two rows of one name'}")
+        super().__init__((name, made[name]) for name in wanted)
+        self.what = what
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise unknown(self.what, name, self)
+
+    def where(self, holds: Callable[[T], bool]) -> tuple[str, ...]:
+        """Names of the rows for which `holds` is true."""
+        return tuple(name for name, row in self.items() if holds(row))

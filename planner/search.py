@@ -14,7 +14,9 @@ from planner import memory
 from planner.errors import PlannerError
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.predict import Prediction, Range, architecture, predict, uncertainty
+from planner.quantizations import QUANTIZATIONS
 from planner.step import program
 from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
 from planner.verdict import FITS, verdict_of
@@ -25,11 +27,6 @@ SHORTEST = 128
 """Tokens: shorter rows are not proposed."""
 MOST_SHORTENED = 4
 """As the only change, rows are cut to this part of their length at most."""
-
-_EIGHT_BIT = {
-    "adamw": "adamw-8bit", "adamw-fused": "adamw-8bit", "adamw-bf16-states": "adamw-8bit", "paged-adamw": "adamw-8bit",
-    "lion": "lion-8bit",
-}  # fmt: skip
 
 Settings = tuple[tuple[str, object], ...]
 
@@ -217,18 +214,17 @@ def _fused_loss(train: TrainingSpec) -> _Step | None:
 
 
 def _eight_bit(train: TrainingSpec) -> _Step | None:
-    name = _EIGHT_BIT.get(train.optimizer)
+    name = OPTIMIZERS[train.optimizer].eight_bit
     return _with_optimizer(train, name, "8-bit optimizer states") if name else None
 
 
 def _paged(train: TrainingSpec) -> _Step | None:
-    if train.optimizer.startswith("paged") or not train.optimizer.startswith("adamw"):
-        return None
-    return _with_optimizer(train, "paged-adamw-8bit", "paged 8-bit optimizer states")
+    name = OPTIMIZERS[train.optimizer].paged_eight_bit
+    return _with_optimizer(train, name, "paged 8-bit optimizer states") if name else None
 
 
-def _with_optimizer(train: TrainingSpec, name: str, text: str) -> _Step:
-    changed = replace(train, optimizer=name)  # type: ignore[arg-type]
+def _with_optimizer(train: TrainingSpec, name: Optimizer, text: str) -> _Step:
+    changed = replace(train, optimizer=name)
     return _Step(text, f"--optimizer {name}", (("optimizer", name),), changed)
 
 
@@ -249,7 +245,7 @@ def _norms_only(train: TrainingSpec) -> _Step | None:
 
 
 def _double_quant(train: TrainingSpec) -> _Step | None:
-    if train.quantization.kind not in ("nf4", "fp4") or train.quantization.double_quant:
+    if not QUANTIZATIONS[train.quantization.kind].packed_4bit or train.quantization.double_quant:
         return None
     changed = replace(train, quantization=replace(train.quantization, double_quant=True))
     return _Step("double quantization", "--double-quant", (("double_quant", True),), changed)
@@ -257,7 +253,7 @@ def _double_quant(train: TrainingSpec) -> _Step | None:
 
 def _quantize(train: TrainingSpec) -> _Step | None:
     """A 4-bit base under the same adapter."""
-    if train.lora is None or train.quantization.kind in ("nf4", "fp4", "gptq4", "awq4"):
+    if train.lora is None or QUANTIZATIONS[train.quantization.kind].bits == 4:
         return None
     dtype = train.autocast if train.autocast != "none" else train.base_dtype
     old = train.quantization

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from planner.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.optimizers import OPTIMIZERS
+from planner.quantizations import BNB, BNB_4BIT, QUANTIZATIONS
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec, Versions, choice
 
 KEYS: tuple[str, ...] = (
@@ -47,10 +49,8 @@ _NUMBERS = frozenset({"lora_alpha", "lora_dropout", "max_grad_norm"})
 _NAME_LISTS = frozenset({"target_modules", "modules_to_save", "skip_modules"})
 _RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})")
 
-BNB_4BIT = ("nf4", "fp4")
-BNB = ("nf4", "fp4", "int8")
-GPTQ = ("gptq4", "gptq8")
-TORCH_ADAMW = ("adamw", "adamw-fused", "adamw-bf16-states")
+GPTQ = QUANTIZATIONS.where(lambda row: row.keeps_column_groups)
+TORCH_ADAMW = OPTIMIZERS.where(lambda row: row.state_layout == "like-parameter")
 
 
 # Default and Setting are named tuples: a dataclass costs a millisecond of start-up each, and `fits` starts often.
@@ -114,7 +114,7 @@ class Resolved:
             return bool(self["method"] != "full")
         if key in QUANTIZATION_KEYS:
             return bool(self["quantization"] != "none") and (
-                key != "group_size" or str(self["quantization"]).startswith(("gptq", "awq"))
+                key != "group_size" or QUANTIZATIONS[self["quantization"]].grouped
             )
         return key != "use_reentrant" or self["gradient_checkpointing"] != "none"
 

@@ -25,6 +25,7 @@ from planner.errors import InvalidInput, MissingDependency, unknown
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import FRAGMENTATION, architecture, predict, uncertainty
+from planner.quantizations import QUANTIZATIONS
 from planner.records import record
 from planner.step import program
 from planner.step.engine import Record
@@ -215,7 +216,7 @@ def replayed(model: ModelSpec, cells: Cells, coefficients: Mapping[str, Coeffici
         assert found.verdict is not None
         allocated[place], reserved[place] = found.allocated.expected, found.reserved.expected
         low[place], expected[place], high[place] = found.device.low, found.device.expected, found.device.high
-        headroom[place], number[place] = found.headroom_bytes, VERDICTS.index(found.verdict)
+        headroom[place], number[place] = found.headroom_bytes, verdict.VERDICTS.index(found.verdict)
     nowhere = Surplus(float("nan"), float("nan"), "replayed in every cell")
     judged = Judged(reserved, low, expected, high, headroom, number, nowhere)
     return cells._replace(allocated_bytes=allocated), judged
@@ -266,7 +267,7 @@ class Sweeper:
             np.full(shape, np.nan),
         )
         classes: dict[Any, list[int]] = {}
-        four_bit = training.quantization.kind in ("nf4", "fp4")
+        four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
         for number, card in enumerate(cards):
             arch = architecture(card, training)
             classes.setdefault(cuda_rules.program_class(arch, four_bit=four_bit), []).append(number)

@@ -10,39 +10,27 @@ from dataclasses import field, fields
 from typing import Any, Literal
 
 from planner.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.loss_kinds import KERNEL_SETS, LOSSES, Kernels, Loss
+from planner.optimizers import OPTIMIZERS, Optimizer
+from planner.quantizations import QUANTIZATIONS, Quantization
 from planner.records import record
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["full", "lora", "qlora", "dora"]
-Quantization = Literal["none", "nf4", "fp4", "int8", "gptq4", "gptq8", "awq4"]
 Checkpointing = Literal["none", "full", "offload"]
 AttentionKernel = Literal["eager", "sdpa", "flash2"]
-Loss = Literal["full-logits-fp32", "full-logits", "chunked", "fused"]
-Optimizer = Literal[
-    "adamw",  # torch AdamW, foreach
-    "adamw-fused",
-    "adamw-bf16-states",  # torch AdamW on bf16 parameters keeps bf16 states (foreach)
-    "adamw-8bit",
-    "paged-adamw",
-    "paged-adamw-8bit",
-    "lion",
-    "lion-8bit",
-    "adafactor",
-    "sgd",
-]
-Kernels = Literal["none", "liger", "unsloth", "fms-fused"]
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": typing.get_args(Dtype),
     "method": typing.get_args(Method),
-    "quantization": typing.get_args(Quantization),
+    "quantization": tuple(QUANTIZATIONS),
     "checkpointing": typing.get_args(Checkpointing),
     "attention": typing.get_args(AttentionKernel),
-    "loss": typing.get_args(Loss),
-    "optimizer": typing.get_args(Optimizer),
-    "kernels": typing.get_args(Kernels),
+    "loss": tuple(LOSSES),
+    "optimizer": tuple(OPTIMIZERS),
+    "kernels": tuple(KERNEL_SETS),
 }
 
 
@@ -107,7 +95,7 @@ class QuantizationSpec:
         choice("quantization", self.kind)
         choice("dtype", self.compute_dtype)
         _positive("group_size", self.group_size, highest=2**20)
-        if self.double_quant and self.kind not in ("nf4", "fp4"):
+        if self.double_quant and not QUANTIZATIONS[self.kind].packed_4bit:
             raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")
 
 
@@ -244,3 +232,10 @@ def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
             inner = {k: tuple(v) if isinstance(v, list) else v for k, v in nested[name].items() if k in known}
             nested[name] = kind(**inner)
     return TrainingSpec(**nested)
+
+
+__all__ = [
+    "CHOICES", "DTYPE_BYTES", "KERNEL_SETS", "LOSSES", "OPTIMIZERS", "QUANTIZATIONS", "AttentionKernel",
+    "Checkpointing", "Dtype", "Kernels", "LoraSpec", "Loss", "Method", "Optimizer", "Quantization", "QuantizationSpec",
+    "TrainingSpec", "Versions", "choice", "training_from_dict",
+]  # fmt: skip

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 from planner import stacks
 from planner.errors import PlannerError, one_line
 from planner.measurements import COUNTERS, ENUMERATIONS, Row
+from planner.optimizers import OPTIMIZERS
+from planner.quantizations import BNB
 from planner.records import record
 from planner.timing import Terms, anchor_factor
 from planner.training import Versions
@@ -218,7 +220,7 @@ def _assumed_releases(row: Row) -> Iterator[str]:
         yield f"library releases as required at the time: {_RELEASES[row['source']][1]}"
         return
     used = [name for name in _LIBRARIES if row["method"] != "full" or name != "peft"]
-    if row["quantization"] not in ("nf4", "fp4", "int8") and "8bit" not in row["optimizer"]:
+    if row["quantization"] not in BNB and row["optimizer"] not in OPTIMIZERS.where(lambda kind: kind.is_8bit):
         used = [name for name in used if name != "bitsandbytes"]
     left_out = [name for name in used if not row[name]]
     if not left_out:
@@ -263,11 +265,7 @@ def _quantization_options(row: Row, stack: str) -> dict[str, Any]:
     }
     if row["quantization"] not in ("", "none"):
         options["quantized_modules"] = row["quantized_modules"]
-        if (
-            row["base_dtype"] == "fp32"
-            and row["quantization"] in stacks.BNB
-            and row["compute_dtype"] in ("bf16", "fp16")
-        ):
+        if row["base_dtype"] == "fp32" and row["quantization"] in BNB and row["compute_dtype"] in ("bf16", "fp16"):
             # a 4-bit base computed in 16 bit beside fp32 weights is what PEFT's preparation leaves of a 16-bit model
             options.update(base_dtype=row["compute_dtype"], kbit_preparation=True)
         elif row["base_dtype"]:  # the column says how the unquantized weights lie: nothing is left to a preparation

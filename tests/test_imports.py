@@ -15,8 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "records"),
-    ("units", "amounts", "cuda_rules", "config_values", "outputs", "verdict", "flags"),
+    ("errors",),
+    ("records",),
+    ("optimizers", "quantizations", "loss_kinds"),
+    ("units", "amounts", "cuda_rules", "config_values", "depth", "outputs", "verdict", "flags"),
     ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),
     ("releases",),

@@ -18,12 +18,13 @@ import pytest
 
 from planner import catalog, memory
 from planner.cuda_rules import CUBLASLT_WORKSPACE_BYTES, Architecture
+from planner.depth import DEPTH_KEYS, lists_layers
 from planner.errors import PlannerError
 from planner.families import build_spec
 from planner.model import ModelSpec
+from planner.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.predict import predict
 from planner.step import program
-from planner.step.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +35,6 @@ CONFIGS = {
     if (record := catalog.model_record(name)) is not None
     and record.config.get("model_type") not in ("t5", "mt5")  # refused: not decoder-only
 }
-DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-PER_LAYER = ("layer_types", "attention_types", "text_config")
-"""A config with one of these lists its layers, so one layer more takes more than one number."""
 
 
 def built(name: str, **changes: int) -> ModelSpec:
@@ -105,8 +103,8 @@ def grown(name: str, training: TrainingSpec) -> list[tuple[str, ModelSpec, Train
     # the fused loss makes its chunks shorter when the vocabulary is larger (Liger's power of two)
     if "vocab_size" in config and training.loss != "fused":
         out += [("vocabulary", built(name, vocab_size=config["vocab_size"] + more), training) for more in (1, 8192)]
-    depth = next((key for key in DEPTH if key in config), None)
-    if depth and not any(key in config for key in PER_LAYER):
+    depth = next((key for key in DEPTH_KEYS if key in config), None)
+    if depth and not lists_layers(config):
         out.append(("layers", built(name, **{depth: config[depth] + 1}), training))
     return out
 
@@ -200,7 +198,7 @@ def test_what_bitsandbytes_leaves_alone(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     replace_linears = pytest.importorskip("transformers.integrations.bitsandbytes").replace_with_bnb_linear
-    sizes = {**dict.fromkeys(DEPTH, 2), "num_experts": 8}
+    sizes = {**dict.fromkeys(DEPTH_KEYS, 2), "num_experts": 8}
     config = {**CONFIGS[name], **{key: value for key, value in sizes.items() if key in CONFIGS[name]}}
     settings = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):

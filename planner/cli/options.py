@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from planner import optimizers, quantizations
 from planner.errors import unknown
 from planner.training import CHOICES
 
@@ -111,14 +112,7 @@ def trace_options(command: _Command) -> _Command:
 _DTYPES = {
     "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "no": "none",
 }  # fmt: skip
-_OPTIMIZERS = {
-    "adamw_torch": "adamw", "adamw_hf": "adamw", "adamw-torch": "adamw", "adamw_torch_fused": "adamw-fused",
-    "adamw_fused": "adamw-fused", "adamw_8bit": "adamw-8bit", "adamw_bnb_8bit": "adamw-8bit",
-    "paged_adamw": "paged-adamw", "paged_adamw_32bit": "paged-adamw", "paged-adamw-32bit": "paged-adamw",
-    "paged_adamw_8bit": "paged-adamw-8bit", "lion_32bit": "lion", "lion_8bit": "lion-8bit",
-}  # fmt: skip
 _ATTENTION = {"flash_attention_2": "flash2", "flash-attention-2": "flash2", "flash": "flash2", "fa2": "flash2"}
-_QUANTIZATION = {"4bit": "nf4", "8bit": "int8", "int4": "nf4", "awq": "awq4", "no": "none"}
 _CHECKPOINTING = {"true": "full", "on": "full", "false": "none", "off": "none", "unsloth": "offload"}
 
 _FLAG = object()
@@ -155,7 +149,7 @@ TRAINING: dict[str, tuple[Option, ...]] = {
         Option(
             ("-q", "--quantization"),
             "quantization",
-            Word("quantization", CHOICES["quantization"], _QUANTIZATION),
+            Word("quantization", CHOICES["quantization"], quantizations.words()),
             "How the frozen base is stored.",
         ),
         Option(("--double-quant/--no-double-quant",), "double_quant", _FLAG, "Quantize the 4-bit scales too."),
@@ -211,7 +205,10 @@ TRAINING: dict[str, tuple[Option, ...]] = {
     "Loss and optimizer": (
         Option(("--loss",), "loss", Word("loss", CHOICES["loss"]), "How logits become a loss."),
         Option(
-            ("--optimizer",), "optimizer", Word("optimizer", CHOICES["optimizer"], _OPTIMIZERS), "Optimizer and states."
+            ("--optimizer",),
+            "optimizer",
+            Word("optimizer", CHOICES["optimizer"], optimizers.words()),
+            "Optimizer and states.",
         ),
         Option(
             ("--optimizer-in-backward/--no-optimizer-in-backward",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +146,7 @@ def _cut(config: Any, spec: ModelSpec | None, layers: str | int) -> tuple[Any, M
         return config, spec
     if layers > spec.num_layers:
         raise InvalidInput(f"--layers is {layers}; the model has {spec.num_layers}")
-    return config, replace(spec, layers=spec.layers[:layers])
+    return config, spec.first_layers(layers)
 
 
 def _program(spec: ModelSpec | None, training: TrainingSpec, arch: Architecture) -> MemoryBreakdown:

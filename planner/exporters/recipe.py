@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from planner import optimizers
 from planner.dataset.batches import Padding
 from planner.errors import Contradiction, InvalidInput, one_line
 from planner.lora import resolve_targets
 from planner.model import ModelSpec
+from planner.quantizations import QUANTIZATIONS
 from planner.records import record
 from planner.schedule import Shape
 from planner.training import TrainingSpec
 
-OPTIMIZERS = {
-    "adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "adamw-bf16-states": "adamw_torch",
-    "adamw-8bit": "adamw_8bit", "paged-adamw": "paged_adamw_32bit", "paged-adamw-8bit": "paged_adamw_8bit",
-    "lion": "lion_32bit", "lion-8bit": "lion_8bit", "adafactor": "adafactor", "sgd": "sgd",
-}  # fmt: skip
+OPTIMIZERS = {name: row.transformers_name for name, row in optimizers.OPTIMIZERS.items()}
 """Optimizer -> its name in transformers (training_args.py OptimizerNames)."""
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash2": "flash_attention_2"}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-ON_THE_FLY = ("none", "nf4", "fp4", "int8")
+ON_THE_FLY = QUANTIZATIONS.where(lambda row: not row.grouped)
 """Quantizations that a trainer applies while it loads 16-bit weights."""
 
 

@@ -205,7 +205,6 @@ def stablelm(config: Config, model_id: str) -> ModelSpec:
             bias=boolean(config, "use_qkv_bias", default=False),
             out_bias=False,
             rotary_dim=rotary_width(config, s.head_dim, 0.25),
-            rope_style="neox",
             **norms,
         ),
         mlp=gated_mlp(s.hidden, s.intermediate, act=activation(config)),

@@ -37,7 +37,6 @@ def _spec(config: Config, model_id: str, s: Sizes, kinds: tuple[tuple[int, bool]
                 bias=attention_bias(config),
                 sliding_window=key[0],
                 position="rope" if key[1] else "none",
-                rope_style="interleaved",
                 **norms,
             ),
             mlp=gated_mlp(s.hidden, s.intermediate, act=activation(config)),

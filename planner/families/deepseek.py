@@ -44,7 +44,6 @@ def latent_attention(config: Config, s: Sizes) -> Attention:
         kv_lora_rank=kv_rank,
         qk_rope_head_dim=rope,
         rotary_dim=rope,
-        rope_style="interleaved",
         dropout=s.attention_dropout,
     )
 
@@ -66,6 +65,7 @@ def deepseek_v2(config: Config, model_id: str) -> ModelSpec:
         top_k=6,
         width=1407,
         shared=2,
+        corrects_scores=False,
         mlp_bias=boolean(config, "mlp_bias", default=False),
     )
 
@@ -73,4 +73,6 @@ def deepseek_v2(config: Config, model_id: str) -> ModelSpec:
 def deepseek_v3(config: Config, model_id: str) -> ModelSpec:
     s = _sizes(config, 0)
     attention = latent_attention(config, s)
-    return dense_then_experts(config, model_id, s, attention, first_dense=3, count=256, top_k=8, width=2048, shared=1)
+    return dense_then_experts(
+        config, model_id, s, attention, first_dense=3, count=256, top_k=8, width=2048, shared=1, corrects_scores=True
+    )

@@ -30,7 +30,6 @@ def _dense(config: Config, model_id: str, **norms: str) -> ModelSpec:
         bias=attention_bias(config, True),
         out_bias=False,
         rotary_dim=rotary_width(config, s.head_dim, 0.5),
-        rope_style="interleaved",
     )
     mlp = fused_gated_mlp(s.hidden, s.intermediate, act=activation(config))
     after: dict[str, Any] = {field: Norm(name=name, size=s.hidden) for field, name in norms.items()}
@@ -61,7 +60,6 @@ def chatglm(config: Config, model_id: str) -> ModelSpec:
         bias=bias or boolean(config, "add_qkv_bias", default=False),
         out_bias=bias,
         rotary_dim=width // 2,
-        rope_style="interleaved",
     )
     mlp = fused_gated_mlp(s.hidden, s.intermediate, up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", bias=bias)
     layer = pre_norm_layer(attention, mlp, s, kind="rms_fp32_weight")

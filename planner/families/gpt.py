@@ -133,7 +133,6 @@ def _interleaved(config: Config, s: Sizes, default: int) -> dict[str, Any]:
     rotary = optional_integer(config, "rotary_dim", default)
     return {
         "rotary_dim": min(rotary, s.head_dim),
-        "rope_style": "interleaved",
         "sdpa_since": (5, 24),  # _supports_sdpa and ALL_ATTENTION_FUNCTIONS in modeling_gptj.py, modeling_codegen.py
         "scores_fp32": True,
     }
@@ -159,7 +158,6 @@ def gpt_neox(config: Config, model_id: str) -> ModelSpec:
         out="attention.dense",
         bias=boolean(config, "attention_bias", default=True),
         rotary_dim=rotary_width(config, s.head_dim, 0.25),
-        rope_style="neox",
     )
     mlp = plain_mlp(
         s.hidden,

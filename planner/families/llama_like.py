@@ -143,8 +143,7 @@ def seed_oss(config: Config, model_id: str) -> ModelSpec:
 def ernie4_5(config: Config, model_id: str) -> ModelSpec:
     bias = boolean(config, "use_bias", default=False)
     s = sizes(config, num_key_value_heads=2, head_dim=128)
-    interleaved = {"rope_style": "interleaved"}
-    return spec(config, model_id, s, tied=True, bias=bias, mlp_bias=bias, attention=interleaved)
+    return spec(config, model_id, s, tied=True, bias=bias, mlp_bias=bias)
 
 
 def helium(config: Config, model_id: str) -> ModelSpec:
@@ -156,5 +155,4 @@ def helium(config: Config, model_id: str) -> ModelSpec:
         out_bias=False,
         mlp_bias=mlp_bias(config),
         kind="rms_fp32_weight",
-        attention={"rope_style": "interleaved"},
     )

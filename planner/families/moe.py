@@ -26,9 +26,15 @@ from planner.families.parts import (
     uniform,
     windows_from_types,
 )
-from planner.model import Activation, Attention, Experts, Layer, Linear, Mlp, ModelSpec, Norm
+from planner.model import Activation, Attention, Experts, KeptInFp32, Layer, Linear, Mlp, ModelSpec, Norm
 
 MAX_EXPERTS = 65_536
+
+FP32_GATE = KeptInFp32(name="gate.weight", fp16_only=False, since=(5, 24))
+"""The router's weight in the classes of DeepSeek and of GLM-4 MoE (_keep_in_fp32_modules_strict, read in 5.24; earlier
+lists that were seen name only the correction of its scores)."""
+FP32_SCORES = KeptInFp32(name="e_score_correction_bias", fp16_only=False, since=(4, 51))
+"""The correction of the router's scores: a buffer of one number an expert, not a parameter."""
 
 
 def experts(
@@ -86,7 +92,6 @@ def olmoe(config: Config, model_id: str) -> ModelSpec:
         bias=attention_bias(config),
         q_norm=Norm(name="self_attn.q_norm", size=s.q_size),
         k_norm=Norm(name="self_attn.k_norm", size=s.kv_size),
-        qk_norm_scope="full",
         clips_qkv=bool(config.get("clip_qkv")),
     )
     block = experts(config, s, count=64, top_k=8, width=s.intermediate)
@@ -129,7 +134,10 @@ def gpt_oss(config: Config, model_id: str) -> ModelSpec:
         stack(windows_from_types(config, s.layers, window, lambda i: (i + 1) % 2 != 0), make),
         final_norm=Norm(name="model.norm", size=s.hidden, kind="rms_fp32_weight"),
         tied=False,
-        keep_in_fp32=("input_layernorm", "post_attention_layernorm", "norm"),
+        keep_in_fp32=tuple(
+            KeptInFp32(name=name, fp16_only=True, since=(4, 55))  # the class came with 4.55
+            for name in ("input_layernorm", "post_attention_layernorm", "norm")
+        ),
     )
 
 
@@ -148,6 +156,7 @@ def _mixed(
     attend: Callable[[int], Attention],
     block: Experts,
     dense: Mlp,
+    **rest: Any,
 ) -> ModelSpec:
     """A stack with one (window, has experts) per layer."""
 
@@ -155,7 +164,7 @@ def _mixed(
         return pre_norm_layer(attend(key[0]), block if key[1] else dense, s)
 
     final = Norm(name="model.norm", size=s.hidden)
-    return causal_lm(config, model_id, s, stack(kinds, make), final_norm=final, tied=False)
+    return causal_lm(config, model_id, s, stack(kinds, make), final_norm=final, tied=False, **rest)
 
 
 def qwen2_moe(config: Config, model_id: str) -> ModelSpec:
@@ -211,11 +220,12 @@ def dense_then_experts(
     top_k: int,
     width: int,
     shared: int,
+    corrects_scores: bool,
     mlp_bias: bool = False,
 ) -> ModelSpec:
     """DeepSeek and GLM-4 MoE: first_k_dense_replace dense layers, then experts with shared ones beside them.
 
-    The numbers are the class defaults; the router computes in fp32.
+    The numbers are the class defaults; the router computes in fp32. `corrects_scores`: it has a buffer for them.
     """
     act = activation(config)
     width = integer(config, "moe_intermediate_size", default=width, high=MAX_WIDTH)
@@ -233,7 +243,8 @@ def dense_then_experts(
     dense = integer(config, "first_k_dense_replace", default=first_dense, low=0, high=MAX_LAYERS)
     kinds = tuple((0, i >= dense) for i in range(s.layers))
     mlp = gated_mlp(s.hidden, s.intermediate, bias=mlp_bias, act=act)
-    return _mixed(config, model_id, s, kinds, lambda _: attention, block, mlp)
+    kept = (FP32_SCORES, FP32_GATE) if corrects_scores else (FP32_GATE,)
+    return _mixed(config, model_id, s, kinds, lambda _: attention, block, mlp, keep_in_fp32=kept)
 
 
 def llama4_text(config: Config, model_id: str) -> ModelSpec:
@@ -281,7 +292,6 @@ def llama4_text(config: Config, model_id: str) -> ModelSpec:
             bias=bias,
             sliding_window=chunk if rotated else 0,
             position="rope" if rotated else "none",
-            rope_style="interleaved",
             q_norm=norm,
             k_norm=norm,
             qk_norm_after_rope=True,
@@ -320,7 +330,8 @@ def glm4_moe(config: Config, model_id: str) -> ModelSpec:
         bias=attention_bias(config),
         out_bias=False,
         rotary_dim=rotary_width(config, s.head_dim, 0.5),
-        rope_style="neox",
         **norms,
     )
-    return dense_then_experts(config, model_id, s, attention, first_dense=1, count=128, top_k=8, width=1408, shared=1)
+    return dense_then_experts(
+        config, model_id, s, attention, first_dense=1, count=128, top_k=8, width=1408, shared=1, corrects_scores=True
+    )

@@ -35,7 +35,6 @@ def phi(config: Config, model_id: str) -> ModelSpec:
             out="dense",
             bias=True,
             rotary_dim=rotary_width(config, s.head_dim, 0.5),
-            rope_style="neox",
             **norms,
         ),
         mlp=plain_mlp(

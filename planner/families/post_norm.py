@@ -61,7 +61,6 @@ def _post_norm(
                 position="rope" if key[1] else "none",
                 q_norm=norm("self_attn.q_norm", s.q_size if full else s.head_dim),
                 k_norm=norm("self_attn.k_norm", s.kv_size if full else s.head_dim),
-                qk_norm_scope="full" if full else "head",
             ),
             mlp=gated_mlp(s.hidden, s.intermediate, act=activation(config)),
             post_attention_norm=norm("post_attention_layernorm", s.hidden),

@@ -71,7 +71,7 @@ def nemotron(config: Config, model_id: str) -> ModelSpec:
         return Norm(name=name, size=s.hidden, kind="layernorm_1p", bias=True)
 
     layer = Layer(
-        attention=standard_attention(s, bias=attention_bias(config), rotary_dim=rotary, rope_style="neox"),
+        attention=standard_attention(s, bias=attention_bias(config), rotary_dim=rotary),
         mlp=plain_mlp(
             s.hidden,
             s.intermediate,

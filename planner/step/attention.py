@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner import cuda_rules
+from planner.loss_kinds import KERNEL_SETS
 from planner.model import Attention, Norm
 from planner.step import eager, linears, ops, picking, positions
 from planner.step.context import Step
@@ -117,12 +118,8 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
 
 def _by_heads(step: Step, spec: Attention, x: Tensor, heads: int) -> Tensor:
     """A projection's output by heads, where rotate_half follows."""
-    if (
-        spec.position != "rope"
-        or not step.habits.splits_heads
-        or heads == 1
-        or step.train.kernels in ("unsloth", "fms-fused", "liger")
-    ):
+    turns = spec.position == "rope" and step.habits.splits_heads
+    if not turns or heads == 1 or KERNEL_SETS[step.train.kernels].fuses_rotary:
         return x
     return ops.split_heads(step.eng, x)
 
@@ -134,7 +131,7 @@ def _caches_keys(step: Step) -> bool:
 
 def _fuses_lora(step: Step, group: list[LinearWeights]) -> bool:
     """fms replaces a group of quantized projections by one function when every one of them is adapted."""
-    fused = step.train.kernels == "fms-fused" and step.habits.fuses_lora
+    fused = KERNEL_SETS[step.train.kernels].fuses_lora and step.habits.fuses_lora
     return fused and all(held.lora and held.kind != "none" and held.dora is None for held in group)
 
 

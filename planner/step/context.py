@@ -81,15 +81,28 @@ class Step:
             return []
         return [size for _, size in buffers]
 
-    def weight(self, numel: Size, factors: Size = 0) -> Tensor:
-        """Allocate an unquantized base weight: frozen, or trainable in full fine-tuning."""
-        if self.train.method == "full":
-            return self.trainable(numel, self.unquantized_dtype, "weight", factors)
-        return self.frozen(numel, self.unquantized_dtype)
+    def keeps_fp32(self, name: str) -> bool:
+        """Whether transformers' class keeps this parameter in fp32 when it is loaded in 16 bit."""
+        train = self.train
+        if train.uses_own_modules:
+            return False
+        dtype = self.model.stored_as(name, train.base_dtype, train.versions.transformers)
+        return dtype == FP32 != train.base_dtype
 
-    def frozen(self, numel: Size, dtype: str) -> Tensor:
+    def weight(self, name: str, numel: Size, factors: Size = 0) -> Tensor:
+        """Allocate an unquantized base weight of a module: frozen, or trainable in full fine-tuning."""
+        return self.base(name, numel, self.unquantized_dtype, factors)
+
+    def base(self, name: str, numel: Size, dtype: str, factors: Size = 0) -> Tensor:
+        """Allocate a base parameter in `dtype`, or in fp32 where the class keeps it so."""
+        dtype = FP32 if self.keeps_fp32(name) else dtype
+        if self.train.method == "full":
+            return self.trainable(numel, dtype, "weight", factors)
+        return self.frozen(name, numel, dtype)
+
+    def frozen(self, name: str, numel: Size, dtype: str) -> Tensor:
         """Allocate a frozen base parameter; before k-bit preparation it lies in the dtype that was loaded."""
-        if not self.train.kbit_preparation:
+        if not self.train.kbit_preparation or self.keeps_fp32(name):
             return self.eng.read(numel, dtype, "weight")
         held = self.eng.read(numel, self.train.base_dtype, "weight")
         if held.dtype != FP32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from planner.loss_kinds import KERNEL_SETS
 from planner.model import Experts, Mlp
 from planner.step import linears, ops, picking
 from planner.step.context import Step
@@ -20,7 +21,7 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | N
     arg = x
     if not spec.gated:
         hidden = activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
-    elif spec.gate is not None and step.train.kernels in ("liger", "unsloth"):
+    elif spec.gate is not None and KERNEL_SETS[step.train.kernels].fuses_swiglu:
         hidden = _fused_swiglu(step, held, spec, x)
     elif spec.gate is not None and step.habits.up_first:
         up = linears.forward(step, held.linears[spec.up.name], x)

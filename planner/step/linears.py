@@ -6,8 +6,13 @@ bitsandbytes nn/modules.py and autograd/_functions.py (0.50), peft tuners/lora/{
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Callable
+
 from planner import cuda_rules
 from planner.model import Layer, Linear
+from planner.quantizations import QUANTIZATIONS, Storing
+from planner.records import Rows
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Storage, Tensor
@@ -61,25 +66,28 @@ def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, in
     (Int8Params.SCB). GPTQ: qweight, qzeros, fp16 scales, int32 g_idx (auto_gptq qlinear). AWQ: without g_idx.
     """
     n = spec.weight_elements
-    if quant.kind in ("nf4", "fp4"):
+    row = QUANTIZATIONS[quant.kind]
+    if row.storing == "plain":
+        raise ValueError(f"{quant.kind} stores no weight otherwise")
+    if row.storing == "blocks-of-4-bit":
         return list(cuda_rules.static_4bit_bytes(n, double_quant=quant.double_quant))
-    if quant.kind == "int8":
+    if row.storing == "rows-of-8-bit":
         return [("values", n), ("scales", spec.out_features * 4)]
-    bits = {"gptq4": 4, "awq4": 4, "gptq8": 8}[quant.kind]
+    bits = row.bits
     groups = -(-spec.in_features // quant.group_size)
     tensors = [
         ("qweight", n * bits // 8),
         ("qzeros", groups * spec.out_features * bits // 8),
         ("scales", groups * spec.out_features * 2),
     ]
-    return tensors if quant.kind == "awq4" else [*tensors, ("g_idx", spec.in_features * 4)]
+    return [*tensors, ("g_idx", spec.in_features * 4)] if row.keeps_column_groups else tensors
 
 
 def is_quantized(spec: Linear, quant: QuantizationSpec, adapted: bool, own_modules: bool = False) -> bool:
     """Whether the library that quantizes would convert this module; `own_modules`: the framework's, all nn.Linear."""
     if quant.kind == "none" or quant.quantized_modules == "none":
         return False
-    if spec.cls == "subclass" and quant.kind in ("nf4", "fp4", "int8") and not own_modules:
+    if spec.cls == "subclass" and QUANTIZATIONS[quant.kind].by_bitsandbytes and not own_modules:
         return False  # bitsandbytes converts exactly nn.Linear and Conv1D (transformers integrations/bitsandbytes.py)
     if quant.quantized_modules == "adapted-only" and not adapted:
         return False
@@ -95,13 +103,13 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
         held.kind = quant.kind
         held.packed = _quantized(step, spec, quant)
     else:
-        held.weight = step.weight(spec.weight_elements, spec.out_features + spec.in_features)
+        held.weight = step.weight(f"{spec.name}.weight", spec.weight_elements, spec.out_features + spec.in_features)
     held.dtype = FP16 if step.habits.halves_quantized and held.kind != "none" else train.base_dtype
-    if spec.bias and held.kind in ("nf4", "fp4"):
+    if spec.bias and QUANTIZATIONS[held.kind].packed_4bit:
         # Linear4bit's first forward leaves it in the compute dtype (bitsandbytes nn/modules.py)
         held.bias = eng.parameter(spec.out_features, train.quantization.compute_dtype, "weight")
     elif spec.bias:
-        held.bias = step.weight(spec.out_features)
+        held.bias = step.weight(f"{spec.name}.bias", spec.out_features)
     return held
 
 
@@ -112,7 +120,7 @@ def _quantized(step: Step, spec: Linear, quant: QuantizationSpec) -> list[Tensor
     """
     eng = step.eng
     whole: list[Tensor] = []
-    if quant.kind in ("nf4", "fp4") and not step.arch.on_cpu:
+    if QUANTIZATIONS[quant.kind].packed_4bit and not step.arch.on_cpu:
         whole.append(eng.read(spec.weight_elements, step.train.base_dtype, "loading"))
         if quant.double_quant:
             scales = cuda_rules.absmax_blocks(spec.weight_elements)
@@ -142,19 +150,18 @@ def forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """Run the module: plain, quantized, with or without adapters."""
     if not held.lora:
         return base_forward(step, held, x)
-    if held.kind in ("nf4", "fp4", "int8"):
+    if QUANTIZATIONS[held.kind].by_bitsandbytes:
         return _lora_bnb(step, held, x)
     return _lora_plain(step, held, x)
 
 
 def base_forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """The base layer alone."""
-    if held.kind in ("nf4", "fp4"):
-        return _forward_4bit(step, held, x)
-    if held.kind == "int8":
-        return _forward_8bit(step, held, x)
-    if held.kind != "none":
-        return _forward_gptq(step, held, x)
+    return _BY_STORING[QUANTIZATIONS[held.kind].storing](step, held, x)
+
+
+def _forward_plain(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+    """A weight that is not quantized."""
     spec = held.spec
     assert held.weight is not None
     m, n, k = step.tokens, spec.out_features, spec.in_features
@@ -220,7 +227,7 @@ def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     eng = step.eng
     arg = x
     result = base_forward(step, held, x)
-    if held.kind != "int8":
+    if QUANTIZATIONS[held.kind].packed_4bit:
         result = ops.contiguous(eng, result, "lora_clone")
     dtype = result.dtype
     convert = eng.autocast is None
@@ -448,6 +455,19 @@ def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     return ops.cast(eng, out, source, "input_dtype_cast") if not eng.autocast else out
 
 
+_BY_STORING: Rows[Callable[[Step, LinearWeights, Tensor], Tensor]] = Rows(
+    "way to store weights",
+    typing.get_args(Storing),
+    (
+        ("plain", _forward_plain),
+        ("blocks-of-4-bit", _forward_4bit),
+        ("rows-of-8-bit", _forward_8bit),
+        ("groups", _forward_gptq),
+    ),
+)
+"""The product of each way to store weights (QUANTIZATIONS)."""
+
+
 # --- fms-acceleration's fused LoRA ---------------------------------------------------------------------------------
 
 
@@ -461,7 +481,7 @@ def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor
     """
     eng, m = step.eng, step.tokens
     k = group[0].spec.in_features
-    all_first = group[0].kind.startswith("gptq")
+    all_first = QUANTIZATIONS[group[0].kind].grouped
     weights = [_fused_weight(step, held, x.dtype) for held in group] if all_first else []
     outs, kept = [], [x]
     for held in group:
@@ -511,7 +531,7 @@ def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor
 def _fused_weight(step: Step, held: LinearWeights, dtype: str) -> Tensor:
     """The dequantized weight; 4-bit: with its fp32 absmax, freed when the weight exists. GPTQ: always fp16."""
     eng, n = step.eng, held.spec.weight_elements
-    gptq = held.kind.startswith("gptq")
+    gptq = QUANTIZATIONS[held.kind].grouped
     absmax = None if gptq else eng.workspace(4 * cuda_rules.absmax_blocks(n), "dequantize")
     weight = eng.empty(n, FP16 if gptq else dtype, "dequantize")
     eng.kernel("dequantize", dtype, n // 2 + weight.nbytes, count=2)

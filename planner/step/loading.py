@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
+from planner.quantizations import QUANTIZATIONS
 from planner.step import linears
 from planner.step.context import Step
 from planner.step.engine import ITEMSIZE, Size
@@ -76,7 +77,9 @@ def warmup_bytes(parameters: int, quantized: int, kind: str, *, itemsize: int, t
         return 0
     if transformers < (5, 0):
         return parameters * itemsize // (2 if kind != "none" and transformers >= (4, 51) else 1)
-    half_bytes = {"nf4": 1, "fp4": 1, "int8": 2}.get(kind, 2 * itemsize)
+    half_bytes = QUANTIZATIONS[kind].warm_up_half_bytes
+    if half_bytes is None:
+        half_bytes = 2 * itemsize
     return (parameters - quantized) * itemsize + quantized * half_bytes // 2
 
 

@@ -5,6 +5,11 @@ What is kept differs between releases of transformers; the comments name the rel
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Callable
+
+from planner.loss_kinds import KERNEL_SETS, LOSSES, Logits
+from planner.records import Rows
 from planner.step import linears, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
@@ -23,14 +28,10 @@ def _slices_hidden(step: Step) -> bool:
 
 def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and the logits the caller can still reach (none when they never exist whole)."""
-    kind = step.train.loss
+    logits = LOSSES[step.train.loss].logits
     if _slices_hidden(step):
         hidden = ops.colons(step.eng, hidden, 3)
-    if kind == "fused":
-        return _fused_linear_cross_entropy(step, head, hidden), []
-    if kind == "chunked":
-        return _chunked(step, head, hidden)
-    return _full_logits(step, head, hidden)
+    return _BY_LOGITS[logits](step, head, hidden)
 
 
 def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -44,7 +45,7 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
         logits = ops.scale(eng, logits, "logits_softcap")
         logits = ops.scale(eng, ops.pointwise(eng, logits, "logits_softcap", False), "logits_softcap")
     upcasts = release >= step.habits.upcasts_since and (
-        train.loss == "full-logits-fp32" or train.kernels == "fms-fused"
+        LOSSES[train.loss].upcasts or KERNEL_SETS[train.kernels].upcasts_logits
     )
     wide = ops.cast(eng, logits, FP32, "logits_fp32") if upcasts else logits
     if upcasts and release < UPCASTS_IN_FORWARD:
@@ -54,7 +55,7 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
         source = _all_but_last(step, wide, model.vocab_size, "logits")
         if step.batch != 1:  # one row is contiguous as it is
             source = ops.contiguous(eng, source, "logits_shifted")
-    if train.kernels in ("unsloth", "fms-fused"):
+    if KERNEL_SETS[train.kernels].loss_grad_in_place:
         loss = _triton_cross_entropy(step, source)
     else:
         loss = cross_entropy(eng, source, step.tokens)
@@ -97,7 +98,7 @@ FUSED_CHUNK_BYTES = 8
 """Bytes per logit of a chunk at the worst moment: old gradient 2, new 16-bit logits 2, their fp32 copy 4."""
 
 
-def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor) -> Tensor:
+def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Liger: logits exist a chunk at a time and become their gradient in place; the input's gradient exists whole."""
     eng, model = step.eng, step.model
     hidden = ops.autocast_half(eng, hidden)
@@ -127,7 +128,7 @@ def _fused_linear_cross_entropy(step: Step, head: LinearWeights, hidden: Tensor)
 
     saved = (grad_input,) if grad_weight is None else (grad_input, grad_weight)
     eng.link(loss, (shifted, weight), backward, saved)
-    return loss
+    return loss, []
 
 
 CHUNKS = 8
@@ -200,3 +201,12 @@ def cross_entropy(eng: Engine, logits: Tensor, tokens: Size) -> Tensor:
 
     eng.link(loss, (picked,), nll_backward, (picked, weight))
     return loss
+
+
+_Computes = Callable[[Step, LinearWeights, Tensor], tuple[Tensor, list[Tensor]]]
+_BY_LOGITS: Rows[_Computes] = Rows(
+    "logits",
+    typing.get_args(Logits),
+    (("whole", _full_logits), ("chunks", _chunked), ("never", _fused_linear_cross_entropy)),
+)
+"""How each row of LOSSES is computed."""

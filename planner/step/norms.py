@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.loss_kinds import KERNEL_SETS
 from planner.model import Norm
 from planner.step import ops
 from planner.step.context import Step
@@ -57,7 +58,7 @@ def _layer_norm_per_head(
 
 def _fuses_norms(step: Step) -> bool:
     """Whether a Triton RMSNorm replaces the class's own."""
-    return step.train.kernels in ("liger", "unsloth", "fms-fused")
+    return KERNEL_SETS[step.train.kernels].fuses_norms
 
 
 def _rms_core(step: Step, x: Tensor, rows: Size) -> Tensor:
@@ -123,11 +124,11 @@ def _fused_rms_norm(step: Step, weight: Tensor | None, x: Tensor, rows: Size) ->
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         # Liger and fms write dX over dY; the kernel still needs dY's storage only
         grad = ops._grad(grads)
-        if step.train.kernels == "unsloth":
-            out = ops.unary(eng, grad, "norm_grad")
-        else:
+        if KERNEL_SETS[step.train.kernels].norm_grad_in_place:
             out = grad
             eng.kernel("norm", grad.dtype, 3 * grad.nbytes)
+        else:
+            out = ops.unary(eng, grad, "norm_grad")
         return [out, eng.empty(size, wtype, "norm_grad") if needs_weight else None]
 
     eng.link(out, (x, weight), backward, tuple(t for t in (x, inverse, weight) if t is not None))

@@ -1,44 +1,20 @@
 """Optimizer state and the optimizer step: bytes per parameter tensor, and what the step allocates on the way.
 
-Sources: torch/optim/_multi_tensor (adamw.py, foreach and fused), bitsandbytes optim/optimizer.py (0.50),
-transformers optimization.py (Adafactor).
+What tells one optimizer from another is its row in `planner.optimizers`.
 """
 
 from __future__ import annotations
 
+import typing
+
+from planner.errors import unknown
+from planner.optimizers import BNB_8BIT_BLOCK, BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS, OPTIMIZERS, StateLayout
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor
 from planner.step.transfers import PAGED_TRANSFER
 
-BNB_MIN_8BIT_ELEMENTS = 4096  # optim/optimizer.py min_8bit_size: smaller tensors keep 32-bit state
-BNB_PAGED_ELEMENTS = 100_000  # optim/optimizer.py get_state_buffer: smaller tensors are not paged
-BNB_8BIT_BLOCK = 256  # blockwise quantization of 8-bit states: one fp32 absmax per block and state
-
-STATES: dict[str, int] = {
-    "adamw": 2, "adamw-fused": 2, "adamw-bf16-states": 2, "adamw-8bit": 2, "paged-adamw": 2, "paged-adamw-8bit": 2,
-    "lion": 1, "lion-8bit": 1, "adafactor": 0, "sgd": 0,
-}  # fmt: skip
-"""Parameter-sized state tensors of each optimizer."""
-
-
 TENSORS_PER_LAUNCH = 30
 """Tensors that one multi-tensor kernel takes (ATen/native/cuda/MultiTensorApply.cuh depth_to_max_tensors, 5 lists)."""
-FOREACH_PASSES: dict[str, tuple[int, int]] = {"adamw": (20, 9), "adamw-bf16-states": (20, 9), "sgd": (3, 1)}
-"""Optimizer -> parameter-sized reads and writes, and kernels, of its foreach step.
-
-AdamW (torch/optim/adam.py _multi_tensor_adam): decay 2, lerp 3, mul 2, addcmul 3, sqrt 2, divisions 4, addcdiv 4.
-"""
-CPU_PASSES: dict[str, tuple[int, int]] = {
-    "adamw-8bit": (30, 26),
-    "paged-adamw-8bit": (30, 26),
-    "paged-adamw": (27, 16),
-    "lion": (17, 10),
-    "lion-8bit": (19, 16),
-}
-"""The same of bitsandbytes' optimizers on a CPU, which are sequences of torch operations on each tensor in fp32
-(bitsandbytes 0.50 backends/cpu/ops.py _optimizer_update_8bit_blockwise_cpu, _optimizer_update_32bit_cpu)."""
-LAUNCHES: dict[str, int] = {"adafactor": 20, "adamw-8bit": 1, "lion-8bit": 1, "lion": 1}
-"""Kernels per tensor where an optimizer goes through them one by one (bitsandbytes: one; adafactor.py: about 20)."""
 
 
 class OptimizerState:
@@ -47,6 +23,7 @@ class OptimizerState:
     def __init__(self, step: Step, owners: list[tuple[int, int]]) -> None:
         self.step = step
         self.eng = step.eng
+        self.row = OPTIMIZERS[step.train.optimizer]
         self.groups: list[tuple[tuple[int, int], list[Tensor]]] = []
         """((unit, layer in it), its parameters)."""
         self.tensors_per_launch = 1 if step.arch.on_cpu else TENSORS_PER_LAUNCH
@@ -73,26 +50,31 @@ class OptimizerState:
 
     def state_bytes(self, leaf: Tensor) -> list[Size]:
         """Bytes of each state tensor of one parameter, as they lie on the GPU."""
-        name, n = self.step.train.optimizer, leaf.numel
+        row, n = self.row, leaf.numel
         paged = self.paged_bytes(leaf)
-        if name == "adafactor":
+        if row.state_layout == "none":
+            sizes: list[Size] = []
+        elif row.state_layout == "factors":
             factors = self.factors.get(id(leaf), 0)
-            return [4 * factors] if factors else [4 * n]
-        if name in ("adamw", "adamw-fused", "adamw-bf16-states"):
-            steps = [4] if name == "adamw-fused" else []  # a fused step counter lies on the GPU, foreach's does not
-            return [leaf.nbytes, leaf.nbytes, *steps]
-        if "8bit" in name:
+            sizes = [4 * factors] if factors else [4 * n]
+        elif row.state_layout == "like-parameter":
+            sizes = [leaf.nbytes] * row.state_tensors
+        elif row.state_layout == "blocks-of-8-bit":
             wide, narrow = 4 * n, n + 4 * -(-n // BNB_8BIT_BLOCK)
-            size = _where(n < BNB_MIN_8BIT_ELEMENTS, wide, narrow)
-            return [size - paged] * STATES[name]
-        return [4 * n - paged] * STATES[name]
+            sizes = [_where(n < BNB_MIN_8BIT_ELEMENTS, wide, narrow) - paged] * row.state_tensors
+        elif row.state_layout == "fp32":
+            sizes = [4 * n - paged] * row.state_tensors
+        else:
+            raise unknown("state layout", row.state_layout, typing.get_args(StateLayout))
+        return [*sizes, row.step_counter_bytes] if row.step_counter_bytes else sizes
 
     def paged_bytes(self, leaf: Tensor) -> Size:
         """Bytes of one state tensor in managed memory, beside torch's: quantized states without their absmax."""
-        name, n = self.step.train.optimizer, leaf.numel
-        if not name.startswith("paged"):
+        row, n = self.row, leaf.numel
+        if not row.paged:
             return 0
-        return _where(n >= BNB_PAGED_ELEMENTS, n if "8bit" in name else 4 * n, 0 * n)
+        each = n if row.state_layout == "blocks-of-8-bit" else 4 * n
+        return _where(n >= BNB_PAGED_ELEMENTS, each, 0 * n)
 
     def hold_gradients(self) -> None:
         """Gradients left by earlier micro batches of the accumulation."""
@@ -105,7 +87,7 @@ class OptimizerState:
         """The optimizer step: foreach AdamW holds one copy of all parameters (sqrt of the second moment)."""
         if self.step.train.max_grad_norm and not self.step.train.optimizer_in_backward:
             self._clip()
-        if self.step.train.optimizer in ("adamw", "adamw-bf16-states") and not self.step.train.optimizer_in_backward:
+        if self.row.temporary == "copy-of-all-parameters" and not self.step.train.optimizer_in_backward:
             held: list[tuple[tuple[int, int], list[Tensor]]] = []
             for layer, leaves in self.groups:
                 self._enter("optimizer", layer)
@@ -120,7 +102,7 @@ class OptimizerState:
         for layer, leaves in self.groups:
             self._enter("optimizer", layer)
             for leaf in leaves:
-                if self.step.train.optimizer == "adafactor":
+                if self.row.temporary == "adafactor":
                     self._adafactor(leaf, update)
                 self._update(leaf)
 
@@ -145,20 +127,16 @@ class OptimizerState:
 
     def _update(self, leaf: Tensor) -> None:
         """One tensor's share of the update: bytes read and written, and its part of the launches."""
-        name = self.step.train.optimizer
-        if self.step.arch.on_cpu and name in CPU_PASSES:
-            passes, kernels = CPU_PASSES[name]
+        row = self.row
+        if self.step.arch.on_cpu and row.cpu_passes is not None:
+            passes, kernels = row.cpu_passes
             self.eng.kernel("optimizer", FP32, passes * leaf.numel * ITEMSIZE[FP32], count=kernels)
             return
-        if name in FOREACH_PASSES:
-            passes, kernels = FOREACH_PASSES[name]
-            self.eng.kernel("optimizer", leaf.dtype, passes * leaf.nbytes, count=kernels / self.tensors_per_launch)
-            return
-        launches = 1 / self.tensors_per_launch if name == "adamw-fused" else LAUNCHES.get(name, 1)
-        paged = self.paged_bytes(leaf) * STATES[name]
-        moved = 3 * leaf.nbytes + 2 * (sum(self.state_bytes(leaf)) + paged)
+        paged = self.paged_bytes(leaf) * row.state_tensors
+        moved = row.passes * leaf.nbytes if row.passes else 3 * leaf.nbytes + 2 * (sum(self.state_bytes(leaf)) + paged)
+        launches = row.launches / self.tensors_per_launch if row.multi_tensor else row.launches
         self.eng.kernel("optimizer", leaf.dtype, moved, count=launches)
-        if name.startswith("paged"):
+        if row.paged:
             self._prefetch(leaf, paged)
 
     def _prefetch(self, leaf: Tensor, paged: Size) -> None:
@@ -188,6 +166,3 @@ class OptimizerState:
 
 def _where(condition: Size, yes: Size, no: Size) -> Size:
     return yes if condition else no
-
-
-__all__ = ["FP32", "ITEMSIZE", "STATES", "OptimizerState"]

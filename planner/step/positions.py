@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.loss_kinds import KERNEL_SETS
 from planner.model import Attention
 from planner.step import ops
 from planner.step.context import Step
@@ -35,7 +36,7 @@ def rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, T
     eng, t, habits = step.eng, step.tokens, step.habits
     assert step.cos_sin is not None
     source, tables = q.dtype, step.cos_sin
-    fused = step.train.kernels in ("unsloth", "fms-fused", "liger")
+    fused = KERNEL_SETS[step.train.kernels].fuses_rotary
     if habits.interleaves_tables and not fused:
         tables = ops.unary(eng, tables[0], "rotary"), ops.unary(eng, tables[1], "rotary")
     if habits.fp32_rotary and not fused:
@@ -54,7 +55,7 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
     eng = step.eng
     tables = tables or step.cos_sin
     assert tables is not None
-    if step.train.kernels in ("unsloth", "fms-fused", "liger"):
+    if KERNEL_SETS[step.train.kernels].fuses_rotary:
         return _fused_rotary(step, x)
     if step.habits.turn is not None:
         return step.habits.turn(step, x, rotated, rest, tables)

@@ -13,7 +13,9 @@ from typing import Any
 
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
+from planner.loss_kinds import LOSSES
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
+from planner.quantizations import QUANTIZATIONS
 from planner.step import layers, linears, loading, losses, ops, positions
 from planner.step.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.classes import registry
@@ -179,7 +181,9 @@ class _Run:
             self.head = self._load_head(trainable)
         table = model.token_embedding
         tables = [table] + ([model.position_embedding] if model.position_embedding else [])
-        loaded = [self._table(t.num_parameters, trainable, t.rows + t.width) for t in tables]
+        loaded = [
+            step.base(f"{t.name}.weight", t.num_parameters, step.embedding_dtype, t.rows + t.width) for t in tables
+        ]
         self.embedding = loaded[0]
         self.tables = loaded
         self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm,) if n is not None}
@@ -215,7 +219,10 @@ class _Run:
         """Threads with a cuBLASLt workspace: those that run a linear with a bias, quantized to 8 bit or not at all."""
         held = [*([self.head] if self.head else []), *(w for layer in self.weights for w in layer.linears.values())]
         biased = any(
-            linear.bias is not None and linear.kind != "int8" and linear.spec.cls != "subclass" for linear in held
+            linear.bias is not None
+            and QUANTIZATIONS[linear.kind].storing != "rows-of-8-bit"
+            and linear.spec.cls != "subclass"
+            for linear in held
         )
         recomputes = self.step.train.gradient_checkpointing != "none"
         return cuda_rules.cublaslt_handles(biased=biased, recomputes=recomputes)
@@ -251,23 +258,14 @@ class _Run:
     def _count(self, layer: int) -> None:
         self.owners.append((layer, len(self.step.parameters) - self._before))
 
-    def _table(self, elements: int, trainable: bool, factors: int) -> Tensor:
-        dtype = self.step.embedding_dtype
-        if trainable:
-            return self.step.trainable(elements, dtype, "weight", factors)
-        return self.step.frozen(elements, dtype)
-
     def _norm(self, spec: Norm) -> tuple[Tensor | None, Tensor | None]:
         step, dtype = self.step, self.step.norm_dtype
-        trainable = step.train.method == "full"
         elements = spec.weight_elements or spec.size
 
-        def make(wanted: bool) -> Tensor | None:
-            if not wanted:
-                return None
-            return step.trainable(elements, dtype, "weight") if trainable else step.frozen(elements, dtype)
+        def make(wanted: bool, part: str) -> Tensor | None:
+            return step.base(f"{spec.name}.{part}", elements, dtype) if wanted else None
 
-        return make(spec.weight), make(spec.bias)
+        return make(spec.weight, "weight"), make(spec.bias, "bias")
 
     def _load_layer(self, layer: Layer, adapted: set[str]) -> LayerWeights:
         held = LayerWeights(layer)
@@ -292,31 +290,31 @@ class _Run:
     def _load_experts(self, held: LayerWeights) -> None:
         spec = held.spec.experts
         assert spec is not None
-        weight, number = self.step.weight, spec.num_experts
+        weight, number, name = self.step.weight, spec.num_experts, spec.name
         each = number * spec.hidden_size * spec.intermediate_size
         wide, narrow, hidden = 2 * spec.intermediate_size, spec.intermediate_size, spec.hidden_size
-        held.experts = [weight(2 * each, number * (wide + hidden)), weight(each, number * (narrow + hidden))]
+        held.experts = [
+            weight(f"{name}.{spec.gate_up_name}", 2 * each, number * (wide + hidden)),
+            weight(f"{name}.{spec.down_name}", each, number * (narrow + hidden)),
+        ]
         if spec.bias:
-            weight(number * (2 * spec.intermediate_size + spec.hidden_size))
+            held.experts.append(weight(f"{name}.biases", number * (2 * spec.intermediate_size + spec.hidden_size)))
         if not spec.router_is_linear:
-            held.router = weight(spec.router.num_parameters, spec.router.in_features + spec.router.out_features)
+            router = f"{spec.router.name}.weight"
+            held.router = weight(router, spec.router.num_parameters, spec.router.in_features + spec.router.out_features)
 
     def _load_head(self, trainable: bool) -> linears.LinearWeights:
         model, step = self.step.model, self.step
         held = linears.LinearWeights(model.head)
         if model.tied and not step.train.untied_head:
             held.weight = self.embedding
-        elif trainable:
-            held.weight = step.trainable(
-                model.head.weight_elements, step.embedding_dtype, "weight", model.vocab_size + model.hidden_size
-            )
-        elif self._quantizes_head():
+        elif not trainable and self._quantizes_head():
             held = linears.load_base(step, model.head, False)
         else:
-            held.weight = step.frozen(model.head.weight_elements, step.embedding_dtype)
+            elements, factors = model.head.weight_elements, model.vocab_size + model.hidden_size
+            held.weight = step.base(f"{model.head.name}.weight", elements, step.embedding_dtype, factors)
         if model.head.bias and held.bias is None:
-            elements, dtype = model.head.out_features, step.embedding_dtype
-            held.bias = step.trainable(elements, dtype, "weight") if trainable else step.frozen(elements, dtype)
+            held.bias = step.base(f"{model.head.name}.bias", model.head.out_features, step.embedding_dtype)
         return held
 
     def _quantizes_head(self) -> bool:
@@ -376,7 +374,7 @@ class _Run:
             hidden = self._decode()
             eng.enter("loss")
             assert self.head is not None
-            own = step.habits.head_and_loss if step.train.loss == "chunked" else None
+            own = step.habits.head_and_loss if LOSSES[step.train.loss].logits == "chunks" else None
             loss, logits = (own or losses.head_and_loss)(step, self.head, hidden)
             del hidden
         if step.train.outputs_to_fp32 and own is None:  # accelerate converts the outputs when the forward returns

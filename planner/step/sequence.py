@@ -297,7 +297,7 @@ def _order(record: Record, steps: int) -> Iterator[tuple[int, bool]]:
     """Segments after loading in the order of a run, with whether they belong to a step; -1 ends a step."""
     state = [i for i, s in enumerate(record.segments) if s.phase in _STATE]
     optimizer = [i for i, s in enumerate(record.segments) if s.phase == "optimizer"]
-    rest = [i for i, s in enumerate(record.segments) if s.phase not in ("load", "state", "optimizer")]
+    rest = [i for i, s in enumerate(record.segments) if s.phase in _MICRO_BATCH]
     for step in range(steps):
         for number in rest:
             yield number, True

@@ -14,6 +14,7 @@ from planner import cuda_rules
 from planner.errors import Contradiction
 from planner.lora import resolve_targets
 from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
+from planner.quantizations import QUANTIZATIONS
 from planner.step import attention, feed_forward, linears, losses, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
@@ -115,7 +116,7 @@ def own_state(step: Step, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]
     if spec.position == "rope":
         width = spec.rotary_dim or spec.head_dim
         buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
-    bnb = step.train.quantization.kind in ("nf4", "fp4", "int8")
+    bnb = QUANTIZATIONS[step.train.quantization.kind].by_bitsandbytes
     if not bnb or step.train.versions.bitsandbytes < STABLE_EMBEDDING:
         return buffers, []
     buffers.append(eng.empty(embedding.numel, embedding.dtype, "weight"))
