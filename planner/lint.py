@@ -7,13 +7,13 @@ device memory and seconds of an optimizer step. Nothing is priced by a formula o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from planner import lora
 from planner.errors import InvalidInput
 from planner.model import ModelSpec
 from planner.predict import Prediction, lacks_bf16, predict
+from planner.records import replace
 from planner.stacks import Setting
 from planner.step.optimizers import BNB_PAGED_ELEMENTS
 from planner.training import Optimizer, QuantizationSpec, TrainingSpec

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from planner import memory
@@ -15,6 +14,7 @@ from planner.errors import PlannerError
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import Prediction, Range, architecture, predict, uncertainty
+from planner.records import replace
 from planner.step import program
 from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from planner import cuda_rules
@@ -28,7 +27,7 @@ from planner.predict import (
     predict,
     uncertainty,
 )
-from planner.records import record
+from planner.records import fields, record, replace
 from planner.step import program
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Mixed

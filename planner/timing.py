@@ -8,11 +8,11 @@ shapes), the card's data sheet, `planner.calibration`'s coefficients. Seconds ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from planner.calibration import Coefficients, old_dequantize_factor
 from planner.hardware import Gpu
-from planner.records import record
+from planner.records import NamedTuple, record
 from planner.step.engine import FP32, ITEMSIZE, Kernel, Layout, Record, Shape
 from planner.training import TrainingSpec
 

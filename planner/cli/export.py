@@ -131,7 +131,7 @@ def _export(target: str, model: str, given: dict[str, Any]) -> Export:
     recipe, fits, tokens = _recipe(model, given)
     made = _made(target, recipe, place, call, tokens)
     if fits == "does not fit" and not target.startswith("databricks"):
-        from dataclasses import replace
+        from planner.records import replace
 
         made = replace(made, errors=(*made.errors, "the run does not fit the card: loraplan fits says what to change"))
     return made
@@ -225,6 +225,6 @@ def _read_call(path: str) -> dict[str, Any]:
     Raises:
         InvalidInput: no JSON object.
     """
-    from planner.headers import parse_json, read_bounded
+    from planner.bounded import parse_json, read_bounded
 
     return parse_json(read_bounded(path, 2**20, "call"), path, "call of foundation_model.create")

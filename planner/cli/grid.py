@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner import cost, families, predict, sources, sweep
@@ -17,6 +16,7 @@ from planner.cli.plan import configure, training_settings
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.records import replace
 from planner.report.grid import Block
 from planner.stacks import Resolved
 from planner.training import TrainingSpec

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from planner import families, lora, sources, stacks
 from planner.cli.options import LIBRARIES, flag_of
@@ -13,6 +12,7 @@ from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownNa
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import lacks_bf16
+from planner.records import NamedTuple, fields, replace
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
 from planner.training import LoraSpec, TrainingSpec, Versions

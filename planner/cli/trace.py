@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, format_option, trace_options, training_options
+from planner.records import replace
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.cuda_rules import Architecture

@@ -8,7 +8,7 @@ a module runs.
 from __future__ import annotations
 
 from planner.model import Norm
-from planner.step import linears, litgpt, ops, positions
+from planner.step import linears, ops, positions
 from planner.step.attention import attention
 from planner.step.context import Step
 from planner.step.eager import DROPOUT
@@ -24,6 +24,8 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     arg = x
     try:
         if step.train.uses_own_modules and spec.attention.kind == "standard":
+            from planner.step import litgpt
+
             out = litgpt.layer(step, held, x)
         elif step.model.model_type == positions.OWN_CODE:
             out = _qwen_layer(step, held, x)

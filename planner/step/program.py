@@ -14,7 +14,7 @@ from typing import Any
 from planner import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm
-from planner.step import layers, linears, litgpt, loading, losses, ops, positions
+from planner.step import layers, linears, loading, losses, ops, positions
 from planner.step.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.context import Step
 from planner.step.eager import BOOLEAN_MASKS, DROPOUT, ROTATES_TOKENS_FIRST
@@ -117,6 +117,8 @@ def run(
     """Run one training step of `train` on `model` symbolically and return everything that happened."""
     model = model.with_tokens(train.added_tokens)
     if train.uses_own_modules:
+        from planner.step import litgpt
+
         model, train = litgpt.own_modules(model, train)
     step = Step(model, train, arch, accumulates_in_place)
     stack = plan_layers(model, full_depth)
@@ -247,6 +249,8 @@ class _Run:
         step, eng = self.step, self.eng
         if not step.train.uses_own_modules:
             return
+        from planner.step import litgpt
+
         spec = step.model.layers[0].attention
         if spec.position == "rope":
             width = spec.rotary_dim or spec.head_dim
@@ -391,6 +395,8 @@ class _Run:
         lora = self.step.train.lora
         assert lora is not None
         if self.step.train.uses_own_modules:
+            from planner.step import litgpt
+
             litgpt.load_adapter(self.step, held, lora.target_slices, lora.r, lora.dtype)
         else:
             linears.load_adapter(self.step, held, lora)
@@ -417,7 +423,12 @@ class _Run:
             eng.enter("loss")
             assert self.head is not None
             own = step.train.uses_own_modules and step.train.loss == "chunked"
-            loss, logits = (litgpt if own else losses).head_and_loss(step, self.head, hidden)
+            if own:
+                from planner.step import litgpt
+
+                loss, logits = litgpt.head_and_loss(step, self.head, hidden)
+            else:
+                loss, logits = losses.head_and_loss(step, self.head, hidden)
             del hidden
         if step.train.outputs_to_fp32 and not own:  # accelerate converts the outputs when the forward returns
             logits = [ops.cast(eng, part.view(), FP32, "outputs_to_fp32") for part in logits]
@@ -451,8 +462,13 @@ class _Run:
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm
-            normalise = litgpt.norm if step.train.uses_own_modules else norm
-            hidden = normalise(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
+            weights = self.outer_norms[spec.name]
+            if step.train.uses_own_modules:
+                from planner.step import litgpt
+
+                hidden = litgpt.norm(step, spec, weights, hidden, step.tokens)
+            else:
+                hidden = norm(step, spec, weights, hidden, step.tokens)
         del names, outputs
         if not self._reenters():
             self._drop_positions()
