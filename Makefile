@@ -11,8 +11,8 @@ core:  ## an installation with nothing but click and yaml, in a virtual environm
 lint:
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
-bench:  ## cold start-up of `loraplan fits` against `import click`
-	.venv/bin/python benchmarks/startup.py
+bench:  ## cold start-up of `loraplan fits` against `import click`: at most twice its CPU time
+	.venv/bin/python benchmarks/startup.py --limit 2.0
 
 agreement:  ## the program against the real libraries' trace, 200 drawn configurations (about 10 minutes on 2 cores)
 	.venv/bin/python -m calibrate.agreement --cases 200

@@ -10,7 +10,7 @@ most 1 MiB stays whole and counts whole as allocated. Addresses are simulated as
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from planner.errors import InvalidInput, one_line
 from planner.records import record
@@ -24,7 +24,6 @@ ROUND_LARGE = 2 << 20  # kRoundLarge
 NON_SPLIT_ROUNDING = 20 << 20  # max_non_split_rounding_size: how much larger an unsplit block may be than its request
 
 _SHIFT = 80  # wider than any address: absurd requests stay a matter of arithmetic
-_ADDRESS = (1 << _SHIFT) - 1
 _SEGMENT_GAP = 1 << 30
 _TOP = 1 << 79
 _ADDRESS_BLOCK = 32 << 20
@@ -151,7 +150,7 @@ class CachingAllocator:
         self.retries = 0
         """Requests for which cached segments were given back."""
         self._free: tuple[list[int], list[int]] = ([], [])  # per pool: size << 80 | address, sorted
-        self._by_address: dict[int, Block] = {}
+        self._free_blocks: tuple[list[Block], list[Block]] = ([], [])  # the blocks of these keys, in their order
         self._lowest_address, self._highest_address = _TOP, 0
         self._gaps: list[tuple[int, int]] = []
         """(address, bytes) left in address blocks, rising."""
@@ -178,9 +177,10 @@ class CachingAllocator:
         free = self._free[pool]
         place = bisect_left(free, size << _SHIFT)
         if self._fine:
-            place = self._least_expandable(free, place)
+            place = self._least_expandable(pool, place)
         if place < len(free) and (not self._limit or self._usable(free[place] >> _SHIFT, size)):
-            block = self._by_address.pop(free.pop(place) & _ADDRESS)
+            del free[place]
+            block = self._free_blocks[pool].pop(place)
         else:
             block = self._new_block(pool, size)
         left = block.size - size
@@ -200,8 +200,7 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Give free memory back to the device (torch.cuda.empty_cache): whole segments, pages of expandable ones."""
         for pool in (1, 0):
-            for key in list(self._free[pool]):
-                block = self._by_address[key & _ADDRESS]
+            for block in list(self._free_blocks[pool]):
                 if self._fine:
                     self._unmap(block)
                 elif block.previous is None and block.following is None:
@@ -236,19 +235,24 @@ class CachingAllocator:
             block.following = after.following
             if after.following is not None:
                 after.following.previous = block
-        insort(self._free[block.pool], block.size << _SHIFT | block.address)
-        self._by_address[block.address] = block
+        self._keep(block)
+
+    def _keep(self, block: Block) -> None:
+        key = block.size << _SHIFT | block.address
+        free = self._free[block.pool]
+        place = bisect_left(free, key)
+        free.insert(place, key)
+        self._free_blocks[block.pool].insert(place, block)
 
     def _forget(self, block: Block) -> None:
         free = self._free[block.pool]
-        del free[bisect_left(free, block.size << _SHIFT | block.address)]
-        del self._by_address[block.address]
+        place = bisect_left(free, block.size << _SHIFT | block.address)
+        del free[place], self._free_blocks[block.pool][place]
 
     def _split(self, block: Block, size: int) -> None:
         rest = _cut(block, size)
         rest.free = True
-        insort(self._free[block.pool], rest.size << _SHIFT | rest.address)
-        self._by_address[rest.address] = rest
+        self._keep(rest)
 
     # --- segments ---------------------------------------------------------------------------------------------
 
@@ -306,17 +310,16 @@ class CachingAllocator:
     def _release_large(self, size: int) -> bool:
         """max_split_size: give back one block that is large enough, or the largest ones until they are together."""
         wanted = max(size, self._limit)
-        free = self._free[1]
-        place = bisect_left(free, wanted << _SHIFT)
+        free = self._free_blocks[1]
+        place = bisect_left(self._free[1], wanted << _SHIFT)
         if place < len(free):
             candidates = [free[place]]
         else:
-            candidates = [key for key in reversed(free) if key >> _SHIFT >= self._limit]
+            candidates = [block for block in reversed(free) if block.size >= self._limit]
         released = 0
-        for key in candidates:
+        for block in candidates:
             if released >= wanted:
                 break
-            block = self._by_address[key & _ADDRESS]
             if not self._fine and block.previous is None and block.following is None:
                 released += block.size
                 self._give_back(block)
@@ -324,15 +327,15 @@ class CachingAllocator:
 
     # --- expandable segments ----------------------------------------------------------------------------------
 
-    def _least_expandable(self, free: list[int], place: int) -> int:
+    def _least_expandable(self, pool: int, place: int) -> int:
         """Best fit counts a block at the end of what is mapped as large as it can grow."""
-        best = place
+        free, best = self._free_blocks[pool], place
         while best + 1 < len(free) and self._room(free[best + 1]) < self._room(free[best]):
             best += 1
         return best
 
-    def _room(self, key: int) -> int:
-        block = self._by_address[key & _ADDRESS]
+    @staticmethod
+    def _room(block: Block) -> int:
         after = block.following
         return block.size + (after.size if after is not None and not after.mapped else 0)
 
@@ -475,6 +478,10 @@ def format_size(nbytes: int) -> str:
 def replay(events: Iterable[tuple[int, int]], settings: Settings | None = None) -> CachingAllocator:
     """Replay (storage, +bytes) and (storage, -bytes) in order and return the allocator with its peaks."""
     allocator = CachingAllocator(settings)
+    chosen = allocator.settings
+    if not (chosen.expandable_segments or chosen.max_split_size or chosen.roundup_power2_divisions > 1):
+        _replay_plain(allocator, events)
+        return allocator
     malloc, free = allocator.malloc, allocator.free
     blocks: dict[int, Block | None] = {}
     for storage, size in events:
@@ -485,3 +492,97 @@ def replay(events: Iterable[tuple[int, int]], settings: Settings | None = None) 
             if block is not None:
                 free(block)
     return allocator
+
+
+_Pool = tuple[list[int], list[Block], int]
+"""Keys of free blocks, the blocks, the number of the pool."""
+
+
+class _Requests(dict[int, tuple[int, int, list[int], list[Block], int]]):
+    """Per requested size: the size of its block, the least key that serves it, and its pool."""
+
+    def __init__(self, pools: Sequence[_Pool]) -> None:
+        self.pools = pools
+
+    def __missing__(self, nbytes: int) -> tuple[int, int, list[int], list[Block], int]:
+        size = rounded(nbytes)
+        self[nbytes] = found = (size, size << _SHIFT, *self.pools[size > SMALL_SIZE])
+        return found
+
+
+def _replay_plain(allocator: CachingAllocator, events: Iterable[tuple[int, int]]) -> None:
+    """`malloc` and `free` in one loop, where no setting changes a rule: a prediction replays tens of thousands."""
+    pools = tuple((allocator._free[pool], allocator._free_blocks[pool], pool) for pool in (0, 1))
+    requests = _Requests(pools)
+    alive: dict[int, Block] = {}
+    spare: list[Block] = []  # ended by a merge, to be used again
+    allocated = peak = 0
+    for storage, size in events:
+        if size > 0:
+            size, key, keys, blocks, pool = requests[size]
+            place = bisect_left(keys, key)
+            if place < len(keys):
+                block = blocks[place]
+            else:
+                allocator.allocated = allocated
+                block = allocator._new_block(pool, size)
+                place = -1
+            left = block.size - size
+            split = left > SMALL_SIZE or (left and not pool)
+            if split:
+                moved = spare.pop() if spare else Block(0, 0, pool)
+                moved.address = address = block.address + size
+                block.size, moved.size = size, left
+                moved.pool, moved.free, moved.previous = pool, True, block
+                moved.following = after = block.following
+                block.following = moved
+                if after is not None:
+                    after.previous = moved
+                key = left << _SHIFT | address
+            block.free = False
+            allocated += block.size
+            if allocated > peak:
+                peak = allocated
+            alive[storage] = block
+            if not split:
+                if place >= 0:
+                    del keys[place], blocks[place]
+                continue
+        else:
+            found = alive.pop(storage, None)
+            if found is None:
+                continue
+            moved, size = found, found.size
+            allocated -= size
+            keys, blocks, pool = pools[moved.pool]
+            before, after = moved.previous, moved.following
+            place = -1
+            if after is not None and after.free:
+                place = bisect_left(keys, after.size << _SHIFT | after.address)
+                size += after.size
+                spare.append(after)
+                moved.following = after = after.following
+                if after is not None:
+                    after.previous = moved
+            if before is not None and before.free:
+                if place >= 0:
+                    del keys[place], blocks[place]
+                place = bisect_left(keys, before.size << _SHIFT | before.address)
+                size += before.size
+                spare.append(moved)
+                before.following = after
+                if after is not None:
+                    after.previous = before
+                moved = before
+            moved.size, moved.free = size, True
+            key = size << _SHIFT | moved.address
+        if place >= 0 and ((place and keys[place - 1] > key) or (place + 1 < len(keys) and keys[place + 1] < key)):
+            del keys[place], blocks[place]
+            place = -1
+        if place >= 0:  # where that is which it was cut from or merged with
+            keys[place], blocks[place] = key, moved
+        else:
+            place = bisect_left(keys, key)
+            keys.insert(place, key)
+            blocks.insert(place, moved)
+    allocator.allocated, allocator.peak_allocated = allocated, peak

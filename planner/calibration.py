@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from planner.errors import InvalidInput
 from planner.hardware import CPU, Gpu
-from planner.records import record
+from planner.records import NamedTuple, record, replace
 from planner.training import Versions
 
 Origin = Literal["microbenchmark", "library source", "assumed", "fitted", "borrowed"]

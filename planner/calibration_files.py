@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner import catalog
+from planner.bounded import parse_json, read_bounded
 from planner.calibration import (
     Calibration,
     Coefficient,
@@ -25,12 +25,16 @@ from planner.calibration import (
 from planner.calibration import select as select_from
 from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.formulas import fingerprint
-from planner.hardware import Gpu
-from planner.headers import parse_json, read_bounded
+from planner.hardware import CPU, Gpu
 from planner.training import Versions
+
+if TYPE_CHECKING:  # a prediction reads files by their names
+    from pathlib import Path
 
 VERSION = 1
 KIND = "loraplan-calibration"
+SHIPPED_CPU = "cpu-"
+"""How the names of shipped calibrations of CPUs begin."""
 MAX_BYTES = 4 * 2**20
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -39,31 +43,51 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 def user_folder() -> Path:
     """Where a user's own calibrations lie: LORAPLAN_DATA, else the platform's data folder."""
+    from pathlib import Path
+
+    return Path(_user_folder())
+
+
+def _user_folder() -> str:
     own = os.environ.get("LORAPLAN_DATA")
     if own:
-        return Path(own) / "calibrations"
+        return os.path.join(own, "calibrations")
     base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
-    return Path(base) / "loraplan" / "calibrations"
+    return os.path.join(base, "loraplan", "calibrations")
 
 
 def paths() -> Iterator[Path]:
     """Every calibration file that predictions consider."""
-    for folder in (Path(catalog.data_path("calibrations")), user_folder()):
+    from pathlib import Path
+
+    return map(Path, _paths())
+
+
+def _paths() -> Iterator[str]:
+    for folder in (catalog.data_path("calibrations"), _user_folder()):
         if os.path.isdir(folder):  # Path.is_dir raises where a folder above may not be entered
-            yield from sorted(folder.glob("*.json"))
+            names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
+            yield from (os.path.join(folder, name) for name in names)
 
 
-def known() -> tuple[list[Calibration], list[str]]:
-    """All calibrations that can be read, and a line for each that cannot, or for a folder that may not be entered."""
+def known(gpu: Gpu | None = None) -> tuple[list[Calibration], list[str]]:
+    """All calibrations that can be read, and a line for each that cannot, or for a folder that may not be entered.
+
+    For a card those that ship of CPUs are left out, for a CPU the others: they lend each other nothing.
+    """
     found, notes = [], []
-    own = user_folder()
+    own = _user_folder()
     try:
         os.listdir(own)
     except PermissionError:
         notes.append(f"{own} may not be read: calibrations there are not used (LORAPLAN_DATA names another folder)")
     except OSError:
         pass  # there is none
-    for path in paths():
+    shipped = catalog.data_path("calibrations")
+    for path in _paths():
+        folder, name = os.path.split(path)
+        if gpu is not None and folder == shipped and name.startswith(SHIPPED_CPU) != (gpu.vendor == CPU):
+            continue
         try:
             found.append(read(path))
         except PlannerError as error:
@@ -80,7 +104,7 @@ def select(gpu: Gpu, choice: str | None = None, versions: Versions | None = None
     if choice == "none":
         return Selection(priors(gpu), None, ())
     if choice is None:
-        candidates, notes = known()
+        candidates, notes = known(gpu)
         usable = []
         for candidate in candidates:
             if not concerns(candidate, gpu):
@@ -137,7 +161,7 @@ def check_formula(calibration: Calibration) -> None:
 def find(name: str) -> Calibration:
     """Read the calibration that a path, or the file name of a known one without .json, names."""
     if os.path.exists(name):
-        return read(Path(name))
+        return read(name)
     stems = {path.stem: path for path in paths()}
     if name in stems:
         return read(stems[name])
@@ -145,7 +169,7 @@ def find(name: str) -> Calibration:
     raise UnknownName(f"no calibration {one_line(name)!r}: neither a file nor one of: {one_line(listed, 300)}")
 
 
-def read(path: Path) -> Calibration:
+def read(path: str | Path) -> Calibration:
     """Read one file.
 
     Raises:
@@ -160,7 +184,7 @@ def read(path: Path) -> Calibration:
         ) from None
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: str | Path) -> Any:
     """Parse a JSON object in a file of bounded size.
 
     Raises:
@@ -170,7 +194,11 @@ def load_json(path: Path) -> Any:
 
 
 def migrated(
-    document: Any, kind: str, newest: int, steps: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]], path: Path
+    document: Any,
+    kind: str,
+    newest: int,
+    steps: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]],
+    path: str | Path,
 ) -> dict[str, Any]:
     """Bring a versioned document to the newest version, one step at a time.
 

@@ -10,13 +10,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from planner.errors import InvalidInput, UnknownName, one_line, unknown
 from planner.hardware import Gpu, Instance, context_bytes
-from planner.records import record
+from planner.records import record, replace
 from planner.units import GB, MiB
 
 _FILLER = frozenset(
@@ -24,7 +23,8 @@ _FILLER = frozenset(
 )
 """Words of marketing and NVML names that do not tell two cards apart."""
 
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_BREAKS = {place: " " for place in range(128) if not chr(place).isalnum()}
+"""What separates the words of a card's name, in ASCII."""
 """org/name or name, as the hub allows them; what does not match never reaches the file system."""
 
 
@@ -95,7 +95,8 @@ def gpus() -> list[Gpu]:
 
 
 def _gpu_words(name: str) -> list[str]:
-    words = re.split(r"[^a-z0-9]+", name[:200].lower())
+    text = name[:200].lower()
+    words = text.translate(_BREAKS).split() if text.isascii() else re.split(r"[^a-z0-9]+", text)
     return [w for w in words if w and w not in _FILLER]
 
 
@@ -204,7 +205,7 @@ def instances() -> list[Instance]:
 
 def model_record(name: str) -> ModelRecord | None:
     """Return the record of a model by id, alias or unique short name, ignoring case; None when there is none."""
-    if len(name) > 200 or not _MODEL_NAME.fullmatch(name):
+    if len(name) > 200 or not name.isascii():
         return None
     files, short = _model_index()
     wanted = name.lower()

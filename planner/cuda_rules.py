@@ -7,10 +7,9 @@ h heads, d head size, v vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
-from planner.records import record
+from planner.records import record, replace
 
 SdpaKernel = Literal["flash", "efficient", "cudnn", "math"]
 

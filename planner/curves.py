@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 from planner import timing
 from planner.errors import InvalidInput
 from planner.model import ModelSpec
 from planner.predict import Prediction, architecture, predict
+from planner.records import replace
 from planner.step import program
 
 POINTS = 16

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner import cost
 from planner.curves import StepCost
 from planner.dataset.batches import Batching, Padding, longest_batch, seen_lengths
@@ -12,7 +10,7 @@ from planner.dataset.orders import Orders, orders
 from planner.dataset.scan import Scan
 from planner.errors import InvalidInput
 from planner.predict import Prediction
-from planner.records import record
+from planner.records import record, replace
 from planner.simulate import Plan, Totals, closed_form
 from planner.timing import Seconds
 

@@ -6,18 +6,16 @@ allocated by it. Whatever is wrong ends in one InvalidInput line that names the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
+from planner.bounded import opened, parse_json, quoted, read_bounded
 from planner.errors import InvalidInput, one_line
-from planner.records import record
+from planner.records import field, record
 
 MAX_SAFETENSORS_HEADER: Final = 100_000_000  # bytes; the limit of the safetensors library
 MAX_INDEX_BYTES: Final = 50_000_000  # an index of 100,000 tensors is about 10 MB
@@ -25,7 +23,6 @@ MAX_TENSORS: Final = 1_000_000
 MAX_DIMENSIONS: Final = 8
 MAX_ELEMENTS: Final = 2**50  # of one tensor; the largest published model has 2**40 parameters
 MAX_SHARDS: Final = 2_000
-MAX_NESTING: Final = 64
 MAX_GGUF_METADATA: Final = 100_000  # key-value pairs
 MAX_GGUF_NAME: Final = 65_535  # bytes; the format's own limit for keys
 MAX_GGUF_STRING: Final = 2**20  # a longer value is skipped, not kept
@@ -96,83 +93,18 @@ class GgufHeader:
         return value if isinstance(value, str) else ""
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------------
-
-
-def read_bounded(path: str, limit: int, what: str) -> bytes:
-    """Return a regular file's bytes, refusing one larger than `limit`."""
-    with _opened(path, what) as (file, size):
-        if size > limit:
-            raise InvalidInput(f"{_quote(path)} has {size} bytes; a {what} has at most {limit}; pass another file")
-        return file.read(limit + 1)[:limit]
-
-
-def parse_json(data: bytes, path: str, what: str = "JSON file") -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, finite numbers of sane length, bounded nesting, an object at the top."""
-    try:
-        value = json.loads(
-            data.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
-        )
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{_quote(path)} is not text (byte {error.start}); pass a UTF-8 {what}") from None
-    except RecursionError:
-        raise InvalidInput(f"{_quote(path)} is nested too deeply; a {what} has a few levels; check the file") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise InvalidInput(f"{_quote(path)} is not valid JSON ({error.msg}, {where}); correct the {what}") from None
-    except ValueError as error:
-        raise InvalidInput(f"{_quote(path)}: {error}; correct the {what}") from None
-    if not isinstance(value, dict):
-        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), "a number or boolean")
-        raise InvalidInput(f"{_quote(path)} holds {kind} at its top; a {what} is an object {{...}}")
-    if _deeper_than(value, MAX_NESTING):
-        raise InvalidInput(f"{_quote(path)} is nested deeper than {MAX_NESTING} levels; check the {what}")
-    return value
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"the number {text} has no place in a config")
-
-
-def _finite(text: str) -> float:
-    value = float(text) if len(text) <= 400 else math.inf
-    if not math.isfinite(value):
-        raise ValueError(f"the number {one_line(text, 40)} is out of range")
-    return value
-
-
-def _short_int(text: str) -> int:
-    if len(text) > 40:  # int() is quadratic in the digits
-        raise ValueError(f"an integer of {len(text)} digits is out of range")
-    return int(text)
-
-
-def _deeper_than(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item)
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
 # --- safetensors --------------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: str) -> SafetensorsHeader:
     """Return the tensors of a .safetensors file: 8 bytes of header length, then that much JSON."""
-    with _opened(path, "safetensors file") as (file, size):
+    with opened(path, "safetensors file") as (file, size):
         if size < 8:
             raise _damaged(path, f"{size} bytes are too few for a safetensors file")
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_SAFETENSORS_HEADER:
             raise InvalidInput(
-                f"{_quote(path)} claims a header of {length} bytes (limit {MAX_SAFETENSORS_HEADER}); "
+                f"{quoted(path)} claims a header of {length} bytes (limit {MAX_SAFETENSORS_HEADER}); "
                 "not a safetensors file; pass the file as the hub serves it"
             )
         if length > size - 8:
@@ -181,7 +113,7 @@ def read_safetensors(path: str) -> SafetensorsHeader:
     # every tensor is one object with two lists; far more brackets would only fill the memory
     entries = data.count(b'"dtype"')
     if entries > MAX_TENSORS or data.count(b"[") + data.count(b"{") > 3 * entries + 1_000_000:
-        raise InvalidInput(f"{_quote(path)} describes too many tensors; not a model this tool can plan")
+        raise InvalidInput(f"{quoted(path)} describes too many tensors; not a model this tool can plan")
     table = parse_json(data, path, "safetensors header")
     metadata = table.pop("__metadata__", None)
     plain = metadata if isinstance(metadata, dict) else {}
@@ -255,7 +187,7 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 def read_gguf(path: str) -> GgufHeader:
     """Return the header of a GGUF file of version 2 or 3."""
-    with _opened(path, "GGUF file") as (file, size):
+    with opened(path, "GGUF file") as (file, size):
         reader = _GgufReader(path, file, size)
         version = _gguf_version(path, reader)
         n_tensors, n_pairs = reader.scalar("<Q"), reader.scalar("<Q")
@@ -278,13 +210,13 @@ def _gguf_version(path: str, reader: _GgufReader) -> int:
     if magic != b"GGUF":
         older = magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")
         what = "an older GGML file" if older else f"not a GGUF file (it begins with {one_line(repr(magic))})"
-        raise InvalidInput(f"{_quote(path)} is {what}; pass a GGUF file of version 2 or 3, or the model's config.json")
+        raise InvalidInput(f"{quoted(path)} is {what}; pass a GGUF file of version 2 or 3, or the model's config.json")
     version = int(reader.scalar("<I"))
     if version in (2, 3):
         return version
     if int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3):
-        raise InvalidInput(f"{_quote(path)} is a big-endian GGUF file; pass the little-endian one or the config.json")
-    raise InvalidInput(f"{_quote(path)} is GGUF version {version}; versions 2 and 3 can be read; convert it again")
+        raise InvalidInput(f"{quoted(path)} is a big-endian GGUF file; pass the little-endian one or the config.json")
+    raise InvalidInput(f"{quoted(path)} is GGUF version {version}; versions 2 and 3 can be read; convert it again")
 
 
 class _GgufReader:
@@ -365,28 +297,5 @@ class _GgufReader:
         return name, TensorInfo(tuple(reversed(dims)), GGML_TYPES.get(kind, f"type {kind}"))
 
 
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(path: str, what: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file with its size; a missing file, a folder or a device is one line of InvalidInput."""
-    try:
-        # a pipe or a device would block or never end: look before opening
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InvalidInput(f"{_quote(path)} is not a file; pass a {what}")
-        with open(path, "rb") as file:
-            yield file, os.fstat(file.fileno()).st_size
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InvalidInput(f"cannot read {_quote(path)}: {reason}; pass a readable {what}") from None
-    except ValueError:  # a path with a zero byte
-        raise InvalidInput(f"{_quote(path)} is not a path; pass a readable {what}") from None
-
-
-def _quote(path: str) -> str:
-    return repr(one_line(os.fspath(path), 160))
-
-
 def _damaged(path: str, what: str) -> InvalidInput:
-    return InvalidInput(f"{_quote(path)} is damaged or cut short: {what}; download it again or pass the config.json")
+    return InvalidInput(f"{quoted(path)} is damaged or cut short: {what}; download it again or pass the config.json")

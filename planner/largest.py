@@ -241,7 +241,7 @@ def _room(
 
 def with_number(training: TrainingSpec, key: str, value: int) -> TrainingSpec:
     """`training` with another micro batch, length or rank."""
-    from dataclasses import replace
+    from planner.records import replace
 
     if key == "r":
         assert training.lora is not None

@@ -7,7 +7,6 @@ device memory and seconds of an optimizer step. Nothing is priced by a formula o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from planner import lora
@@ -16,6 +15,7 @@ from planner.model import ModelSpec
 from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
 from planner.predict import Prediction, lacks_bf16, predict
 from planner.quantizations import QUANTIZATIONS
+from planner.records import replace
 from planner.stacks import Setting
 from planner.training import QuantizationSpec, TrainingSpec
 from planner.units import GiB

@@ -154,9 +154,14 @@ def _ledger(record: Record, at: Segment, position: int, repetitions: int, block:
     """Sum what is alive at one event by category; repeated segments before it count as often as they run."""
     totals = dict.fromkeys(CATEGORIES, 0)
     layers_back = _layers_backward_begins(record)
+    owners: dict[tuple[str, int], str] = {}  # per operation and segment that made a storage
     for _, events, times in _until(record, at, position, repetitions):
         for index, size in events:
-            totals[category(record, index, layers_back)] += rounded(size, block) * times
+            made = (record.ops[index], record.segment_of[index])
+            owner = owners.get(made)
+            if owner is None:
+                owners[made] = owner = category(record, index, layers_back)
+            totals[owner] += (-(-size // block) * block if size > 0 else size // block * block) * times
     return tuple((name, totals[name]) for name in CATEGORIES if totals[name])
 
 

@@ -7,11 +7,10 @@ written with them. Shapes are in elements.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field, replace
 from typing import Literal
 
 from planner.errors import InvalidInput
-from planner.records import record
+from planner.records import record, replace
 
 LinearClass = Literal["Linear", "Conv1D", "subclass"]
 """What class the module is: bitsandbytes converts exactly nn.Linear and Conv1D, not subclasses of nn.Linear."""
@@ -349,7 +348,7 @@ class ModelSpec:
     notes: tuple[str, ...] = ()
     exact_parameters: int = 0
     """Parameter count read from safetensors or GGUF tensor headers; 0: not read."""
-    layer_prefix: str = field(default="model.layers")
+    layer_prefix: str = "model.layers"
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -7,22 +7,23 @@ Three numbers, never mixed: *allocated* is torch.cuda.max_memory_allocated, *res
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
 from planner.calibration import Coefficients, Selection, priors
-from planner.dataset.orders import SLOW, TYPICAL, Orders
 from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.quantizations import QUANTIZATIONS
-from planner.records import record
+from planner.records import record, replace
 from planner.step import linears, loading, program, sequence
 from planner.step.engine import Record
 from planner.step.transfers import PAGED_TRANSFER
 from planner.training import TrainingSpec
 from planner.units import GiB
 from planner.verdict import Verdict, verdict_of
+
+if TYPE_CHECKING:  # rows of one length have no order
+    from planner.dataset.orders import Orders
 
 Origin = Literal["known", "computed", "assumed", "fitted"]
 
@@ -237,6 +238,8 @@ def _over_orders(
 
     Expected: the typical order; low: the longest micro batch first, as `equal`; high: the slowly growing orders.
     """
+    from planner.dataset.orders import SLOW, TYPICAL
+
     arch = architecture(gpu, training)
     peak, small = memory.peak_bytes(record), sequence.small_peak(record, allocator.SMALL_SIZE)
     known: dict[tuple[int, bool], Record] = {}
@@ -282,7 +285,8 @@ def allocator_ranges(
     share = sum(s for _, s in reasons)
     replayed = allocator.replay(events)
     if gpu is None or gpu.vendor != CPU:
-        peak += replayed.peak_allocated - _requested(events)
+        requested = events.requested if isinstance(events, sequence.Events) else _requested(events)
+        peak += replayed.peak_allocated - requested
     small_reserved = -(-small // allocator.SMALL_SEGMENT) * allocator.SMALL_SEGMENT
     expected, ran_out = replayed.peak_reserved + small_reserved, False
     allocated = Range(

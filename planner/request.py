@@ -7,8 +7,7 @@ model, what the card's name leaves open, what the calibration is. Commands print
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from planner import calibration_files, families, lora, sources, stacks
 from planner.calibration import Selection
@@ -17,6 +16,7 @@ from planner.flags import flag_of
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import Prediction, lacks_bf16, predict, training_warnings
+from planner.records import NamedTuple, fields, replace
 from planner.settled import NOTHING, Settled, settle, without_idle
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting

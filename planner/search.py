@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from planner import memory
@@ -17,6 +16,7 @@ from planner.model import ModelSpec
 from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.predict import Prediction, Range, architecture, predict, uncertainty
 from planner.quantizations import QUANTIZATIONS
+from planner.records import replace
 from planner.step import program
 from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
 from planner.verdict import FITS, verdict_of

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from planner import lora, stacks
 from planner.errors import Contradiction, InvalidInput, one_line
 from planner.model import ModelSpec
+from planner.records import NamedTuple
 
 if TYPE_CHECKING:
     from planner.importers import Job

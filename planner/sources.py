@@ -9,25 +9,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from planner import catalog
+from planner.bounded import parse_json, read_bounded
 from planner.catalog import ModelRecord
 from planner.errors import InvalidInput, UnknownName, one_line
 from planner.families import text_part
-from planner.gguf_config import config_from_gguf, gguf_parameters
-from planner.headers import (
-    SAFETENSORS_BITS,
-    TensorInfo,
-    parse_json,
-    read_bounded,
-    read_gguf,
-    read_safetensors,
-    read_safetensors_index,
-)
-from planner.records import record
+from planner.records import field, record
 from planner.units import MiB
+
+if TYPE_CHECKING:  # a model of the catalogue needs no headers
+    from planner.headers import TensorInfo
 
 MAX_CONFIG_BYTES: Final = 1 * MiB
 """The largest published config.json (long rotary factor lists) is below 100 kB."""
@@ -35,14 +28,16 @@ MAX_CONFIG_BYTES: Final = 1 * MiB
 MAX_TENSORS_READ: Final = 2_000_000
 """Over all shards of a model."""
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+# compiled where they are used: a model of the catalogue needs none of them
+_HUB_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?"
+_COMMIT: Final = r"[0-9a-f]{40}"
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
-_BUFFER: Final = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias)$")
-_CAUSAL_MASK: Final = re.compile(r"(attn|attention)\.bias$")  # four dimensions; a bias vector has one
-_OTHER_TOWER: Final = re.compile(
-    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|mm_projector|embed_vision|audio_tower|embed_audio)\b"
+_BUFFER: Final = r"(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias)$"
+_CAUSAL_MASK: Final = r"(attn|attention)\.bias$"  # four dimensions; a bias vector has one
+_OTHER_TOWER: Final = (
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|mm_projector|embed_vision|audio_tower"
+    r"|embed_audio)\b"
 )
 _GGUF_WARNING: Final = (
     "shapes read from a GGUF file, an inference format: training starts from the original 16-bit weights, "
@@ -93,7 +88,7 @@ def load_config(source: str, *, offline: bool = False) -> LoadedConfig:
     record = catalog.model_record(source)
     if record is not None:
         return _from_record(record)
-    if not _HUB_ID.fullmatch(source):
+    if not re.fullmatch(_HUB_ID, source):
         raise _not_found(source, "no such file or folder, and not a hub id")
     return _from_cache(source) or _from_hub(source, offline)
 
@@ -179,6 +174,9 @@ def _is_adapter(path: str, config: Mapping[str, Any]) -> InvalidInput:
 
 
 def _from_gguf(path: str, name: str) -> LoadedConfig:
+    from planner.gguf_config import config_from_gguf, gguf_parameters
+    from planner.headers import read_gguf
+
     header = read_gguf(path)
     config = config_from_gguf(header, path)
     warnings = [_GGUF_WARNING]
@@ -237,6 +235,8 @@ def _weight_headers(folder: str, inside: str) -> tuple[dict[str, TensorInfo], li
 
     The config is enough for a plan, so a pointer file or a missing shard costs the cross-check, not the answer.
     """
+    from planner.headers import read_safetensors
+
     try:
         shards = _shards(folder, inside)
         missing = [s for s in shards if not os.path.exists(os.path.join(folder, s))]
@@ -255,6 +255,8 @@ def _weight_headers(folder: str, inside: str) -> tuple[dict[str, TensorInfo], li
 
 
 def _shards(folder: str, inside: str) -> tuple[str, ...]:
+    from planner.headers import read_safetensors_index
+
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(os.path.join(folder, "model.safetensors")):
         return ("model.safetensors",)
@@ -268,11 +270,13 @@ def _count_parameters(
     tensors: Mapping[str, TensorInfo], text: Mapping[str, Any], multimodal: bool, notes: list[str]
 ) -> int:
     """Return the unique parameters of the language model, or 0 with a note when the weights are stored quantized."""
+    from planner.headers import SAFETENSORS_BITS
+
     total = 0
     quantized: set[str] = set()
     for name, info in tensors.items():
-        mask = _CAUSAL_MASK.search(name) and len(info.shape) == 4
-        if mask or _BUFFER.search(name) or (multimodal and _OTHER_TOWER.match(name)):
+        mask = re.search(_CAUSAL_MASK, name) and len(info.shape) == 4
+        if mask or re.search(_BUFFER, name) or (multimodal and re.match(_OTHER_TOWER, name)):
             continue
         if info.dtype not in _FLOATS:
             quantized.add(info.dtype)
@@ -312,9 +316,9 @@ def _cached_commit(folder: str) -> str:
     if os.path.isfile(ref):
         _check_inside(ref, folder)
         commit = read_bounded(ref, 4096, "hub cache reference").decode("ascii", "replace").strip()
-        return commit if _COMMIT.fullmatch(commit) else ""
+        return commit if re.fullmatch(_COMMIT, commit) else ""
     try:
-        found = [name for name in os.listdir(os.path.join(folder, "snapshots")) if _COMMIT.fullmatch(name)]
+        found = [name for name in os.listdir(os.path.join(folder, "snapshots")) if re.fullmatch(_COMMIT, name)]
     except OSError:
         return ""
     return found[0] if len(found) == 1 else ""

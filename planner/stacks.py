@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from planner.errors import Contradiction, InvalidInput, one_line, unknown
 from planner.optimizers import OPTIMIZERS
 from planner.quantizations import BNB, BNB_4BIT, QUANTIZATIONS
+from planner.records import NamedTuple, fields, record
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec, Versions, choice
 
 KEYS: tuple[str, ...] = (
@@ -47,7 +47,7 @@ _CHOSEN = {
 _FIXED = {"autocast": ("none", "bf16", "fp16"), "quantized_modules": ("linears", "adapted-only", "none")}
 _NUMBERS = frozenset({"lora_alpha", "lora_dropout", "max_grad_norm"})
 _NAME_LISTS = frozenset({"target_modules", "modules_to_save", "skip_modules"})
-_RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})")
+_RELEASE = r"(\d{1,4})\.(\d{1,4})"
 
 GPTQ = QUANTIZATIONS.where(lambda row: row.keeps_column_groups)
 TORCH_ADAMW = OPTIMIZERS.where(lambda row: row.state_layout == "like-parameter")
@@ -72,8 +72,7 @@ class Default(NamedTuple):
         return all(_is_one_of(known[key].value, allowed) for key, allowed in self.when)
 
 
-@dataclass(frozen=True, eq=False)
-class Stack:
+class Stack(NamedTuple):
     """A training framework: its defaults, what this table cannot express, and what it was read from."""
 
     name: str
@@ -97,7 +96,7 @@ class Setting(NamedTuple):
         return self.origin == "given" or self.origin.startswith("file ")
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Resolved:
     """Every option of one run with its origin."""
 
@@ -145,7 +144,7 @@ def resolve(stack: str, *, method: str, given: Mapping[str, object]) -> Resolved
     known: dict[str, Setting] = {}
     for key in KEYS:
         known[key] = Setting(chosen[key], "given") if key in chosen else _default(STACKS[stack], key, known)
-    return Resolved(stack, known, STACKS[stack].notes)
+    return Resolved(stack=stack, settings=known, notes=STACKS[stack].notes)
 
 
 def torch_adamw(stack: str, versions: Versions) -> str:
@@ -202,7 +201,7 @@ def stated_versions(texts: Mapping[str, str]) -> dict[str, tuple[int, int]]:
 
 
 def _release(name: str, text: str) -> tuple[int, int]:
-    match = _RELEASE.match(text)
+    match = re.match(_RELEASE, text)
     if match is None:
         raise InvalidInput(f"{name} version is {one_line(text, 40)!r}; must start with MAJOR.MINOR, for example 2.4.1")
     return int(match.group(1)), int(match.group(2))

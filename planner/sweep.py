@@ -16,7 +16,6 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from planner import cuda_rules, verdict
@@ -26,7 +25,7 @@ from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import FRAGMENTATION, architecture, predict, uncertainty
 from planner.quantizations import QUANTIZATIONS
-from planner.records import record
+from planner.records import fields, record, replace
 from planner.step import program
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Mixed

@@ -6,14 +6,13 @@ Defaults here are only the neutral ones; what a framework does unasked lives in 
 from __future__ import annotations
 
 import typing
-from dataclasses import field, fields
 from typing import Any, Literal
 
 from planner.errors import Contradiction, InvalidInput, one_line, unknown
 from planner.loss_kinds import KERNEL_SETS, LOSSES, Kernels, Loss
 from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.quantizations import QUANTIZATIONS, Quantization
-from planner.records import record
+from planner.records import field, fields, record
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["full", "lora", "qlora", "dora"]

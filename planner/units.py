@@ -19,7 +19,7 @@ _FACTORS = {
     "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12,
     "KIB": KiB, "MIB": MiB, "GIB": GiB, "TIB": 2**40,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]{0,3})\s*")
+_SIZE = r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]{0,3})\s*"
 
 
 def parse_bytes(text: str) -> int:
@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         InvalidInput: if the text is not a positive size.
     """
-    match = _SIZE.fullmatch(text)
+    match = re.fullmatch(_SIZE, text)
     factor = _FACTORS.get(match.group(2).upper()) if match else None
     if match is None or factor is None:
         raise InvalidInput(f"not a size: {one_line(text)!r}; write for example 24GiB or 24GB")
@@ -39,7 +39,7 @@ def parse_bytes(text: str) -> int:
 
 
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-_COUNT = re.compile(r"\s*(\d{1,18}(?:[_,]\d{3}){0,6}(?:\.\d{1,18})?(?:[eE]\+?\d{1,2})?)\s*([KMBGTkmbgt]?)\s*")
+_COUNT = r"\s*(\d{1,18}(?:[_,]\d{3}){0,6}(?:\.\d{1,18})?(?:[eE]\+?\d{1,2})?)\s*([KMBGTkmbgt]?)\s*"
 
 
 def parse_count(text: str) -> float:
@@ -48,7 +48,7 @@ def parse_count(text: str) -> float:
     Raises:
         InvalidInput: if the text is not a positive count.
     """
-    match = _COUNT.fullmatch(text)
+    match = re.fullmatch(_COUNT, text)
     value = float(re.sub("[_,]", "", match.group(1))) * _COUNTS[match.group(2).upper()] if match else 0.0
     if not 1 <= value < 1e18:
         raise InvalidInput(f"not a count: {one_line(text)!r}; write for example 10M or 2000000")

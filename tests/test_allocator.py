@@ -346,17 +346,18 @@ def sequences(draw) -> list[tuple[int, int]]:
 
 def check(one: CachingAllocator) -> None:
     """The books are right: neighbours touch, no two free ones, the totals are the sums of the blocks."""
-    listed = {key & allocator._ADDRESS: key >> allocator._SHIFT for pool in one._free for key in pool}
-    assert listed.keys() == one._by_address.keys()
-    for address, block in one._by_address.items():
+    listed = [block for pool in one._free_blocks for block in pool]
+    for keys, blocks in zip(one._free, one._free_blocks, strict=True):
+        assert keys == sorted(keys)
+        assert keys == [block.size << allocator._SHIFT | block.address for block in blocks]
+    for block in listed:
         assert block.free
         assert block.mapped
-        assert (block.address, block.size) == (address, listed[address])
         for neighbour in (block.previous, block.following):
             assert neighbour is None or not neighbour.free
         if block.following is not None:
             assert block.address + block.size == block.following.address
-    assert one.reserved == one.allocated + sum(listed.values())
+    assert one.reserved == one.allocated + sum(block.size for block in listed)
     assert 0 <= one.allocated <= one.peak_allocated <= one.peak_reserved
 
 
@@ -389,6 +390,40 @@ def test_a_replay_is_deterministic(events, settings):
     first, second = replay(events, settings), replay(events, settings)
     assert (first.peak_allocated, first.peak_reserved) == (second.peak_allocated, second.peak_reserved)
     assert first.reserved == second.reserved
+
+
+PLAIN = st.builds(
+    Settings,
+    capacity=st.one_of(st.just(0), st.integers(2, 900).map(lambda mebibytes: mebibytes * MIB)),
+    rising=st.booleans(),
+    large_segment=st.sampled_from((20 * MIB, 32 * MIB)),
+)
+
+
+@given(sequences(), PLAIN)
+def test_one_loop_does_what_malloc_and_free_do(events, settings):
+    """`replay` writes them out: the same blocks, counters and failure after every sequence."""
+    one = CachingAllocator(settings)
+    blocks, failure = {}, None
+    try:
+        for storage, size in events:
+            if size > 0:
+                blocks[storage] = one.malloc(size)
+            else:
+                one.free(blocks.pop(storage))
+    except OutOfMemory as error:
+        failure = error
+    try:
+        other = replay(events, settings)
+    except OutOfMemory as error:
+        assert failure is not None
+        assert vars(error) == vars(failure)
+        return
+    assert failure is None
+    check(other)
+    assert other._free == one._free
+    for name in ("allocated", "reserved", "peak_allocated", "peak_reserved", "retries"):
+        assert getattr(other, name) == getattr(one, name)
 
 
 @given(sequences())

@@ -19,6 +19,18 @@ from planner.training import LoraSpec, TrainingSpec, Versions
 from tests.calibration_samples import CPU_FACTS
 from tests.test_timing import LLAMA
 
+
+def test_what_ships_is_named_after_its_kind() -> None:
+    """`known` passes over by name what a card cannot use; what is chosen is what all of them would give."""
+    shipped = [calibration_files.read(path) for path in calibration_files.paths()]
+    assert {one.device["kind"] for one in shipped} == {"cpu", "cuda"}
+    for one in shipped:
+        assert Path(one.path).name.startswith(calibration_files.SHIPPED_CPU) == (one.device["kind"] == "cpu")
+    for gpu in (*catalog.gpus(), processor.as_gpu(CPU_FACTS)):
+        assert calibration_files.select(gpu) == select(gpu, shipped)
+        assert len(calibration_files.known(gpu)[0]) < len(shipped)
+
+
 H100, A100, T4, L40S = (catalog.gpu(name) for name in ("h100-sxm", "a100-sxm4-80gb", "t4", "l40s"))
 SHIPPED = sorted(Path(catalog.data_path("calibrations")).glob("*.json"))
 VERSIONS = {"torch": "2.13.0+cu130", "transformers": "5.24.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"}

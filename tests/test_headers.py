@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from header_bytes import LLAMA_GGUF, gguf_bytes, gguf_string, mutate, safetensors_bytes, tensor
 
-from planner import headers
+from planner import bounded
 from planner.errors import InvalidInput, PlannerError
 from planner.headers import TensorInfo, read_gguf, read_safetensors, read_safetensors_index
 
@@ -85,7 +85,7 @@ def test_safetensors_fault(tmp_path: Path, fault: str) -> None:
 
 
 def test_a_header_of_brackets_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headers.json, "loads", lambda *a, **k: pytest.fail("parsed"))
+    monkeypatch.setattr(bounded.json, "loads", lambda *a, **k: pytest.fail("parsed"))
     data = safetensors_bytes(b'{"a":[' + b"[]," * 1_100_000 + b"[]]}")
     with pytest.raises(InvalidInput, match="too many tensors"):
         read_safetensors(write(tmp_path / "m.safetensors", data))

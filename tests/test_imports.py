@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("records",),
     ("optimizers", "quantizations", "loss_kinds"),
-    ("units", "amounts", "cuda_rules", "config_values", "depth", "outputs", "verdict", "flags"),
+    ("units", "amounts", "cuda_rules", "config_values", "depth", "outputs", "verdict", "flags", "bounded"),
     ("model", "training", "hardware", "dataset", "schedule"),
     ("catalog", "measurements"),
     ("releases",),
@@ -63,6 +63,13 @@ HEAVY = (
     "calibrate", "planner.importers",
 )  # fmt: skip
 """What `loraplan fits` must not load: it answers in the time of an import."""
+
+UNUSED = (
+    "array", "dataclasses", "gettext", "http", "locale", "pathlib", "random", "struct", "tempfile", "urllib",
+    "planner.config_checks", "planner.cost", "planner.dataset", "planner.gguf_config", "planner.headers",
+    "planner.importers", "planner.search", "planner.sweep", "planner.step.litgpt",
+)  # fmt: skip
+"""What bare `fits` with a model of the catalogue has no use for and must not load, unless click or Python did."""
 
 MODULE_LINES = 650
 FUNCTION_LINES = 80
@@ -164,17 +171,19 @@ def test_modules_say_what_they_are_for_and_stay_small(path: Path) -> None:
     assert not long, "\n".join(long)
 
 
-FITS = "main(['fits', 'meta-llama/Llama-3.1-8B', '--gpu', 'rtx-4090'])"
+FITS = """
+from planner.cli.main import main
+try:
+    main(['fits', 'meta-llama/Llama-3.1-8B', '--gpu', 'rtx-4090'])
+except SystemExit as end:
+    assert end.code in (0, 1)
+"""
 
 
-@pytest.mark.parametrize("code", ["import planner.predict", "import planner.cli.main", FITS])
-def test_starting_loads_nothing_heavy(code: str) -> None:
-    if code is FITS:
-        ending = "except SystemExit as end:\n    assert end.code in (0, 1)"
-        code = f"from planner.cli.main import main\ntry:\n    {code}\n{ending}"
-    code += f"\nimport sys\nprint('loaded:', *sorted(set({HEAVY!r}) & set(sys.modules)))"
+def loaded_by(code: str) -> list[str]:
+    """Modules that code loads in a process of its own, beside those of a bare Python with click."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import sys, click\nold = set(sys.modules)\n{code}\nprint(*set(sys.modules) - old)"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -183,4 +192,16 @@ def test_starting_loads_nothing_heavy(code: str) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
+    return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("code", ["import planner.predict", "import planner.cli.main", FITS])
+def test_starting_loads_nothing_heavy(code: str) -> None:
+    assert not set(HEAVY) & set(loaded_by(code))
+
+
+def test_bare_fits_loads_only_what_it_uses() -> None:
+    """Its start-up is paid with every answer; `make bench` says how much."""
+    loaded = loaded_by(FITS)
+    assert "planner.predict" in loaded
+    assert not set(UNUSED) & set(loaded)

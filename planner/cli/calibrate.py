@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 
 from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
 from planner.cli.options import format_option
+from planner.records import replace
 
 if TYPE_CHECKING:  # a command's help needs none of these
     from calibrate.device import Device

@@ -129,8 +129,8 @@ def _write(made: Export, folder: str) -> None:
 def _export(target: str, model: str, given: dict[str, Any]) -> Export:
     place = {name: given.pop(name) for name in PLACE}
     call = {name: given.pop(name) for name in CALL}
-    from dataclasses import replace
 
+    from planner.records import replace
     from planner.verdict import NO
 
     recipe, plan, tokens = _recipe(model, given)
@@ -229,6 +229,6 @@ def _read_call(path: str) -> dict[str, Any]:
     Raises:
         InvalidInput: no JSON object.
     """
-    from planner.headers import parse_json, read_bounded
+    from planner.bounded import parse_json, read_bounded
 
     return parse_json(read_bounded(path, 2**20, "call"), path, "call of foundation_model.create")

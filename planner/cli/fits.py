@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from planner.cli.options import (
     trace_options,
     training_options,
 )
+from planner.records import NamedTuple
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
@@ -170,7 +171,7 @@ def with_margin(card: Gpu | None, percent: float) -> tuple[Gpu | None, int]:
     """The card with a share of its memory taken, and that share in bytes."""
     if card is None or not percent:
         return card, 0
-    from dataclasses import replace
+    from planner.records import replace
 
     kept = int(card.memory_bytes * percent / 100)
     return replace(card, used_by_others_bytes=card.used_by_others_bytes + kept), kept

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from planner.cli.options import LIBRARIES
+from planner.records import NamedTuple
 
 if TYPE_CHECKING:  # a run without --from needs none of these
     from planner.importers import Job

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner import cost, predict, sweep
@@ -17,6 +16,7 @@ from planner.errors import InvalidInput, PlannerError, UnknownName, one_line, un
 from planner.flags import flag_of
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.records import replace
 from planner.report.grid import Block
 from planner.request import Data, Known, Plan, Request, resolve
 from planner.stacks import Resolved

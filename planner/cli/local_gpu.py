@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 from planner import catalog
 from planner.errors import InvalidInput, MissingDependency, UnknownName, one_line
 from planner.hardware import Gpu
+from planner.records import replace
 from planner.units import gib
 
 

@@ -7,9 +7,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from planner import catalog, cost
+from planner.bounded import read_bounded
 from planner.errors import Contradiction, InvalidInput, one_line
 from planner.hardware import Gpu
-from planner.headers import read_bounded
 from planner.predict import Prediction
 from planner.units import MiB, parse_count
 

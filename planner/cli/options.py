@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from planner import optimizers, quantizations
 from planner.errors import unknown
+from planner.records import NamedTuple
 from planner.training import CHOICES
 
 FORMATS = ("table", "json", "csv", "markdown")
@@ -251,8 +252,30 @@ def training_options(command: _Command) -> _Command:
     return command
 
 
+def help_option(command: click.Command, ctx: click.Context) -> click.Option:
+    """`-h`, as click makes it but for the translation of its help: gettext reads the locale's files to find none."""
+
+    def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+    return click.Option(
+        command.get_help_option_names(ctx), is_flag=True, is_eager=True, expose_value=False, callback=show,
+        help="Show this message and exit.",
+    )  # fmt: skip
+
+
 class Sectioned(click.Command):
     """A command whose help lists its options in the sections of `TRAINING`, the rest first."""
+
+    _own_help: click.Option | None = None
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return the option that prints the help, the same one every time."""
+        if self._own_help is None:
+            self._own_help = help_option(self, ctx)
+        return self._own_help
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options section by section."""

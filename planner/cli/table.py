@@ -200,9 +200,8 @@ def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
 
 def card_with(size: str) -> Gpu:
     """A card of the user's own with this much memory, under a name of its own."""
-    from dataclasses import replace
-
     from planner.cli.fits import card_of
+    from planner.records import replace
     from planner.units import gib
 
     card = card_of(None, size)
@@ -256,7 +255,7 @@ def key_of(name: object) -> str:
 
 
 def _bounded(path: str) -> str:
-    from planner.headers import read_bounded
+    from planner.bounded import read_bounded
 
     return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
 

@@ -89,7 +89,7 @@ def check_count(accelerator: Accelerator, count: int | None) -> int:
 
 
 def _predicted(recipe: Recipe, accelerator: Accelerator, margin: float) -> Prediction:
-    from dataclasses import replace
+    from planner.records import replace
 
     card = catalog.gpu(accelerator.gpu_id)
     kept = int(card.memory_bytes * margin / 100)

@@ -7,7 +7,6 @@ Node families: docs.databricks.com "GPU-enabled compute" (AWS) and learn.microso
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from planner import catalog
@@ -17,6 +16,7 @@ from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import json_file
 from planner.hardware import Gpu, Instance
 from planner.predict import Prediction, lacks_bf16, predict
+from planner.records import replace
 from planner.units import GiB
 from planner.verdict import FITS
 

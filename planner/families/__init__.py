@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import import_module
 
 from planner.config_values import mapping, text
 from planner.errors import UnknownFamily, UnknownName, one_line
 from planner.model import ModelSpec
+from planner.records import replace
 
 _MODULES: dict[str, str] = {
     "apertus": "ungated",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from planner.config_values import boolean, integer, mapping
@@ -22,6 +21,7 @@ from planner.families.parts import (
     uniform,
 )
 from planner.model import Layer, Linear, ModelSpec, Norm, Table
+from planner.records import replace
 
 
 def opt(config: Config, model_id: str) -> ModelSpec:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from planner.bounded import read_bounded
 from planner.errors import InvalidInput
-from planner.headers import read_bounded
 from planner.importers.document import Document, flatten, quote
 from planner.units import MiB
 

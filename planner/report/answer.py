@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import one_line
 from planner.hardware import CPU, Gpu
 from planner.memory import Moment
 from planner.predict import Prediction
+from planner.records import NamedTuple
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved
 from planner.training import TrainingSpec

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from planner.cost import RunPlan, useful_tokens_per_step
 from planner.errors import one_line
 from planner.report.answer import Answer
 from planner.report.tables import aligned, wrapped
 from planner.timing import Seconds, StepTime
 from planner.units import seconds
+
+if TYPE_CHECKING:
+    from planner.cost import RunPlan
 
 PARTS = ("forward", "recomputation", "backward", "optimizer", "overhead")
 
@@ -44,6 +46,8 @@ def parts_of(t: StepTime) -> Iterator[tuple[str, float]]:
 
 def useful_rate(answer: Answer) -> float:
     """Useful tokens per second."""
+    from planner.cost import useful_tokens_per_step
+
     p = answer.prediction
     assert p.time is not None
     tokens = useful_tokens_per_step(p.time, answer.mean_tokens, p.training.seq_len)

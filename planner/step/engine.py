@@ -33,10 +33,16 @@ class Storage:
     def __init__(self, record: Record, nbytes: Size, op: str) -> None:
         self.record = record
         self.nbytes = nbytes
-        self.index = record.allocate(nbytes, op)
+        self.index = index = len(record.ops)
+        record.ops.append(op)
+        record.segment_of.append(len(record.segments) - 1)
+        record.sublayer_of.append(record.sublayer)
+        record.events.append((index, nbytes))
 
     def __del__(self) -> None:
-        self.record.release(self.index, self.nbytes)
+        record = self.record
+        if not record.closed:
+            record.events.append((self.index, -self.nbytes))
 
 
 Shape = tuple[Size, Size, Size, Size]
@@ -105,18 +111,6 @@ class Record:
         self.arrivals: list[int] = []  # storages that hold a weight as it was read
         self.readers = 0  # threads that read them ahead (loading.overlap)
         self.closed = False
-
-    def allocate(self, nbytes: Size, op: str) -> int:
-        index = len(self.ops)
-        self.ops.append(op)
-        self.segment_of.append(len(self.segments) - 1)
-        self.sublayer_of.append(self.sublayer)
-        self.events.append((index, nbytes))
-        return index
-
-    def release(self, index: int, nbytes: Size) -> None:
-        if not self.closed:
-            self.events.append((index, -nbytes))
 
     def enter(self, phase: str, layer: int = -1, repeat: int = 1) -> None:
         """Begin a new segment; the current one ends here."""
@@ -336,7 +330,12 @@ class Engine:
         hooked: bool = True,
     ) -> Node | None:
         """Record a node before its outputs exist, as operations that save only inputs do (None: no graph)."""
-        if not self.needs_grad(*inputs):
+        if not self.grad_enabled:
+            return None
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                break
+        else:
             return None
         self._seq += 1
         node = Node(self._seq, backward, saved)

@@ -106,24 +106,26 @@ def overlap(events: Sequence[Event], arrivals: Sequence[int], threads: int) -> l
     """
     starts = {storage: number for number, storage in enumerate(arrivals)}
     first = next((place for place, (storage, _) in enumerate(events) if storage in starts), len(events))
-    work: list[list[Event]] = [[] for _ in arrivals]
+    work: list[tuple[list[Event], list[Event]]] = [([], []) for _ in arrivals]  # made, given back
     read: list[Event] = []
     for event in events[first:]:
         if event[0] in starts and event[1] > 0:
             read.append(event)
         else:
-            work[len(read) - 1].append(event)
+            work[len(read) - 1][event[1] < 0].append(event)
     free = [0.0] * threads
     now = len(read) * _ANNOUNCE_S
-    timed: list[tuple[float, int, Event]] = []
-    for number, (event, following) in enumerate(zip(read, work, strict=True)):
-        begins = max(heapq.heappop(free), number * _ANNOUNCE_S)
+    timed: list[tuple[float, int, Sequence[Event]]] = []  # when, number, what then happens
+    for number, (event, (made, given_back)) in enumerate(zip(read, work, strict=True)):
+        begins = max(free[0], number * _ANNOUNCE_S)
         ends = begins + _READ_S + event[1] / _READ_BYTES_PER_S
-        heapq.heappush(free, ends)
-        timed.append((begins, len(timed), event))
+        heapq.heapreplace(free, ends)
         now = max(now, ends)
-        made = [item for item in following if item[1] > 0]
-        timed += [(now, len(timed) + i, item) for i, item in enumerate(made)]
-        now += _QUANTIZE_S * bool(following)
-        timed += [(now, len(timed) + i, item) for i, item in enumerate(item for item in following if item[1] < 0)]
-    return [*events[:first], *(event for _, _, event in sorted(timed, key=lambda item: item[:2]))]
+        timed += (begins, len(timed), (event,)), (now, len(timed) + 1, made)
+        now += _QUANTIZE_S * bool(made or given_back)
+        timed.append((now, len(timed), given_back))
+    timed.sort()
+    out = list(events[:first])
+    for _, _, happens in timed:
+        out += happens
+    return out

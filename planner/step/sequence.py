@@ -25,6 +25,7 @@ Template = list[tuple[int, int]]
 
 _LAYER = 1 << 24  # names of storages: kind << 44 | (layer + _BASE) << 24 | ordinal
 _KIND = 1 << 44
+_LOCAL = 1 << 60  # of what dies in the segment that makes it; what lives on may have its name in another emulated layer
 _BASE = 1 << 10
 
 
@@ -93,14 +94,18 @@ class _Layout:
                 continue
             template = self.template(number, smallest if alone else 0)
             read = self.arrivals.get(number, ())
+            made = {name: number for number, name in enumerate((name for size, name in template if size > 0), 1)}
+            own = [(made[name], size) for size, name in template if name in made]
+            arrived = [number for name, number in made.items() if name in read]
             for layer in _layers_of(segment, self.real):
                 shift = layer * _LAYER if segment.layer >= 0 else 0
-                for size, name in template:
-                    if size > 0:
-                        names[name + shift] = len(names) + 1
-                        if name in read:
-                            arrivals.append(len(names))
-                    events.append((names[name + shift], size))
+                before = len(names)
+                names.update({name + shift: before + number for name, number in made.items()})
+                arrivals += [before + number for number in arrived]
+                if len(own) == len(template):
+                    events += [(before + number, size) for number, size in own]
+                else:  # it frees what an earlier segment made
+                    events += [(names[name + shift], size) for size, name in template]
         if not alone:
             events = overlap(events, arrivals, self.record.readers)
             events = [event for event in events if not -smallest <= event[1] <= smallest]
@@ -126,46 +131,98 @@ def real_layers(record: Record) -> dict[int, range]:
     return real
 
 
-def expand(record: Record, steps: int = 2, smallest: int = 0) -> list[tuple[int, int]]:
+class Events(list[tuple[int, int]]):
+    """(storage, +-bytes) in order, and the peak of what is asked for in blocks of 512 bytes."""
+
+    requested: int = 0
+
+
+def expand(record: Record, steps: int = 2, smallest: int = 0) -> Events:
     """Return (storage, +-bytes) of loading and `steps` optimizer steps over all layers.
 
     The optimizer state appears where the first optimizer step creates it. What a step leaves behind (gradients)
     is freed at its end, as zero_grad(set_to_none=True) does. Requests of at most `smallest` bytes are left out.
+    A number names one storage at a time: what dies in the segment that makes it has the same number in every layer.
     """
     layout = _Layout(record)
-    out, ids = layout.loading(smallest)
-    counter = len(ids)
-    templates = [[] if s.phase in _LOADING else layout.template(n, smallest) for n, s in enumerate(record.segments)]
-    alive: dict[int, int] = {}
+    loading, ids = layout.loading(smallest)
+    out = Events(loading)
+    level, top = _walked(out)
+    templates = [
+        _Compiled([] if segment.phase in _LOADING else layout.template(number, smallest))
+        for number, segment in enumerate(record.segments)
+    ]
+    alive: dict[int, tuple[int, int]] = {}
     for number, in_step in _order(record, steps):
         if number < 0:  # the end of a step
-            out += [(storage, -size) for storage, size in alive.items()]
+            ended = [(storage, -size) for storage, size in alive.values()]
+            level += _walked(ended)[0]
+            out += ended
             alive.clear()
             continue
         template = templates[number]
-        if not template:
+        if not template.events:
             continue
         segment = record.segments[number]
         for layer in _layers_of(segment, layout.real):
             shift = layer * _LAYER if segment.layer >= 0 else 0
-            for size, name in template:
-                if name < 0:
-                    if name not in ids:
-                        counter += 1
-                        ids[name] = counter
-                        out.append((counter, size))
-                elif size > 0:
-                    counter += 1
-                    ids[name + shift] = counter
-                    if in_step:
-                        alive[counter] = size
-                    out.append((counter, size))
+            events = template.events.copy()
+            for place, size, name in template.kept:
+                events[place] = made = (name + shift, size)
+                ids[made[0]] = made[0]
+                if in_step:
+                    alive[made[0]] = made
+            dropped = []
+            for place, size, name in template.foreign:
+                if name < 0 and name not in ids:
+                    ids[name] = name
+                    events[place] = (name, size)
+                    continue
+                storage = ids.pop(name + shift, 0) if name >= 0 else 0
+                if storage:
+                    alive.pop(name + shift, None)
+                    events[place] = (storage, size)
                 else:
-                    storage = ids.pop(name + shift, 0)
-                    if storage:
-                        alive.pop(storage, None)
-                        out.append((storage, size))
+                    dropped.append(place)
+            for place in reversed(dropped):
+                del events[place]
+            net, highest = _walked(events) if dropped else template.walked
+            top = max(top, level + highest)
+            level += net
+            out += events
+    out.requested = top
     return out
+
+
+def _walked(events: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """What events add to the level in blocks of 512 bytes, and the highest that they bring it to."""
+    level = top = 0
+    for _, size in events:
+        level += -(-size // 512) * 512 if size > 0 else size // 512 * 512
+        if level > top:
+            top = level
+    return level, top
+
+
+class _Compiled:
+    """A template sorted by what differs from layer to layer."""
+
+    __slots__ = ("events", "foreign", "kept", "walked")
+
+    def __init__(self, template: Template) -> None:
+        self.events = [(name + _LOCAL, size) for size, name in template]
+        self.kept: list[tuple[int, int, int]] = []
+        """(place among the events, bytes, name) of what outlives the segment."""
+        self.foreign: list[tuple[int, int, int]] = []
+        """The same of what an earlier segment made, and of workspaces."""
+        made: dict[int, tuple[int, int, int]] = {}
+        for place, (size, name) in enumerate(template):
+            if name >= 0 and size > 0:
+                made[name] = (place, size, name)
+            elif made.pop(name, None) is None:
+                self.foreign.append((place, size, name))
+        self.kept += made.values()
+        self.walked = _walked(self.events)
 
 
 RecordOf = Callable[[int, bool], Record]

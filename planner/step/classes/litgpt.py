@@ -8,13 +8,13 @@ Local names stand for those of the frames there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from planner import cuda_rules
 from planner.errors import Contradiction
 from planner.lora import resolve_targets
 from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.quantizations import QUANTIZATIONS
+from planner.records import replace
 from planner.step import attention, feed_forward, linears, losses, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
