@@ -15,7 +15,7 @@ from typing import Any
 from calibrate import grid
 from calibrate.burst import timed_steps
 from calibrate.device import Device
-from calibrate.measurements import FINISHED, RunFolder, device_gpu
+from calibrate.fit.measurements import FINISHED, RunFolder, device_gpu
 from calibrate.workers import Forking, Workers, fresh_workers, result_of
 from planner import calibration, calibration_files
 from planner.errors import InvalidInput, PlannerError

@@ -252,7 +252,7 @@ def peak_reserved(run: Recorded) -> int:
 
 def predicted(run: Recorded) -> tuple[int, int]:
     """Allocated and reserved memory that the program tells for the recorded configuration."""
-    from calibrate.measurements import Measurement, device_gpu
+    from calibrate.fit.measurements import Measurement, device_gpu
     from planner import families
     from planner.predict import STEPS, architecture, predict
     from planner.step import program, sequence
@@ -299,7 +299,7 @@ def _compare_all(files: Sequence[Path]) -> int:
 def _record_all(out: Path, budget_s: float) -> int:
     from calibrate import grid
     from calibrate.device import open_device
-    from calibrate.measurements import device_gpu
+    from calibrate.fit.measurements import device_gpu
     from calibrate.workers import fresh_workers, result_of
 
     device = open_device("cuda:0")
@@ -325,7 +325,7 @@ def _record_all(out: Path, budget_s: float) -> int:
 
 
 def _row(run: Recorded) -> str:
-    from calibrate.measurements import Measurement
+    from calibrate.fit.measurements import Measurement
 
     training = (item := Measurement(request=run.request, result={"versions": run.versions}, device=run.device)).training
     told, again, exact = predicted(run), replay(run), replay(run, recorded_addresses=True)

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from calibrate import fit as fitting
-from calibrate import measurements
+from calibrate.fit import fit as fitting
+from calibrate.fit import measurements
+from calibrate.fit import points as fit_points
 from calibrate.workers import Forking, result_of
 from planner import calibration_files
 from planner.cli.calibrate import parse_duration
@@ -257,7 +258,7 @@ def test_run_on_a_cpu_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "does not determine" in err
     (run,) = measurements.read_runs([out])
     assert run.device["kind"] == "cpu"
-    points, _ = fitting.usable([run], run.gpu)
+    points, _ = fit_points.usable([run], run.gpu)
     assert len(points) == 4
 
 
@@ -325,7 +326,7 @@ def test_the_callback_records_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert item.training.lora is not None
     assert item.training.lora.target_modules == ("q_proj", "v_proj")
     assert item.request["source"] == "trainer"
-    point = fitting.point(item, run.gpu)
+    point = fit_points.point(item, run.gpu)
     assert point.overhead_s(fitting.priors(run.gpu)) == 0.0
 
 

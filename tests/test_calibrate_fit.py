@@ -10,9 +10,11 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from calibrate import fit, grid, residuals
-from calibrate.measurements import merge
-from planner import processor, timing
+from calibrate import grid
+from calibrate.fit import fit, residuals
+from calibrate.fit import points as fit_points
+from calibrate.fit.measurements import merge
+from planner import families, processor, timing
 from planner.calibration import Calibration, priors
 from planner.errors import InvalidInput
 from planner.predict import architecture
@@ -118,15 +120,15 @@ def test_failed_bursts_are_told_and_left_out() -> None:
 def test_a_shared_gpu_is_not_fitted() -> None:
     item = measurement(gpu_bursts(1)[0], H100_FACTS, {"status": "ok", "steps_s": [1.0], "others": [{"pid": 7}]})
     assert item.disturbed
-    points, skipped = fit.usable([replace(synthetic([], H100_FACTS, GPU_TRUTH), measurements=(item,))], H100)
+    points, skipped = fit_points.usable([replace(synthetic([], H100_FACTS, GPU_TRUTH), measurements=(item,))], H100)
     assert points == []
     assert skipped == ["another process was on the GPU"]
 
 
 def test_compressing_kernels_keeps_the_price() -> None:
     for burst in (*cpu_bursts(3), *cpu_bursts(9)[8:]):
-        item = fit.point(measurement(burst, CPU_FACTS, {}), CPU)
-        spec = fit.families.build_spec(item.measurement.config, model_id=burst.model)
+        item = fit_points.point(measurement(burst, CPU_FACTS, {}), CPU)
+        spec = families.build_spec(item.measurement.config, model_id=burst.model)
         whole = program.run(spec, burst.training, architecture(CPU, burst.training)).record
         full = timing.step_time(whole, burst.training, CPU, priors(CPU))
         parts, step_s = item.price(priors(CPU))
@@ -180,7 +182,7 @@ def test_memory_is_compared_and_the_context_measured() -> None:
     item = measurement(burst, H100_FACTS, result)
     assert item.step_s == 0.11
     assert item.memory_bytes == {"allocated": 4 * gib, "reserved": 5 * gib, "device": 5 * gib + 400 * 2**20}
-    rows = residuals.memory_rows([fit.point(item, H100)])
+    rows = residuals.memory_rows([fit_points.point(item, H100)])
     assert rows[0]["predicted_bytes"]["allocated"] > gib
     assert residuals.memory_summary(rows)["reserved"]["bursts"] == 1
     assert residuals.context([item]) == (400 * 2**20,) * 3

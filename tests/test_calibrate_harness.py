@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from calibrate import harness, measurements
+from calibrate import harness
+from calibrate.fit import measurements
+from calibrate.fit.measurements import RunFolder
 from calibrate.harness import Settings
-from calibrate.measurements import RunFolder
 from calibrate.workers import Ended, Spawning, result_of
 from planner.errors import InvalidInput
 from tests.calibration_samples import CPU_FACTS, cpu_bursts

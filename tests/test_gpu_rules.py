@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from calibrate.measurements import Measurement, read_runs
+from calibrate.fit.measurements import Measurement, read_runs
 from planner import catalog, cuda_rules
 from planner.cuda_rules import Architecture
 from planner.predict import architecture

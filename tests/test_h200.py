@@ -8,8 +8,8 @@ from statistics import mean
 
 import pytest
 
-from calibrate.fit import point, pooled, usable
-from calibrate.measurements import Measurement, read_runs
+from calibrate.fit.measurements import Measurement, read_runs
+from calibrate.fit.points import point, pooled, usable
 from planner import calibration_files, catalog, families, timing
 from planner.calibration import priors
 from planner.predict import predict

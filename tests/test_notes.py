@@ -207,7 +207,7 @@ def test_a_measured_job_prints_the_notes_of_its_plan(
         raise InvalidInput("nothing is measured here")
 
     monkeypatch.setattr(burst, "refuse", refuse)
-    monkeypatch.setattr("calibrate.measurements.device_gpu", lambda _: catalog.gpu("a100"))
+    monkeypatch.setattr("calibrate.fit.measurements.device_gpu", lambda _: catalog.gpu("a100"))
     with pytest.raises(InvalidInput, match="nothing is measured here"):
         calibrate._one_job(read_job((str(path),)), SimpleNamespace(identity=lambda: None), SimpleNamespace())
     shown = plain(capsys.readouterr().out)

@@ -15,9 +15,9 @@ from planner.records import replace
 
 if TYPE_CHECKING:  # a command's help needs none of these
     from calibrate.device import Device
+    from calibrate.fit.measurements import Run
     from calibrate.grid import Burst
     from calibrate.harness import Progress, Settings
-    from calibrate.measurements import Run
     from planner.calibration import Calibration
     from planner.importers import Job
 
@@ -126,7 +126,7 @@ def run(
     """
     from calibrate import harness
     from calibrate.device import open_device
-    from calibrate.measurements import RunFolder
+    from calibrate.fit.measurements import RunFolder
     from planner.errors import require
 
     job = take_job(take_reading(given), given)
@@ -160,8 +160,8 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
         PlannerError: the job names no model, cannot be run as a burst, or is not predicted to fit the device.
     """
     from calibrate.burst import refuse
+    from calibrate.fit.measurements import device_gpu, request_key
     from calibrate.grid import exactly, peak_bytes
-    from calibrate.measurements import device_gpu, request_key
     from planner.cli.options import TRAINING
     from planner.cli.terminal import echo_notes
     from planner.errors import InvalidInput
@@ -248,7 +248,7 @@ def fit(runs: tuple[Path, ...], out: Path | None, rows: bool, style: str) -> int
     \b
     Exit codes: 0 fitted, 2 could not fit.
     """
-    from calibrate.fit import fit as fit_runs
+    from calibrate.fit.fit import fit as fit_runs
     from planner import calibration_files
     from planner.report.calibration_report import fit_report
 
@@ -262,7 +262,7 @@ def fit(runs: tuple[Path, ...], out: Path | None, rows: bool, style: str) -> int
 
 
 def _read(paths: tuple[Path, ...]) -> list[Run]:
-    from calibrate.measurements import read_runs
+    from calibrate.fit.measurements import read_runs
 
     return read_runs(paths)
 
@@ -282,7 +282,7 @@ def validate(runs: tuple[Path, ...], calibration: str | None, rows: bool, style:
     \b
     Exit codes: 0 bursts were compared, 1 none could be, 2 could not answer.
     """
-    from calibrate.fit import check
+    from calibrate.fit.fit import check
     from planner import calibration_files
     from planner.errors import InvalidInput
     from planner.report.calibration_report import check_report
@@ -402,8 +402,8 @@ def merge(runs: tuple[Path, ...], out: Path) -> int:
 
 
 def _export(runs: list[Run], out: Path) -> int:
-    from calibrate.measurements import merge as check_hosts
-    from calibrate.measurements import to_document, write_json
+    from calibrate.fit.measurements import merge as check_hosts
+    from calibrate.fit.measurements import to_document, write_json
     from planner.errors import InvalidInput
 
     for note in check_hosts(runs):

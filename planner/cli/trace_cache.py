@@ -45,7 +45,7 @@ def _sources() -> str:
     """A hash of the code that traces: a changed rule must not meet an old answer."""
     root = Path(planner.__file__).resolve().parent.parent
     files = [
-        *sorted((root / "calibrate").glob("*.py")),
+        *sorted((root / "calibrate").rglob("*.py")),
         *(root / "planner" / n for n in ("cuda_rules.py", "memory.py")),
     ]
     digest = hashlib.sha256()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calibrate.measurements import Measurement
+from calibrate.fit.measurements import Measurement
 from planner import families
 from planner.predict import predict
 
 if TYPE_CHECKING:
-    from calibrate.fit import Point
+    from calibrate.fit.points import Point
 
 
 def errors(rows: Iterable[Mapping[str, Any]]) -> list[float]:

@@ -1,0 +1,1 @@
+"""The fit: recorded bursts to coefficients, and what is left over."""
