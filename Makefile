@@ -23,7 +23,7 @@ readme:  ## write what the commands print now into README.md and docs/; BECAUSE=
 gpu:  ## all that a lent GPU should measure, in gpu/ (9 minutes): grid, its check on other models, the allocator
 	$(PYTHON) -m planner.cli.main calibrate run --device cuda:0 --budget 5m --out gpu/fit
 	$(PYTHON) -m planner.cli.main calibrate run --device cuda:0 --budget 2m --check --seed 31 --out gpu/check
-	$(PYTHON) -m calibrate.history record --out gpu/history.json.gz
-	$(PYTHON) -m calibrate.history compare gpu/history.json.gz
+	$(PYTHON) -m calibrate.measure.history record --out gpu/history.json.gz
+	$(PYTHON) -m calibrate.measure.history compare gpu/history.json.gz
 	$(PYTHON) -m planner.cli.main calibrate fit gpu/fit --out gpu/calibration.json
 	$(PYTHON) -m planner.cli.main calibrate validate gpu/check --calibration gpu/calibration.json

@@ -8,7 +8,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     """`calibrate.PlannerCallback`, imported only when it is asked for (it needs transformers)."""
     if name == "PlannerCallback":
-        from calibrate.callback import PlannerCallback
+        from calibrate.measure.callback import PlannerCallback
 
         return PlannerCallback
     raise AttributeError(f"module 'calibrate' has no attribute {name!r}")

@@ -11,9 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibrate.layer_paths import LAYER
+from calibrate.measure.training_step import TrainingStep
 from calibrate.optimizers import make_optimizer
 from calibrate.tracker import Tracker
-from calibrate.training_step import TrainingStep
 from planner.cuda_rules import (
     CUBLASLT_WORKSPACE_BYTES,
     Architecture,

@@ -30,8 +30,9 @@ _ADDRESS_BLOCK = 32 << 20
 """cudaMalloc takes address space in blocks of 32 MiB, each below the last; what a segment leaves of its blocks serves
 later ones, the lowest place that is large enough first. Of equal free blocks PyTorch takes the one at the lowest
 address, so this order decides which segment gives. Read from recordings of an H200 (driver of CUDA 13,
-calibrate.history): with it 7 of 9 runs take every segment at the request where the real run did, with falling addresses
-alone 4; with the recorded addresses all 9. What the other two lack are holes that a process has from its start."""
+calibrate.measure.history): with it 7 of 9 runs take every segment at the request where the real run did, with falling
+addresses alone 4; with the recorded addresses all 9. What the other two lack are holes that a process has from its
+start."""
 _ADDRESS_SPACE = 1 << 68  # of an expandable segment; torch takes 9/8 of the card's memory, which is never the limit
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from calibrate import grid
 from calibrate.fit.measurements import Measurement, Run
 from calibrate.fit.points import point
+from calibrate.measure import grid
 from planner import catalog, processor, timing
 from planner.calibration import Coefficients, priors
 from planner.hardware import Gpu

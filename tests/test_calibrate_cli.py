@@ -19,7 +19,7 @@ import pytest
 from calibrate.fit import fit as fitting
 from calibrate.fit import measurements
 from calibrate.fit import points as fit_points
-from calibrate.workers import Forking, result_of
+from calibrate.measure.workers import Forking, result_of
 from planner import calibration_files
 from planner.cli.calibrate import parse_duration
 from planner.cli.main import main
@@ -289,7 +289,7 @@ def small_model() -> Any:
 @pytest.mark.slow
 def test_the_callback_reads_what_peft_writes_out_for_all_linear() -> None:
     pytest.importorskip("transformers")
-    from calibrate.callback import _targets
+    from calibrate.measure.callback import _targets
 
     full = [f"model.layers.{i}.{name}" for i in range(3) for name in ("self_attn.q_proj", "mlp.up_proj")]
     assert _targets(full, 3) == ("mlp.up_proj", "self_attn.q_proj")

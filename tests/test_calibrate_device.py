@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from calibrate import device
-from calibrate.device import CudaDevice, MemorySampler, Nvml, open_device, visible_index
+from calibrate.measure import device
+from calibrate.measure.device import CudaDevice, MemorySampler, Nvml, open_device, visible_index
 from planner import processor
 from planner.errors import InvalidInput
 
@@ -199,7 +199,7 @@ def test_this_cpu() -> None:
 @pytest.mark.oracle
 def test_kernels_are_counted_by_class() -> None:
     pytest.importorskip("torch")
-    from calibrate.burst import _cuda_classes, class_of
+    from calibrate.measure.burst import _cuda_classes, class_of
 
     def event(name: str, us: float, device: str = "CUDA", annotation: bool = False) -> Any:
         return SimpleNamespace(
@@ -235,7 +235,7 @@ def test_kernels_are_counted_by_class() -> None:
 @pytest.mark.oracle
 def test_phases_on_a_gpu_are_events_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from calibrate.burst import _PhaseClock
+    from calibrate.measure.burst import _PhaseClock
 
     class Event:
         """A recorded event: what it says is the milliseconds since the first."""

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from calibrate import grid
 from calibrate.fit import fit, residuals
 from calibrate.fit import points as fit_points
 from calibrate.fit.measurements import merge
+from calibrate.measure import grid
 from planner import families, processor, timing
 from planner.calibration import Calibration, priors
 from planner.errors import InvalidInput

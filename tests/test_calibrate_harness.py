@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from calibrate import harness
 from calibrate.fit import measurements
 from calibrate.fit.measurements import RunFolder
-from calibrate.harness import Settings
-from calibrate.workers import Ended, Spawning, result_of
+from calibrate.measure import harness
+from calibrate.measure.harness import Settings
+from calibrate.measure.workers import Ended, Spawning, result_of
 from planner.errors import InvalidInput
 from tests.calibration_samples import CPU_FACTS, cpu_bursts
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from calibrate import history
+from calibrate.measure import history, recorder
 from planner.errors import InvalidInput
 
 RECORDED = Path(__file__).parents[1] / "data" / "measurements" / "h200-history.json.gz"
@@ -55,7 +55,7 @@ def test_torchs_trace_becomes_numbered_requests() -> None:
         entry("segment_map", 1 << 30, 20 << 20, 9), entry("free_requested", 4608, 1024, 10),
         entry("segment_unmap", 1 << 30, 20 << 20, 11),
     ]  # fmt: skip
-    events, segments, times = history.packed(entries)
+    events, segments, times = recorder.packed(entries)
     assert events == [512, 1024, -1, 256, -2]
     assert segments == [[0, 2 << 20, 4096], [4, -2 << 20, 4096], [4, 20 << 20, 1 << 30], [5, -20 << 20, 1 << 30]]
     assert times == [3, 4, 5, 7, 10]

@@ -199,13 +199,10 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         "planner.cli.from_config",
         "planner.cli.gate",
         "planner.cli.trace",
-        "calibrate.burst",
         "calibrate.extrapolate",
-        "calibrate.history",
         "calibrate.ledger",
         "calibrate.summary",
         "calibrate.trace",
-        "calibrate.workers",
     ]
 
 

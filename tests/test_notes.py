@@ -195,7 +195,7 @@ def test_a_measured_job_prints_the_notes_of_its_plan(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")
-    from calibrate import burst
+    from calibrate.measure import burst
     from planner.cli import calibrate
     from planner.errors import InvalidInput
     from planner.importers import read_job

@@ -98,7 +98,7 @@ class Measurement:
 
     @property
     def forked(self) -> bool:
-        """Whether a GPU's burst ran in a forked process, whose host time says little (`calibrate.workers`)."""
+        """Whether a GPU's burst ran in a forked process, whose host time says little (`calibrate.measure.workers`)."""
         return self.device.get("kind") == "cuda" and self.result.get("worker") == "forked"
 
     @property

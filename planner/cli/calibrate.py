@@ -14,10 +14,10 @@ from planner.cli.options import format_option
 from planner.records import replace
 
 if TYPE_CHECKING:  # a command's help needs none of these
-    from calibrate.device import Device
     from calibrate.fit.measurements import Run
-    from calibrate.grid import Burst
-    from calibrate.harness import Progress, Settings
+    from calibrate.measure.device import Device
+    from calibrate.measure.grid import Burst
+    from calibrate.measure.harness import Progress, Settings
     from planner.calibration import Calibration
     from planner.importers import Job
 
@@ -85,7 +85,7 @@ def doctor(device: str, style: str) -> int:
     \b
     Exit codes: 0 bursts can run, 1 something is missing, 2 could not answer.
     """
-    from calibrate.doctor import examine, ready
+    from calibrate.measure.doctor import examine, ready
     from planner.report.calibration_report import findings
 
     found = examine(device)
@@ -124,9 +124,9 @@ def run(
     \b
     Exit codes: 0 there are results, 2 could not run, 3 every burst failed.
     """
-    from calibrate import harness
-    from calibrate.device import open_device
     from calibrate.fit.measurements import RunFolder
+    from calibrate.measure import harness
+    from calibrate.measure.device import open_device
     from planner.errors import require
 
     job = take_job(take_reading(given), given)
@@ -159,9 +159,9 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
     Raises:
         PlannerError: the job names no model, cannot be run as a burst, or is not predicted to fit the device.
     """
-    from calibrate.burst import refuse
     from calibrate.fit.measurements import device_gpu, request_key
-    from calibrate.grid import exactly, peak_bytes
+    from calibrate.measure.burst import refuse
+    from calibrate.measure.grid import exactly, peak_bytes
     from planner.cli.options import TRAINING
     from planner.cli.terminal import echo_notes
     from planner.errors import InvalidInput
@@ -187,7 +187,7 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
 
 def _with_progress(folder: Any, opened: Any, settings: Settings, bursts: Iterator[Burst] | None = None) -> Progress:
     """Run with a progress line on stderr; an interruption says that nothing is lost."""
-    from calibrate import harness
+    from calibrate.measure import harness
     from planner.errors import PlannerError
 
     shown = _ProgressLine()

@@ -65,7 +65,7 @@ class Spawning:
     """A fresh process per request: `command` reads the request from stdin."""
 
     def __init__(
-        self, command: Sequence[str] = (sys.executable, "-m", "calibrate.burst"), ahead: int = 0
+        self, command: Sequence[str] = (sys.executable, "-m", "calibrate.measure.burst"), ahead: int = 0
     ) -> None:  # fmt: skip
         """`ahead`: processes that are started before they are needed; their command imports, then reads."""
         self.command = list(command)
@@ -122,7 +122,9 @@ def _end(item: _Waiting) -> None:
 def fresh_workers() -> Spawning:
     """Fresh processes for a GPU's bursts, some started ahead where there are processors to spare."""
     cores = os.cpu_count() or 1
-    return Spawning((sys.executable, "-m", "calibrate.burst", "--ahead"), ahead=2 if cores >= 8 else int(cores >= 4))
+    return Spawning(
+        (sys.executable, "-m", "calibrate.measure.burst", "--ahead"), ahead=2 if cores >= 8 else int(cores >= 4)
+    )
 
 
 class Forking:
@@ -167,7 +169,7 @@ class Forking:
     def _running(self) -> subprocess.Popen[str]:
         if self._server is None or self._server.poll() is not None:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "calibrate.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, "-m", "calibrate.measure.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True, start_new_session=True,
                 env=_environment(),
             )  # fmt: skip
@@ -201,7 +203,7 @@ def _kill(pid: int) -> None:
 
 def _environment() -> dict[str, str]:
     """The caller's environment, with this checkout or installation importable and the hub out of reach."""
-    here = str(Path(__file__).resolve().parent.parent)
+    here = str(Path(__file__).resolve().parent.parent.parent)
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH", "")])]
     return {
         **os.environ,
@@ -243,67 +245,3 @@ def result_of(ended: Ended) -> dict[str, Any]:
     if not isinstance(found, dict) or "status" not in found or "protocol" not in found:
         return {"status": "garbage", "message": one_line(ended.stdout, 200), "stderr": ended.stderr[-TAIL:], **extra}
     return {**found, **extra}
-
-
-# --- the server ----------------------------------------------------------------------------------------------------
-
-
-def preload() -> tuple[Any, ...]:
-    """Import what takes seconds and makes no CUDA context, so that a process that waits is not on the GPU.
-
-    PEFT imports bitsandbytes, which asks CUDA for its capability; what both need is imported here.
-    """
-    import accelerate
-    import scipy.stats
-    import torch._dynamo
-    import torch._inductor.compile_fx
-    import torch.profiler
-    import transformers.modeling_utils
-    import transformers.models.auto.modeling_auto
-    import transformers.quantizers.auto
-
-    return accelerate, scipy, torch, transformers
-
-
-def serve() -> None:
-    """Import the libraries, then fork one child per line of stdin: answer with its pid, then with its exit code."""
-    import bitsandbytes
-    import peft
-    import transformers
-
-    from calibrate import burst
-
-    loaded = (bitsandbytes, peft, transformers)
-    assert loaded
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_child(burst, job))
-        with suppress(ProcessLookupError, PermissionError):
-            os.setpgid(pid, pid)
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-def _child(burst: Any, job: dict[str, Any]) -> int:
-    """A forked process: its own group and files, then one burst."""
-    with suppress(PermissionError):
-        os.setpgid(0, 0)
-    for number, path, flags in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, job["out"], os.O_WRONLY | os.O_CREAT),
-        (2, job["err"], os.O_WRONLY | os.O_CREAT),
-    ):
-        os.dup2(os.open(path, flags, 0o600), number)
-    try:
-        burst.answer(job["request"])
-    except BaseException as error:  # noqa: BLE001 - the last thing this process does is to say why it failed
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    serve()

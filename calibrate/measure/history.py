@@ -1,7 +1,7 @@
 """What torch's CUDA allocator did in a real training run, recorded, and the same run replayed without a GPU.
 
-    python -m calibrate.history record --out FILE [--budget S]     a few runs on cuda:0 (a process each)
-    python -m calibrate.history compare FILE ...                  replay and program against what was recorded
+    python -m calibrate.measure.history record --out FILE [--budget S]     a few runs on cuda:0 (a process each)
+    python -m calibrate.measure.history compare FILE ...                  replay and program against what was recorded
 
 A recording holds every request and release of loading and of three steps, every segment taken from the driver or given
 back with its address, and the counters torch itself kept. Bytes.
@@ -15,22 +15,19 @@ import json
 import sys
 import time
 import zlib
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calibrate.measure.recorder import MOST_EVENTS, STEPS
 from planner.allocator import CachingAllocator, Settings, parse_settings
 from planner.allocator import replay as planned
 from planner.errors import InvalidInput, PlannerError
 from planner.records import record
 
 KIND, VERSION = "loraplan-history", 1
-STEPS = 3
-"""The first makes the optimizer's state, the second is the steady one, the third shows that it is."""
 LIMIT_S = 60.0
 """Of one run."""
-MOST_EVENTS = 2_000_000
 MOST_BYTES = 64 << 20
 """Of a recording, unpacked."""
 MOST_SIZE = 1 << 50
@@ -63,59 +60,6 @@ class Recorded:
 
 
 # --- recording -----------------------------------------------------------------------------------------------------
-
-
-def recorded_steps(load: Callable[[], Any], device: Any) -> dict[str, Any]:
-    """Load a model and run three steps of it with torch's memory history on; nothing may be on the GPU before."""
-    import torch
-
-    history: Any = torch.cuda.memory
-    index = torch.device(device.name).index
-    history._record_memory_history(enabled="all", context=None, max_entries=MOST_EVENTS)
-    marks: list[tuple[str, int]] = [("load", _now_us())]
-    step = load()
-    step._enter = lambda phase, segment: marks.append((phase, _now_us()))
-    device.reset_peak()
-    for _ in range(STEPS):
-        step.run()
-    device.synchronize()
-    counters = {**device.peak(), "used": device.used_bytes() or 0}
-    entries = history._snapshot(index)["device_traces"][index]
-    history._record_memory_history(enabled=None)
-    events, segments, times = packed(entries)
-    return {
-        "events": events, "segments": segments, "counters": counters,
-        "marks": [[name, bisect_left(times, at)] for name, at in marks],
-    }  # fmt: skip
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000
-
-
-def packed(entries: Iterable[Mapping[str, Any]]) -> tuple[list[int], list[list[int]], list[int]]:
-    """Events, segments and the events' times (microseconds) of torch's trace entries."""
-    events: list[int] = []
-    segments: list[list[int]] = []
-    times: list[int] = []
-    number = 0
-    alive: dict[int, int] = {}
-    for entry in entries:
-        action, address, size = entry["action"], int(entry["addr"]), int(entry["size"])
-        if action == "alloc":
-            alive[address] = number
-            number += 1
-            events.append(size)
-        elif action == "free_requested" and address in alive:
-            events.append(-1 - alive.pop(address))
-        else:
-            if action in ("segment_alloc", "segment_map"):
-                segments.append([len(events), size, address])
-            elif action in ("segment_free", "segment_unmap"):
-                segments.append([len(events), -size, address])
-            continue
-        times.append(int(entry.get("time_us", 0)))
-    return events, segments, times
 
 
 def write(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -272,7 +216,7 @@ def predicted(run: Recorded) -> tuple[int, int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m calibrate.history", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m calibrate.measure.history", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")
     recording.add_argument("--out", type=Path, required=True)
@@ -297,10 +241,10 @@ def _compare_all(files: Sequence[Path]) -> int:
 
 
 def _record_all(out: Path, budget_s: float) -> int:
-    from calibrate import grid
-    from calibrate.device import open_device
     from calibrate.fit.measurements import device_gpu
-    from calibrate.workers import fresh_workers, result_of
+    from calibrate.measure import grid
+    from calibrate.measure.device import open_device
+    from calibrate.measure.workers import fresh_workers, result_of
 
     device = open_device("cuda:0")
     gpu = device_gpu(device.identity())

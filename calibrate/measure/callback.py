@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from calibrate.device import Device, open_device
 from calibrate.fit.measurements import device_gpu, write_json
 from calibrate.fit.measurements import to_document as _document
 from calibrate.layer_paths import IN_LAYER
+from calibrate.measure.device import Device, open_device
 from planner import calibration_files, families
 from planner.errors import one_line
 from planner.optimizers import by_transformers_name
@@ -265,6 +265,6 @@ def _base_dtype(model: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    from calibrate.burst import versions
+    from calibrate.measure.burst import versions
 
     return versions()

@@ -1,6 +1,6 @@
 """A worker process: one configuration, warm-up and timed real training steps, raw values out as ONE JSON line.
 
-    python -m calibrate.burst < request.json
+    python -m calibrate.measure.burst < request.json
 
 The model is the genuine transformers class with random weights at real dimensions, quantized by bitsandbytes, adapted
 by PEFT; weights are made on the device module by module, so no host memory holds the model and nothing is downloaded.
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from calibrate import history
-from calibrate.device import CudaDevice, Device, MemorySampler, open_device
+from calibrate.measure import recorder
+from calibrate.measure.device import CudaDevice, Device, MemorySampler, open_device
 from planner.errors import InvalidInput, PlannerError, one_line
 
 PROTOCOL = 1
@@ -49,7 +49,7 @@ OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
 def main() -> int:
     """Read one request from stdin, run it, write one JSON line to the real stdout; --ahead: import first."""
     if sys.argv[1:] == ["--ahead"]:
-        from calibrate.workers import preload
+        from calibrate.measure.preload import preload
 
         preload()
     answer(json.loads(sys.stdin.read()))
@@ -160,7 +160,7 @@ class _Burst:
     def measure(self) -> None:
         """Load, adapt, warm up, time, then look closer in untimed steps."""
         if self.request.get("history"):
-            self.found["history"] = history.recorded_steps(self._load, self.device)
+            self.found["history"] = recorder.recorded_steps(self._load, self.device)
             return
         began = time.perf_counter()
         spent = self.found["stages_s"] = {}
@@ -184,7 +184,7 @@ class _Burst:
 
     def _load(self) -> Any:
         from calibrate import fake_model
-        from calibrate.training_step import TrainingStep
+        from calibrate.measure.training_step import TrainingStep
         from planner.training import TrainingSpec, training_from_dict
 
         training: TrainingSpec = training_from_dict(self.request["training"])

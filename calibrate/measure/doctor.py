@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from calibrate.device import CudaDevice, Device, open_device
+from calibrate.measure.device import CudaDevice, Device, open_device
 from planner import calibration_files
 from planner.errors import PlannerError, one_line
 from planner.records import record

@@ -12,11 +12,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from calibrate import grid
-from calibrate.burst import timed_steps
-from calibrate.device import Device
 from calibrate.fit.measurements import FINISHED, RunFolder, device_gpu
-from calibrate.workers import Forking, Workers, fresh_workers, result_of
+from calibrate.measure import grid
+from calibrate.measure.burst import timed_steps
+from calibrate.measure.device import Device
+from calibrate.measure.workers import Forking, Workers, fresh_workers, result_of
 from planner import calibration, calibration_files
 from planner.errors import InvalidInput, PlannerError
 from planner.hardware import Gpu
