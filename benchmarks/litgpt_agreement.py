@@ -26,7 +26,8 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from calibrate import fake_model, trace
+from calibrate import trace
+from calibrate.model import fake_model
 from calibrate.step import Step
 from planner import memory, stacks
 from planner.cuda_rules import Architecture

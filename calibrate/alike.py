@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibrate import fake_model
-from calibrate.layer_paths import LAYER
+from calibrate.model import fake_model
+from calibrate.model.layer_paths import LAYER
 
 _NUMBERS = ("layer_idx", "layer_index", "layer_id", "layer_number", "idx")
 """Attributes that count layers and say nothing else."""

@@ -10,9 +10,9 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from calibrate.layer_paths import LAYER
 from calibrate.measure.training_step import TrainingStep
-from calibrate.optimizers import make_optimizer
+from calibrate.model.layer_paths import LAYER
+from calibrate.model.optimizers import make_optimizer
 from calibrate.tracker import Tracker
 from planner.cuda_rules import (
     CUBLASLT_WORKSPACE_BYTES,

@@ -30,7 +30,8 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calibrate import cuda_semantics, fake_model
+from calibrate import cuda_semantics
+from calibrate.model import fake_model
 from calibrate.step import Step
 from calibrate.tracker import Block, Event, Tracker
 from planner.cuda_rules import Architecture

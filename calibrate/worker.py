@@ -49,7 +49,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes as the model's own config class names them."""
-    from calibrate.fake_model import model_config
+    from calibrate.model.fake_model import model_config
 
     cfg = model_config(config).get_text_config()
     sizes = {name: getattr(cfg, name, 0) for name in ("hidden_size", "vocab_size", "max_position_embeddings")}

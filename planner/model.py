@@ -341,7 +341,7 @@ class ModelSpec:
     remote_code: bool = False
     """The published class is not in transformers: the structure rests on the model's own code."""
     derived: bool = False
-    """Read from transformers' class on the meta device (calibrate.meta_spec), not by a family of the registry."""
+    """Read from transformers' class on the meta device (calibrate.model.meta_spec), not by a family of the registry."""
     keep_in_fp32: tuple[KeptInFp32, ...] = ()
     """Parameters that transformers' class keeps in fp32 when it is loaded in 16 bit."""
     sources: tuple[str, ...] = ()

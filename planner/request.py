@@ -290,7 +290,7 @@ def read_model(loaded: LoadedConfig, *, derive: bool = True) -> LoadedModel:
 def _from_class(loaded: LoadedConfig, error: UnknownFamily) -> ModelSpec:
     """Read a model outside the registry from transformers' class; without transformers, the error stands."""
     try:
-        from calibrate.meta_spec import spec_from_class
+        from calibrate.model.meta_spec import spec_from_class
     except (ImportError, OSError):  # OSError: a torch whose libraries do not load
         raise error from None
     return spec_from_class(loaded.config, model_id=loaded.model_id)

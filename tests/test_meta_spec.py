@@ -24,7 +24,7 @@ pytestmark = pytest.mark.oracle
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-spec_from_class = pytest.importorskip("calibrate.meta_spec").spec_from_class
+spec_from_class = pytest.importorskip("calibrate.model.meta_spec").spec_from_class
 
 ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
@@ -135,7 +135,7 @@ def test_the_command_uses_it_and_says_so(
     assert stop.value.code == 0
     document = json.loads(capsys.readouterr().out)
     assert any("not in the registry" in text for text in document["warnings"])
-    monkeypatch.setitem(sys.modules, "calibrate.meta_spec", None)
+    monkeypatch.setitem(sys.modules, "calibrate.model.meta_spec", None)
     with pytest.raises(SystemExit) as stop:
         cli.main(["fits", str(path), "--gpu", "t4"])
     error = capsys.readouterr().err

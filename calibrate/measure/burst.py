@@ -183,8 +183,8 @@ class _Burst:
             done("profile")
 
     def _load(self) -> Any:
-        from calibrate import fake_model
         from calibrate.measure.training_step import TrainingStep
+        from calibrate.model import fake_model
         from planner.training import TrainingSpec, training_from_dict
 
         training: TrainingSpec = training_from_dict(self.request["training"])

@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from calibrate.fit.measurements import device_gpu, write_json
 from calibrate.fit.measurements import to_document as _document
-from calibrate.layer_paths import IN_LAYER
 from calibrate.measure.device import Device, open_device
+from calibrate.model.layer_paths import IN_LAYER
 from planner import calibration_files, families
 from planner.errors import one_line
 from planner.optimizers import by_transformers_name

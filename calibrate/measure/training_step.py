@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibrate.optimizers import make_optimizer
+from calibrate.model.optimizers import make_optimizer
 from planner.training import TrainingSpec
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

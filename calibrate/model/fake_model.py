@@ -15,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from calibrate.layer_paths import IN_LAYER
+from calibrate.model.layer_paths import IN_LAYER
 from planner import cuda_rules
 from planner.depth import first_layers
 from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
