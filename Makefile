@@ -15,7 +15,7 @@ bench:  ## cold start-up of `loraplan fits` against `import click`: at most twic
 	.venv/bin/python benchmarks/startup.py --limit 2.0
 
 agreement:  ## the program against the real libraries' trace, 200 drawn configurations (about 10 minutes on 2 cores)
-	.venv/bin/python -m calibrate.agreement --cases 200
+	.venv/bin/python -m calibrate.oracle.agreement --cases 200
 
 readme:  ## write what the commands print now into README.md and docs/; BECAUSE="..." where figures change by over 0.5 %
 	.venv/bin/python .ci/readme.py $(if $(BECAUSE),--because "$(BECAUSE)")

@@ -26,9 +26,9 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from calibrate import trace
 from calibrate.model import fake_model
-from calibrate.step import Step
+from calibrate.oracle import trace
+from calibrate.oracle.step import Step
 from planner import memory, stacks
 from planner.cuda_rules import Architecture
 from planner.families import build_spec

@@ -1,6 +1,6 @@
 """What CUDA kernels allocate inside themselves: sizes of side outputs, workspaces and hidden temporaries.
 
-Standard library only. The analytical program and the tracer (`calibrate.trace`) both read these rules, so that
+Standard library only. The analytical program and the tracer (`calibrate.oracle.trace`) both read these rules, so that
 each fact has one home. Every function turns shapes into bytes and names its source. Shapes: b rows, s tokens,
 h heads, d head size, v vocabulary.
 """

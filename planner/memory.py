@@ -29,7 +29,7 @@ CATEGORIES = (
 - inputs: token ids, masks, positions, rotary tables;
 - activation gradients: made by the backward of layers; activations: the rest of forward and recomputation.
 
-calibrate.ledger sorts the storages of a trace by the same rules.
+calibrate.oracle.ledger sorts the storages of a trace by the same rules.
 """
 
 _BY_OP = {

@@ -81,7 +81,7 @@ class Traced:
 def request(
     config: Mapping[str, Any], training: TrainingSpec, arch: Architecture, layers: str | int, *, events: bool = False
 ) -> dict[str, Any]:
-    """What to ask the worker (see calibrate.worker)."""
+    """What to ask the worker (see calibrate.oracle.worker)."""
     facts = {
         "capability": list(arch.capability), "num_sms": arch.num_sms, "torch": list(arch.torch),
         "bitsandbytes": list(arch.bitsandbytes), "cudnn_attention": arch.cudnn_attention,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibrate.cases import Case, shrunk
+from calibrate.oracle.cases import Case, shrunk
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 SIZES: dict[str, Any] = {

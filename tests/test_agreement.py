@@ -13,9 +13,9 @@ pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
-from calibrate import agreement  # noqa: E402
-from calibrate.agreement import PEAK_PCT  # noqa: E402
-from calibrate.cases import MODELS, Case, cases, draw  # noqa: E402
+from calibrate.oracle import agreement  # noqa: E402
+from calibrate.oracle.agreement import PEAK_PCT  # noqa: E402
+from calibrate.oracle.cases import MODELS, Case, cases, draw  # noqa: E402
 from planner.memory import CATEGORIES  # noqa: E402
 from tests.agreement_cases import DIRECTED  # noqa: E402
 

@@ -12,9 +12,10 @@ pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
-from calibrate.extrapolate import extrapolate  # noqa: E402
-from calibrate.summary import of_trace  # noqa: E402
-from calibrate.trace import trace, training_from_dict  # noqa: E402
+from calibrate.oracle.extrapolate import extrapolate  # noqa: E402
+from calibrate.oracle.summary import of_trace  # noqa: E402
+from calibrate.oracle.trace import trace  # noqa: E402
+from planner.training import training_from_dict  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

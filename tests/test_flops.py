@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
-from calibrate.cases import shrunk  # noqa: E402
-from calibrate.trace import trace  # noqa: E402
+from calibrate.oracle.cases import shrunk  # noqa: E402
+from calibrate.oracle.trace import trace  # noqa: E402
 from planner import timing  # noqa: E402
 from planner.cuda_rules import Architecture  # noqa: E402
 from planner.families import build_spec  # noqa: E402

@@ -194,16 +194,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
                 ahead += edges[module]
         if start in reached:
             circles.append(start)
-    assert circles == [
-        "planner.cli.fits",
-        "planner.cli.from_config",
-        "planner.cli.gate",
-        "planner.cli.trace",
-        "calibrate.extrapolate",
-        "calibrate.ledger",
-        "calibrate.summary",
-        "calibrate.trace",
-    ]
+    assert circles == ["planner.cli.fits", "planner.cli.from_config", "planner.cli.gate", "planner.cli.trace"]
 
 
 def test_the_planner_needs_only_the_standard_library() -> None:

@@ -113,7 +113,7 @@ def test_the_order_is_that_of_the_real_from_pretrained(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-    from calibrate.tracker import Tracker
+    from calibrate.oracle.tracker import Tracker
 
     config = LlamaConfig(**{key: value for key, value in CONFIG.items() if key != "model_type"})
     LlamaForCausalLM(config).save_pretrained(tmp_path)

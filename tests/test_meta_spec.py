@@ -86,7 +86,7 @@ RUNS = (
 TRACE = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
-from calibrate.trace import trace, training_from_dict
+from calibrate.oracle.trace import trace; from planner.training import training_from_dict
 config, trainings = json.loads(sys.argv[1])
 print(json.dumps([trace(config, training_from_dict(training)).peak_bytes for training in trainings]))
 """

@@ -144,7 +144,7 @@ def test_the_libraries_keep_the_tables_of_a_checkpoint_longer() -> None:
     pytest.importorskip("torch")
     script = (
         "import json, warnings; warnings.filterwarnings('ignore')\n"
-        "from calibrate.trace import trace\n"
+        "from calibrate.oracle.trace import trace\n"
         "from planner.training import TrainingSpec\n"
         f"config = json.loads({json.dumps(json.dumps({**CONFIGS['EleutherAI/pythia-70m'], 'num_hidden_layers': 2}))})\n"
         "for mode in ('none', 'full'):\n"

@@ -15,7 +15,9 @@ torch = pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
-from calibrate.trace import TraceResult, main, trace  # noqa: E402
+from calibrate.oracle.command import main  # noqa: E402
+from calibrate.oracle.result import TraceResult  # noqa: E402
+from calibrate.oracle.trace import trace  # noqa: E402
 from planner import cuda_rules  # noqa: E402
 from planner.cuda_rules import Architecture  # noqa: E402
 from planner.training import TrainingSpec, training_from_dict  # noqa: E402

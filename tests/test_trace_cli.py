@@ -49,7 +49,7 @@ def write(folder, config) -> str:
 def worker_here(monkeypatch):
     """Let the worker answer in this process: importing the libraries once is enough."""
     libraries()
-    from calibrate import worker
+    from calibrate.oracle import worker
 
     asked = []
 
@@ -135,7 +135,9 @@ def test_the_process_does_not_import_from_the_current_folder(run, model, monkeyp
     trap.mkdir()
     (trap / "__init__.py").write_text("raise SystemExit('imported from the current folder')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracing, "_START", tracing._START.replace("run_module('calibrate.worker'", "run_module('json'"))
+    monkeypatch.setattr(
+        tracing, "_START", tracing._START.replace("run_module('calibrate.oracle.worker'", "run_module('json'")
+    )
     monkeypatch.setattr(tracing, "LIBRARIES", ())
     assert "current folder" not in run("trace", model).err
     code = tracing._START.replace("import runpy, sys;", "import sys;").partition("runpy")[0]

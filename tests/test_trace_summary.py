@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 for _library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(_library)
 
-from calibrate import alike, flops, summary  # noqa: E402
-from calibrate.trace import trace  # noqa: E402
+from calibrate.oracle import alike, flops, summary  # noqa: E402
+from calibrate.oracle.trace import trace  # noqa: E402
 from planner.families import build_spec  # noqa: E402
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec  # noqa: E402
 

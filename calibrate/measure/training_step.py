@@ -1,6 +1,6 @@
 """TrainingStep: one optimizer step of the genuine libraries as a training loop runs it, on any device.
 
-`calibrate.measure.burst` times it as it is; `calibrate.step` adds the labels that the trace needs.
+`calibrate.measure.burst` times it as it is; `calibrate.oracle.step` adds the labels that the trace needs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from calibrate.tracker import Tracker
+from calibrate.oracle.tracker import Tracker
 from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
 from planner.training import TrainingSpec
 

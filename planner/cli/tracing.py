@@ -1,4 +1,4 @@
-"""Ask `calibrate.worker` for a trace: a process of its own, with a time limit, a progress line and a cache."""
+"""Ask `calibrate.oracle.worker` for a trace: a process of its own, with a time limit, a progress line and a cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from planner.errors import Contradiction, InvalidInput, PlannerError, UnknownNam
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
-_START = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module('calibrate.worker', run_name='__main__')"
+_START = (
+    "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module('calibrate.oracle.worker', run_name='__main__')"
+)
 """The folder that holds this package stands where Python would look in the current folder, which is a stranger's."""
 
 _PROGRESS = "progress: "

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from calibrate import alike, ledger
-from calibrate.trace import STEPS, TraceResult, trace
+from calibrate.oracle import alike, ledger
+from calibrate.oracle.result import STEPS, TraceResult
+from calibrate.oracle.trace import trace
 from planner.cuda_rules import Architecture
 from planner.memory import BLOCK, CATEGORIES
 from planner.training import TrainingSpec

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from calibrate.trace import TraceResult
-from calibrate.tracker import Block
+from calibrate.oracle.result import TraceResult
+from calibrate.oracle.tracker import Block
 from planner.memory import CATEGORIES
 
 _ADAPTER = ("lora_", "modules_to_save")

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from calibrate.measure.training_step import TrainingStep
 from calibrate.model.layer_paths import LAYER
 from calibrate.model.optimizers import make_optimizer
-from calibrate.tracker import Tracker
+from calibrate.oracle.tracker import Tracker
 from planner.cuda_rules import (
     CUBLASLT_WORKSPACE_BYTES,
     Architecture,

@@ -3,11 +3,11 @@
 The step is the second of a run: what the first one leaves (optimizer state, what modules make when they first run) is
 there.
 
-    python -m calibrate.trace --config config.json --training training.json [--layers N] [--events FILE]
+    python -m calibrate.oracle.command --config config.json --training training.json [--layers N] [--events FILE]
         prints one JSON document (static bytes, peaks of both steps, what is alive at the peak, peaks per segment)
-    python -m calibrate.trace ... --ops backward [--segment layer.1] [--step 1] [--min-bytes 4096]
+    python -m calibrate.oracle.command ... --ops backward [--segment layer.1] [--step 1] [--min-bytes 4096]
         prints the allocations and releases of a phase in order: bytes, live total, operation, module
-    --layers auto      extrapolate peaks from stacks of 3 and 4 layers (calibrate.extrapolate)
+    --layers auto      extrapolate peaks from stacks of 3 and 4 layers (calibrate.oracle.extrapolate)
     --capability 7.5   which GPU's kernels (default 8.0); --plain switches every CUDA rule off
 
 `config.json` is a Hugging Face config; `training.json` holds TrainingSpec fields, nested or flat as
@@ -16,95 +16,25 @@ there.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calibrate import cuda_semantics
 from calibrate.model import fake_model
-from calibrate.step import Step
-from calibrate.tracker import Block, Event, Tracker
+from calibrate.oracle import cuda_semantics
+from calibrate.oracle.result import STEPS, TraceResult
+from calibrate.oracle.step import Step
+from calibrate.oracle.tracker import Tracker
 from planner.cuda_rules import Architecture
 from planner.errors import Contradiction, InvalidInput
 from planner.loss_kinds import LOSSES
 from planner.quantizations import QUANTIZATIONS
-from planner.training import TrainingSpec, training_from_dict
-
-STEPS = 2
-
-
-@dataclass(slots=True)
-class TraceResult:
-    """What a trace saw. Bytes are requested bytes of live storages (no allocator rounding)."""
-
-    static_bytes: int
-    step_peaks: list[int]
-    """Of what stands for the first step (calibrate.step Step.prepare), and of the second."""
-    peak_event: int
-    segment_peaks: dict[str, int]
-    """Highest live bytes inside each segment of the last step."""
-    segment_peak_events: dict[str, int]
-    """The event that reaches it."""
-    blocks: list[Block]
-    events: list[Event]
-    layers: int
-    segment_flops: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    """FLOPs of one micro batch by (phase, segment, operation); calibrate.flops says what counts."""
-    trainable_parameters: int = 0
-    parameters: int = 0
-    """Elements of all base weights, a tied one once; adapters not included."""
-    notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Peak of the last step, when the optimizer state exists."""
-        return self.step_peaks[-1]
-
-    @property
-    def flops(self) -> dict[str, dict[str, int]]:
-        """FLOPs of one micro batch by phase (forward with the loss, recompute, backward) and operation."""
-        found: dict[str, dict[str, int]] = {"forward": {}, "recompute": {}, "backward": {}}
-        for (phase, _, op), number in self.segment_flops.items():
-            counts = found.setdefault("forward" if phase == "loss" else phase, {})
-            counts[op] = counts.get(op, 0) + number
-        return found
-
-    def live_at(self, event: int) -> list[Block]:
-        """Return the storages alive right after event number `event`, largest first."""
-        alive: set[int] = set()
-        for item in self.events[: event + 1]:
-            (alive.add if item.nbytes > 0 else alive.discard)(item.id)
-        return sorted((self.blocks[i] for i in alive), key=lambda b: -b.nbytes)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the result as plain JSON values (without the event list)."""
-        peak = self.events[self.peak_event]
-        return {
-            "static_bytes": self.static_bytes,
-            "peak_bytes": self.peak_bytes,
-            "step_peak_bytes": self.step_peaks,
-            "peak_place": {
-                "op": peak.op, "phase": peak.phase, "segment": peak.segment, "module": self.blocks[peak.id].module,
-            },
-            "segment_peak_bytes": self.segment_peaks,
-            "live_at_peak": [b.describe() for b in self.live_at(self.peak_event)],
-            "layers": self.layers,
-            "blocks": len(self.blocks),
-            "events": len(self.events),
-            "notes": self.notes,
-            "versions": self.versions,
-        }  # fmt: skip
+from planner.training import TrainingSpec
 
 
 def trace(
@@ -263,20 +193,6 @@ def _versions() -> dict[str, str]:
 # --- input ---------------------------------------------------------------------------------------------------------
 
 
-def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) -> Iterator[str]:
-    live = 0
-    for event in result.events:
-        live += event.nbytes
-        if event.step != step or (phase not in ("all", event.phase)) or segment not in event.segment:
-            continue
-        if abs(event.nbytes) < least:
-            continue
-        block = result.blocks[event.id]
-        made = f"{block.op} {list(block.shape)} {block.dtype}"
-        what = made if event.nbytes > 0 else f"free {block.op} during {event.op}"
-        yield f"{event.nbytes:>+16,d} {live:>18,d} #{event.id:<6d} {event.segment:<20s} {what}  [{block.module}]"
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Library chatter goes to stderr; stdout carries one document."""
@@ -288,43 +204,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m calibrate.trace", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--training", type=Path, required=True)
-    parser.add_argument("--layers", help="decoder layers to keep, or auto")
-    parser.add_argument("--events", type=Path, help="write every event as JSON lines")
-    parser.add_argument("--ops", metavar="PHASE", help="list events of: forward, loss, backward, recompute, ..., all")
-    parser.add_argument("--segment", default="", help="only segments that contain this text")
-    parser.add_argument("--step", type=int, default=STEPS)
-    parser.add_argument("--min-bytes", type=int, default=0)
-    parser.add_argument("--capability", default="8.0")
-    parser.add_argument("--plain", action="store_true", help="switch every CUDA rule off")
-    given = parser.parse_args(arguments)
-    config = json.loads(given.config.read_text())
-    training = training_from_dict(json.loads(given.training.read_text()))
-    major, minor = (int(x) for x in given.capability.split("."))
-    arch = Architecture.plain() if given.plain else Architecture(capability=(major, minor))
-    with quiet():
-        if given.layers == "auto":
-            from calibrate.extrapolate import extrapolate
-
-            print(json.dumps(extrapolate(config, training, arch=arch).describe(), indent=1))
-            return 0
-        result = trace(config, training, layers=int(given.layers) if given.layers else None, arch=arch)
-    if given.events:
-        lines = (json.dumps([e.id, e.nbytes, e.op, e.phase, e.segment, e.step]) for e in result.events)
-        given.events.write_text("\n".join(lines) + "\n")
-    if given.ops:
-        for row in _rows(result, given.ops, given.segment, given.step, given.min_bytes):
-            print(row)
-    else:
-        print(json.dumps(result.describe(), indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

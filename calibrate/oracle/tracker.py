@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from calibrate import flops
+from calibrate.oracle import flops
 
 _DEVICE = torch.ops.prim.device.default
 _META = torch.device("meta")

@@ -27,8 +27,8 @@ ADDRESS_SPACE = 32 * 2**30
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run the trace that was asked for."""
     _say("loading torch, transformers, peft and bitsandbytes")
-    from calibrate import summary
-    from calibrate.trace import quiet, trace
+    from calibrate.oracle import summary
+    from calibrate.oracle.trace import quiet, trace
     from planner.training import training_from_dict
 
     config, training = request["config"], training_from_dict(request["training"])

@@ -1,8 +1,8 @@
 """The agreement suite: the analytical program against the trace of the real libraries, case by case.
 
-`python -m calibrate.agreement --cases 200` draws configurations (calibrate.cases), runs both sides and prints each
-difference; nothing is filtered. The program is run with the rule of a dispatch mode (gradients are added out of
-place), because that is what the trace sees. What agreement means:
+`python -m calibrate.oracle.agreement --cases 200` draws configurations (calibrate.oracle.cases), runs both sides and
+prints each difference; nothing is filtered. The program is run with the rule of a dispatch mode (gradients are added
+out of place), because that is what the trace sees. What agreement means:
 
 - peak: requested bytes of the second step; within 0.1 % in 95 % of the cases, never beyond 1 %;
 - moment: both peaks lie in the same segment (embedding, forward of layer i, head and loss, their backward, backward of
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrate.cases import MODELS, Case, cases, draw, shrunk
+from calibrate.oracle.cases import MODELS, Case, cases, draw, shrunk
 from planner import memory
 from planner.cuda_rules import Architecture
 from planner.errors import PlannerError
@@ -35,7 +35,7 @@ from planner.step import program
 from planner.step.engine import Record
 
 if TYPE_CHECKING:  # torch is loaded when the first case runs
-    from calibrate.trace import TraceResult
+    from calibrate.oracle.result import TraceResult
 
 PEAK_PCT, WORST_PCT = 0.1, 1.0
 COMPONENT_PCT, COMPONENT_OF_PEAK_PCT = 1.0, 0.1
@@ -97,7 +97,7 @@ def run(case: Case, arch: Architecture | None = None) -> Outcome:
     Raises:
         Refused: at least one side does not run it.
     """
-    from calibrate.ledger import ledger_at
+    from calibrate.oracle.ledger import ledger_at
 
     start = time.perf_counter()
     record, theirs = _both(case, arch or Architecture())
@@ -128,7 +128,7 @@ def run(case: Case, arch: Architecture | None = None) -> Outcome:
 
 
 def _both(case: Case, arch: Architecture) -> tuple[Record, TraceResult]:
-    from calibrate.trace import trace
+    from calibrate.oracle.trace import trace
 
     record = result = failed = None
     try:

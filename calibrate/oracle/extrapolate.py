@@ -1,6 +1,6 @@
-"""Peaks of a deep stack from traces of a few of its layers: `calibrate.summary` with requested bytes, and its speed.
+"""Peaks of a deep stack from traces of a few of its layers: `oracle.summary` with requested bytes, and its speed.
 
-python -m calibrate.extrapolate MODEL [--batch 1] [--length 2048] [--full]
+python -m calibrate.oracle.extrapolate MODEL [--batch 1] [--length 2048] [--full]
     prints the seconds and the peak of a QLoRA run of a catalogue model; --full traces every layer
 """
 
@@ -14,9 +14,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from calibrate import alike
-from calibrate.summary import summarise
-from calibrate.trace import trace
+from calibrate.oracle import alike
+from calibrate.oracle.summary import summarise
+from calibrate.oracle.trace import trace
 from planner import catalog
 from planner.cuda_rules import Architecture
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
@@ -63,7 +63,7 @@ def extrapolate(config: dict[str, Any], training: TrainingSpec, *, arch: Archite
 
 def main(arguments: list[str] | None = None) -> int:
     """Time the trace of a catalogue model; imports are not counted."""
-    parser = argparse.ArgumentParser(prog="python -m calibrate.extrapolate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m calibrate.oracle.extrapolate", description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)

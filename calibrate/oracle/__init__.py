@@ -1,0 +1,1 @@
+"""The real libraries under fake tensors: what the program is checked against."""
