@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from planner import catalog
-from planner.errors import NotPlanned, PlannerError
+from planner.base.errors import NotPlanned, PlannerError
 from planner.importers import Job, read_job
 from planner.importers.model_names import stand_ins
 

@@ -16,7 +16,7 @@ from statistics import NormalDist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from planner import catalog, cost, families, sources, stacks
-from planner.errors import PlannerError
+from planner.base.errors import PlannerError
 from planner.hardware import Gpu
 from planner.largest import allowed_verdicts, fit_probability, largest, with_number
 from planner.model import ModelSpec

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 from planner import lora as adapters
+from planner.base.records import record
 from planner.lora import Adapted
 from planner.model import Linear, ModelSpec
 from planner.quantizations import QUANTIZATIONS
-from planner.records import record
 from planner.step.linears import is_quantized, quantized_bytes
 from planner.training import DTYPE_BYTES, LoraSpec, QuantizationSpec, TrainingSpec
 

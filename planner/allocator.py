@@ -12,8 +12,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
-from planner.errors import InvalidInput, one_line
-from planner.records import record
+from planner.base.errors import InvalidInput, one_line
+from planner.base.records import record
 
 MIN_BLOCK = 512  # kMinBlockSize
 SMALL_SIZE = 1 << 20  # kSmallSize: largest request of the small pool

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
+from planner.base.records import NamedTuple, record, replace
 from planner.hardware import CPU, Gpu
-from planner.records import NamedTuple, record, replace
 from planner.training import Versions
 
 Origin = Literal["microbenchmark", "library source", "assumed", "fitted", "borrowed"]

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from planner import catalog
-from planner.bounded import parse_json, read_bounded
+from planner.base.bounded import parse_json, read_bounded
+from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.calibration import (
     Calibration,
     Coefficient,
@@ -23,7 +24,6 @@ from planner.calibration import (
     priors,
 )
 from planner.calibration import select as select_from
-from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.formulas import fingerprint
 from planner.hardware import CPU, Gpu
 from planner.training import Versions

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from planner.errors import InvalidInput, UnknownName, one_line, unknown
+from planner.base.errors import InvalidInput, UnknownName, one_line, unknown
+from planner.base.records import record, replace
+from planner.base.units import GB, MiB
 from planner.hardware import Gpu, Instance, context_bytes
-from planner.records import record, replace
-from planner.units import GB, MiB
 
 _FILLER = frozenset(
     ("nvidia", "geforce", "tesla", "amd", "instinct", "radeon", "intel", "gpu", "generation", "edition", "corporation")

@@ -10,9 +10,9 @@ import datetime
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from planner.errors import Contradiction, InvalidInput
+from planner.base.errors import Contradiction, InvalidInput
+from planner.base.records import record
 from planner.hardware import Gpu, Instance
-from planner.records import record
 from planner.timing import Seconds, StepTime
 
 Number = Any

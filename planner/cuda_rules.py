@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from planner.records import record, replace
+from planner.base.records import record, replace
 
 SdpaKernel = Literal["flash", "efficient", "cudnn", "math"]
 

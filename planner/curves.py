@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from planner import timing
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
+from planner.base.records import replace
 from planner.model import ModelSpec
 from planner.predict import Prediction, architecture, predict
-from planner.records import replace
 from planner.step import program
 
 POINTS = 16

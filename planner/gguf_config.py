@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from planner.errors import InvalidInput, one_line, unknown
+from planner.base.errors import InvalidInput, one_line, unknown
 from planner.headers import GgufHeader
 
 MODEL_TYPES: Final[dict[str, str]] = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from planner.errors import InvalidInput
-from planner.records import record
-from planner.units import MiB
+from planner.base.errors import InvalidInput
+from planner.base.records import record
+from planner.base.units import MiB
 
 CPU = "CPU"
 """Vendor of a processor used as the device."""

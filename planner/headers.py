@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
-from planner.bounded import opened, parse_json, quoted, read_bounded
-from planner.errors import InvalidInput, one_line
-from planner.records import field, record
+from planner.base.bounded import opened, parse_json, quoted, read_bounded
+from planner.base.errors import InvalidInput, one_line
+from planner.base.records import field, record
 
 MAX_SAFETENSORS_HEADER: Final = 100_000_000  # bytes; the limit of the safetensors library
 MAX_INDEX_BYTES: Final = 50_000_000  # an index of 100,000 tensors is about 10 MB

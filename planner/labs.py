@@ -9,12 +9,12 @@ from typing import Any
 
 from planner import rivals
 from planner.adapter import AdapterFacts, base_weights
+from planner.base.records import record
+from planner.base.units import GB
 from planner.lora import resolve_targets
 from planner.model import ModelSpec
 from planner.quantizations import QUANTIZATIONS
-from planner.records import record
 from planner.training import TrainingSpec
-from planner.units import GB
 
 
 @record

@@ -13,13 +13,13 @@ from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 from planner import sweep
+from planner.base.errors import InvalidInput
 from planner.calibration import Selection
-from planner.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.plan.verdict import CLOSE, FITS, VERDICTS, Verdict
 from planner.predict import Prediction, predict_on, uncertainty
 from planner.training import TrainingSpec
-from planner.verdict import CLOSE, FITS, VERDICTS, Verdict
 
 KEYS = ("micro_batch_size", "seq_len", "r")
 NINETY_PERCENT = NormalDist().inv_cdf(0.95)
@@ -241,7 +241,7 @@ def _room(
 
 def with_number(training: TrainingSpec, key: str, value: int) -> TrainingSpec:
     """`training` with another micro batch, length or rank."""
-    from planner.records import replace
+    from planner.base.records import replace
 
     if key == "r":
         assert training.lora is not None

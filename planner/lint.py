@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from planner import lora
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
+from planner.base.records import replace
+from planner.base.units import GiB
 from planner.model import ModelSpec
 from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
 from planner.predict import Prediction, lacks_bf16, predict
 from planner.quantizations import QUANTIZATIONS
-from planner.records import replace
 from planner.stacks import Setting
 from planner.training import QuantizationSpec, TrainingSpec
-from planner.units import GiB
 
 SERIOUS = 0.05
 """Share of the peak, or of a step's time, from which a trap is more than a remark."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final, Literal
 
-from planner.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_line
+from planner.base.records import record
 from planner.model import Experts, Layer, Linear, ModelSpec, Norm, Table
-from planner.records import record
 from planner.training import LoraSpec
 
 PEFT_DEFAULT_TARGETS: Final[dict[str, tuple[str, ...]]] = {

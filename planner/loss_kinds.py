@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing
 from typing import Literal
 
-from planner.records import Rows, record
+from planner.base.records import Rows, record
 
 Loss = Literal["full-logits-fp32", "full-logits", "chunked", "fused"]
 Kernels = Literal["none", "liger", "unsloth", "fms-fused"]

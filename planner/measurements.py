@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.errors import InvalidInput, one_line, unknown
-from planner.units import MiB
+from planner.base.errors import InvalidInput, one_line, unknown
+from planner.base.units import MiB
 
 MAX_BYTES = 64 * MiB
 MAX_CELL = 2000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from planner.records import record
+from planner.base.records import record
 from planner.step.engine import Record, Segment
 
 BLOCK = 512  # CUDACachingAllocator.h kMinBlockSize

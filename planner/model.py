@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from planner.errors import InvalidInput
-from planner.records import record, replace
+from planner.base.errors import InvalidInput
+from planner.base.records import record, replace
 
 LinearClass = Literal["Linear", "Conv1D", "subclass"]
 """What class the module is: bitsandbytes converts exactly nn.Linear and Conv1D, not subclasses of nn.Linear."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing
 from typing import Literal
 
-from planner.records import Rows, record
+from planner.base.records import Rows, record
 
 Optimizer = Literal[
     "adamw",  # torch AdamW, foreach

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from planner import cost, sweep
+from planner.base.units import gib
 from planner.calibration import Selection
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.plan.verdict import FITS, NO, VERDICTS, Verdict
 from planner.predict import Prediction, predict_on
 from planner.training import TrainingSpec
-from planner.units import gib
-from planner.verdict import FITS, NO, VERDICTS, Verdict
 
 Goal = Literal["usd", "time"]
 MOST_PREDICTIONS = 50

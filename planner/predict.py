@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import allocator, cuda_rules, memory, timing
+from planner.base.records import record, replace
+from planner.base.units import GiB
 from planner.calibration import Coefficients, Selection, priors
 from planner.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
+from planner.plan.verdict import Verdict, verdict_of
 from planner.quantizations import QUANTIZATIONS
-from planner.records import record, replace
 from planner.step import linears, loading, program, sequence
 from planner.step.engine import Record
 from planner.step.transfers import PAGED_TRANSFER
 from planner.training import TrainingSpec
-from planner.units import GiB
-from planner.verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:  # rows of one length have no order
     from planner.dataset.orders import Orders

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 from planner.hardware import CPU, Gpu
 
 FLOPS_PER_CYCLE = {"avx512f": 64, "avx2": 32, "avx": 16, "asimd": 16}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing
 from typing import Literal
 
-from planner.records import Rows, record
+from planner.base.records import Rows, record
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "gptq4", "gptq8", "awq4"]
 

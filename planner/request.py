@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner import calibration_files, families, lora, sources, stacks
+from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
+from planner.base.records import NamedTuple, fields, replace
 from planner.calibration import Selection
-from planner.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.flags import flag_of
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import Prediction, lacks_bf16, predict, training_warnings
-from planner.records import NamedTuple, fields, replace
 from planner.settled import NOTHING, Settled, settle, without_idle
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
@@ -212,11 +212,11 @@ def data_run(wanted: Data | None, model: ModelSpec, stack: str, given: dict[str,
     """
     if wanted is None or not wanted.files:
         return None
+    from planner.base.errors import unknown
     from planner.datarun import needs_mask
     from planner.dataset.scan import Source
     from planner.dataset.templates import NAMES
     from planner.dataset.tokens import family_of
-    from planner.errors import unknown
 
     template = wanted.template or "auto"
     if template not in NAMES:

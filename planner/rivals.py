@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from planner.records import record
-from planner.units import GB
+from planner.base.records import record
+from planner.base.units import GB
 
 Method = Literal["full", "lora", "qlora"]
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-from planner.errors import Contradiction, InvalidInput, unknown
-from planner.records import record
+from planner.base.errors import Contradiction, InvalidInput, unknown
+from planner.base.records import record
 
 Shape = Literal["cosine", "linear", "constant"]
 SHAPES: tuple[str, ...] = get_args(Shape)

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from planner import memory
-from planner.errors import PlannerError
+from planner.base.errors import PlannerError
+from planner.base.records import replace
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.optimizers import OPTIMIZERS, Optimizer
+from planner.plan.verdict import FITS, verdict_of
 from planner.predict import Prediction, Range, architecture, predict, uncertainty
 from planner.quantizations import QUANTIZATIONS
-from planner.records import replace
 from planner.step import program
 from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
-from planner.verdict import FITS, verdict_of
 
 MAX_PREDICTIONS = 40
 MAX_CARDS = 3

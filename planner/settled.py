@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from planner import lora, stacks
-from planner.errors import Contradiction, InvalidInput, one_line
+from planner.base.errors import Contradiction, InvalidInput, one_line
+from planner.base.records import NamedTuple
 from planner.model import ModelSpec
-from planner.records import NamedTuple
 
 if TYPE_CHECKING:
     from planner.importers import Job

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from planner import catalog
-from planner.bounded import parse_json, read_bounded
+from planner.base.bounded import parse_json, read_bounded
+from planner.base.errors import InvalidInput, UnknownName, one_line
+from planner.base.records import field, record
+from planner.base.units import MiB
 from planner.catalog import ModelRecord
-from planner.errors import InvalidInput, UnknownName, one_line
 from planner.families import text_part
-from planner.records import field, record
-from planner.units import MiB
 
 if TYPE_CHECKING:  # a model of the catalogue needs no headers
     from planner.headers import TensorInfo

@@ -8,13 +8,14 @@ keeps where it came from, so that `--explain` can print each default that was us
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planner.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.base.config_values import names
+from planner.base.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.base.records import NamedTuple, fields, record
 from planner.optimizers import OPTIMIZERS
 from planner.quantizations import BNB, BNB_4BIT, QUANTIZATIONS
-from planner.records import NamedTuple, fields, record
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec, Versions, choice
 
 KEYS: tuple[str, ...] = (
@@ -242,14 +243,6 @@ def _normal(key: str, value: Any) -> object:
     if key == "versions":
         return value if isinstance(value, Versions) else parse_versions(value)
     return value
-
-
-def names(key: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    """Return module names given as a list or as text separated by commas, semicolons or blanks."""
-    parts = re.split(r"[,;\s]+", value) if isinstance(value, str) else list(value)
-    if not all(isinstance(part, str) for part in parts):
-        raise InvalidInput(f"{key} is {one_line(value)!r}; must be module names")
-    return tuple(dict.fromkeys(part for part in parts if part))
 
 
 def _slices(value: Any) -> tuple[int, ...]:

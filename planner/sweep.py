@@ -18,14 +18,15 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from planner import cuda_rules, verdict
+from planner import cuda_rules
+from planner.base.errors import InvalidInput, MissingDependency, unknown
+from planner.base.records import fields, record, replace
 from planner.calibration import Coefficients, priors
-from planner.errors import InvalidInput, MissingDependency, unknown
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.plan import verdict
 from planner.predict import FRAGMENTATION, architecture, predict, uncertainty
 from planner.quantizations import QUANTIZATIONS
-from planner.records import fields, record, replace
 from planner.step import program
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Mixed
@@ -133,7 +134,7 @@ class Judged(NamedTuple):
     device_high_bytes: Any
     headroom_bytes: Any
     verdict: Any
-    """Numbers of `planner.verdict.VERDICTS`."""
+    """Numbers of `planner.plan.verdict.VERDICTS`."""
     surplus: Surplus
 
 

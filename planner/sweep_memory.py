@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 from planner.memory import BLOCK
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Monomial, terms_of

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from planner import allocator
+from planner.base.errors import InvalidInput
+from planner.base.records import record
 from planner.cuda_rules import Architecture
-from planner.errors import InvalidInput
 from planner.hardware import CONTEXT_BYTES, Gpu
 from planner.memory import MemoryBreakdown, Moment, SegmentPeak
 from planner.model import ModelSpec, UnreadModel
+from planner.plan.verdict import verdict_of
 from planner.predict import Prediction, allocator_ranges, training_warnings, with_whole_blocks
-from planner.records import record
 from planner.training import TrainingSpec
-from planner.verdict import verdict_of
 
 _LAYER = re.compile(r"layer\.(\d+) (forward|backward)")
 _PHASES = {"head": "loss", "embedding": "embedding", "loss": "loss", "head backward": "head backward"}

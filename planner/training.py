@@ -8,11 +8,11 @@ from __future__ import annotations
 import typing
 from typing import Any, Literal
 
-from planner.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.base.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.base.records import field, fields, record
 from planner.loss_kinds import KERNEL_SETS, LOSSES, Kernels, Loss
 from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.quantizations import QUANTIZATIONS, Quantization
-from planner.records import field, fields, record
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Method = Literal["full", "lora", "qlora", "dora"]

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from planner import stacks
-from planner.errors import PlannerError, one_line
+from planner.base import config_values
+from planner.base.errors import PlannerError, one_line
+from planner.base.records import record
 from planner.measurements import COUNTERS, ENUMERATIONS, Row
 from planner.optimizers import OPTIMIZERS
+from planner.plan.verdict import CLOSE, NO, Verdict
 from planner.quantizations import BNB
-from planner.records import record
 from planner.timing import Terms, anchor_factor
 from planner.training import Versions
-from planner.verdict import CLOSE, NO, Verdict
 
 SCHEMA_VERSION = 1
 
@@ -282,7 +283,7 @@ def _adapter_options(row: Row) -> dict[str, Any]:
         "r": _whole(row, "rank"),
         "lora_alpha": _decimal(row, "alpha"),
         "lora_dropout": _decimal(row, "dropout"),
-        "target_modules": stacks.names("target_modules", row["target_modules"]) or None,
+        "target_modules": config_values.names("target_modules", row["target_modules"]) or None,
         "adapter_dtype": row["adapter_dtype"],
     }
 

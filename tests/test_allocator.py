@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from planner import allocator
 from planner.allocator import CachingAllocator, OutOfMemory, Settings, parse_settings, replay
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 from planner.predict import _within
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30

@@ -12,7 +12,7 @@ import pytest
 from calibrate.measure import device
 from calibrate.measure.device import CudaDevice, MemorySampler, Nvml, open_device, visible_index
 from planner import processor
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 
 GIB = 2**30
 

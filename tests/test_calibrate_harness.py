@@ -21,7 +21,7 @@ from calibrate.fit.measurements import RunFolder
 from calibrate.measure import harness
 from calibrate.measure.harness import Settings
 from calibrate.measure.workers import Ended, Spawning, result_of
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 from tests.calibration_samples import CPU_FACTS, cpu_bursts
 
 SETTINGS = Settings(device="cpu", budget_s=60.0)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from planner import calibration_files, catalog, processor
+from planner.base.errors import InvalidInput, UnknownName
 from planner.calibration import Calibration, Coefficients, matches, priors, select
-from planner.errors import InvalidInput, UnknownName
 from planner.formulas import fingerprint
 from planner.hardware import Gpu
 from planner.predict import predict, predict_on

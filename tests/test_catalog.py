@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from planner import catalog
-from planner.errors import UnknownName
-from planner.units import GB, MiB
+from planner.base.errors import UnknownName
+from planner.base.units import GB, MiB
 
 
 def load(*parts: str) -> Any:

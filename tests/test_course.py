@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import adapter, catalog, families, rivals
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 from planner.headers import read_gguf
 from planner.model import ModelSpec
 from planner.predict import predict

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import catalog, families
-from planner.errors import Contradiction, InvalidInput, PlannerError, UnknownName
+from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName
 from planner.exporters import databricks_air, databricks_cluster, databricks_fm, frameworks, script
 from planner.exporters.recipe import Export, Recipe
 from planner.exporters.text import comment, scalar, yaml

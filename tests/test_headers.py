@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from header_bytes import LLAMA_GGUF, gguf_bytes, gguf_string, mutate, safetensors_bytes, tensor
 
-from planner import bounded
-from planner.errors import InvalidInput, PlannerError
+from planner.base import bounded
+from planner.base.errors import InvalidInput, PlannerError
 from planner.headers import TensorInfo, read_gguf, read_safetensors, read_safetensors_index
 
 

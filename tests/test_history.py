@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from calibrate.measure import history, recorder
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 
 RECORDED = Path(__file__).parents[1] / "data" / "measurements" / "h200-history.json.gz"
 """Three of nine runs of 2026-11-26 (torch 2.11+cu130, transformers 5.17.0, peft 0.21.0, bitsandbytes 0.50.2)."""

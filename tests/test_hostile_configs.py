@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.errors import PlannerError
+from planner.base.errors import PlannerError
 from planner.importers import read_job
 from tests.training_configs import AXOLOTL, EXAMPLES, SCRIPT_TRL, notebook
 

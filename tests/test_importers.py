@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from planner import catalog, stacks
-from planner.errors import InvalidInput, NotPlanned
+from planner.base.errors import InvalidInput, NotPlanned
 from planner.importers import frameworks, read_job, rules, writing
 from planner.importers.document import Document
 from planner.importers.rules import Value

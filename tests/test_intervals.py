@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from planner import families, sources
+from planner.base.units import MiB
 from planner.hardware import CPU, Gpu
 from planner.predict import Range, allocator_ranges, uncertainty
 from planner.training import LoraSpec, TrainingSpec
-from planner.units import MiB
 
 CONTEXT = (50 * MiB, 100 * MiB, 200 * MiB)
 EVENTS = [(0, 300 * MiB), (1, 500 * MiB), (0, -300 * MiB), (1, -500 * MiB)]

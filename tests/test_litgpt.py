@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from planner import memory, stacks
+from planner.base.errors import Contradiction
 from planner.cuda_rules import Architecture
-from planner.errors import Contradiction
 from planner.families import build_spec
 from planner.predict import predict
 from planner.step import program

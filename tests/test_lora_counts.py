@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from planner.errors import Contradiction, InvalidInput, PlannerError, UnknownName
+from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName
 from planner.families import build_spec, known_families
 from planner.lora import KEYWORDS, PEFT_DEFAULT_TARGETS, resolve_targets, trainable_lora_parameters
 from planner.model import ModelSpec

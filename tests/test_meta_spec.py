@@ -12,9 +12,9 @@ import pytest
 from test_families import planned_linears, planned_norms, real_linears, real_model
 
 from planner import memory
+from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.cuda_rules import Architecture
-from planner.errors import PlannerError
 from planner.families import known_families
 from planner.lora import trainable_lora_parameters
 from planner.step import program

@@ -196,8 +196,8 @@ def test_a_measured_job_prints_the_notes_of_its_plan(
 ) -> None:
     pytest.importorskip("torch")
     from calibrate.measure import burst
+    from planner.base.errors import InvalidInput
     from planner.cli import calibrate
-    from planner.errors import InvalidInput
     from planner.importers import read_job
 
     path = tmp_path / "qlora.yml"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from planner.base.outputs import whole_file
 from planner.cli.main import main
-from planner.outputs import whole_file
 
 SMALL = "openai-community/gpt2"
 

@@ -9,8 +9,8 @@ import typing
 
 import pytest
 
-from planner import records
-from planner.records import field, fields, record, replace
+from planner.base import records
+from planner.base.records import field, fields, record, replace
 
 
 @record

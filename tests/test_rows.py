@@ -9,14 +9,14 @@ from typing import Any, cast
 import pytest
 
 from planner import cuda_rules, optimizers, quantizations, search, stacks
-from planner.errors import UnknownName
+from planner.base.errors import UnknownName
+from planner.base.records import Rows
 from planner.exporters import recipe
 from planner.families import build_spec
 from planner.loss_kinds import KERNEL_SETS, LOSSES, KernelSet, LossRow
 from planner.model import Linear
 from planner.optimizers import OPTIMIZERS, OptimizerRow
 from planner.quantizations import QUANTIZATIONS, QuantizationRow
-from planner.records import Rows
 from planner.step import linears, loading, losses, program
 from planner.step.context import Step
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec

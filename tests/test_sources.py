@@ -17,8 +17,8 @@ import pytest
 from header_bytes import LLAMA_GGUF, gguf_bytes, mutate, safetensors_bytes, tensor
 
 from planner import catalog, sources
-from planner.config_values import boolean, integer, integer_list, number, text, text_list
-from planner.errors import InvalidInput, PlannerError, UnknownName
+from planner.base.config_values import boolean, integer, integer_list, number, text, text_list
+from planner.base.errors import InvalidInput, PlannerError, UnknownName
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.predict import predict

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from planner import stacks
-from planner.errors import Contradiction, InvalidInput, UnknownName
+from planner.base.errors import Contradiction, InvalidInput, UnknownName
 from planner.stacks import KEYS, STACKS, parse_versions, resolve, to_training_spec, torch_adamw
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 

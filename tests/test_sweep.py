@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from planner import catalog, cuda_rules, families, memory, predict, sources, stacks, sweep
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.model import ModelSpec
+from planner.plan.verdict import VERDICTS
 from planner.step import program
 from planner.step.polynomials import Grid, Mixed
 from planner.training import TrainingSpec
-from planner.verdict import VERDICTS
 
 pytestmark = pytest.mark.extra
 

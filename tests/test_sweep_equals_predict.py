@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from planner import catalog, families, memory, predict, processor, sources, stacks, sweep
-from planner.errors import PlannerError
+from planner.base.errors import PlannerError
 from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.step import program

@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks import searches
 from planner import catalog, cost, families, predict, sources, stacks, sweep
+from planner.base.errors import PlannerError
 from planner.cli.main import cli
-from planner.errors import PlannerError
 from planner.largest import frontier, largest
 from planner.pick import Candidate, Limits, pick
 from planner.report import comparison, figures, grid, html_report

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from planner import catalog, families, sources, timing
+from planner.base.errors import InvalidInput
 from planner.calibration import Coefficient, Coefficients, priors
-from planner.errors import InvalidInput
 from planner.hardware import Gpu
 from planner.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions

@@ -13,9 +13,9 @@ from dataclasses import fields
 import pytest
 
 from planner import cuda_rules, traced
+from planner.base.errors import InvalidInput
 from planner.cli import trace_cache, tracing
 from planner.cuda_rules import Architecture
-from planner.errors import InvalidInput
 from planner.families import known_families
 
 TINY = {

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from planner import largest, memory, predict, search, sources, stacks, sweep, validation, verdict
+from planner import largest, memory, predict, search, sources, stacks, sweep, validation
 from planner.families import build_spec
 from planner.hardware import Gpu
 from planner.measurements import COLUMNS
 from planner.model import ModelSpec
+from planner.plan import verdict
+from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS
 from planner.report import config_checks, grid
 from planner.step import program
 from planner.training import TrainingSpec
-from planner.verdict import CLOSE, FITS, NO, VERDICTS
 
 PLANNER = Path(verdict.__file__).parent
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from calibrate.fit.measurements import Measurement, Run, merge
 from calibrate.fit.points import Point, pooled, usable
 from calibrate.fit.residuals import context, errors, memory_rows, memory_summary, summary
+from planner.base.errors import InvalidInput, MissingDependency, one_line
 from planner.calibration import Calibration, Coefficient, Coefficients, priors
-from planner.errors import InvalidInput, MissingDependency, one_line
 from planner.formulas import fingerprint
 from planner.hardware import Gpu
 

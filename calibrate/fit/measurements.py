@@ -17,12 +17,12 @@ from statistics import median
 from typing import Any
 
 from planner import catalog, processor
+from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
+from planner.base.records import record
 from planner.calibration import STACK
 from planner.calibration_files import load_json, migrated
 from planner.depth import first_layers
-from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.hardware import Gpu
-from planner.records import record
 from planner.training import TrainingSpec, training_from_dict
 
 RUN_KIND, RUN_VERSION = "loraplan-run", 1

@@ -9,11 +9,11 @@ from typing import Any
 
 from calibrate.fit.measurements import Measurement, Run
 from planner import families, timing
+from planner.base.errors import PlannerError, one_line
+from planner.base.records import record
 from planner.calibration import Coefficients
-from planner.errors import PlannerError, one_line
 from planner.hardware import Gpu
 from planner.predict import architecture
-from planner.records import record
 from planner.step import program
 from planner.step.engine import Kernel, Record, Segment
 from planner.training import TrainingSpec

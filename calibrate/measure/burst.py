@@ -23,7 +23,7 @@ from typing import Any
 
 from calibrate.measure import recorder
 from calibrate.measure.device import CudaDevice, Device, MemorySampler, open_device
-from planner.errors import InvalidInput, PlannerError, one_line
+from planner.base.errors import InvalidInput, PlannerError, one_line
 
 PROTOCOL = 1
 """Version of request and result."""

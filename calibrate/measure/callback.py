@@ -25,11 +25,11 @@ from calibrate.fit.measurements import to_document as _document
 from calibrate.measure.device import Device, open_device
 from calibrate.model.layer_paths import IN_LAYER
 from planner import calibration_files, families
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.units import gib, seconds
 from planner.optimizers import by_transformers_name
 from planner.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
-from planner.units import gib, seconds
 
 WARMUP = 3
 """First steps that do not count: kernels are loaded, the optimizer makes its state."""

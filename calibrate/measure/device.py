@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from planner import processor
-from planner.errors import InvalidInput, MissingDependency, one_line
+from planner.base.errors import InvalidInput, MissingDependency, one_line
 
 SAMPLE_S = 0.02
 """Seconds between two readings of the memory sampler."""

@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from planner import catalog, families
+from planner.base.errors import PlannerError
+from planner.base.records import record
 from planner.calibration import Coefficients, priors
-from planner.errors import PlannerError
 from planner.hardware import Gpu
 from planner.predict import predict
-from planner.records import record
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 REPEAT_EVERY = {"cuda": 6, "cpu": 3}

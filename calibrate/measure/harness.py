@@ -18,9 +18,9 @@ from calibrate.measure.burst import timed_steps
 from calibrate.measure.device import Device
 from calibrate.measure.workers import Forking, Workers, fresh_workers, result_of
 from planner import calibration, calibration_files
-from planner.errors import InvalidInput, PlannerError
+from planner.base.errors import InvalidInput, PlannerError
+from planner.base.records import record
 from planner.hardware import Gpu
-from planner.records import record
 
 WARMUP = 2
 STEPS = {"cpu": 10, "cuda": 8}

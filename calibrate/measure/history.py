@@ -22,8 +22,8 @@ from typing import Any
 from calibrate.measure.recorder import MOST_EVENTS, STEPS
 from planner.allocator import CachingAllocator, Settings, parse_settings
 from planner.allocator import replay as planned
-from planner.errors import InvalidInput, PlannerError
-from planner.records import record
+from planner.base.errors import InvalidInput, PlannerError
+from planner.base.records import record
 
 KIND, VERSION = "loraplan-history", 1
 LIMIT_S = 60.0
@@ -64,7 +64,7 @@ class Recorded:
 
 def write(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write recordings as one compressed file."""
-    from planner.outputs import whole_file
+    from planner.base.outputs import whole_file
 
     document = {"kind": KIND, "version": VERSION, "runs": list(runs)}
     with whole_file(path, "wb") as file:

@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from planner.errors import one_line
-from planner.records import record
+from planner.base.errors import one_line
+from planner.base.records import record
 
 TAIL = 2000
 """Characters of a failed worker's last words that are kept."""

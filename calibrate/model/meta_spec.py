@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from planner.errors import InvalidInput, PlannerError, UnknownName, one_line
+from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.families import known_families, text_part
 from planner.families.parts import ACTIVATIONS
 from planner.model import (

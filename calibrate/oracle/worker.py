@@ -17,8 +17,8 @@ import os
 import sys
 from typing import Any
 
+from planner.base.errors import PlannerError, one_line
 from planner.cuda_rules import Architecture
-from planner.errors import PlannerError, one_line
 
 ADDRESS_SPACE = 32 * 2**30
 """Limit of the process: a full trace of a 70B model maps a fifth of it, a hostile config stops here."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.base.records import replace
 from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
 from planner.cli.options import format_option
-from planner.records import replace
 
 if TYPE_CHECKING:  # a command's help needs none of these
     from calibrate.fit.measurements import Run
@@ -36,7 +36,7 @@ def parse_duration(text: str) -> float:
     Raises:
         InvalidInput: not a time, or not between a second and a day.
     """
-    from planner.errors import InvalidInput, one_line
+    from planner.base.errors import InvalidInput, one_line
 
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*([smh]?)\s*", text)
     value = float(match[1]) * _SUFFIXES[match[2]] if match else 0.0
@@ -53,7 +53,7 @@ class Grouped(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, with the project's own error."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
-            from planner.errors import unknown
+            from planner.base.errors import unknown
 
             raise unknown("calibrate command", args[0], self.commands)
         return super().resolve_command(ctx, args)
@@ -127,7 +127,7 @@ def run(
     from calibrate.fit.measurements import RunFolder
     from calibrate.measure import harness
     from calibrate.measure.device import open_device
-    from planner.errors import require
+    from planner.base.errors import require
 
     job = take_job(take_reading(given), given)
     if isinstance(job, ShowKeys):
@@ -162,11 +162,11 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
     from calibrate.fit.measurements import device_gpu, request_key
     from calibrate.measure.burst import refuse
     from calibrate.measure.grid import exactly, peak_bytes
+    from planner.base.errors import InvalidInput
+    from planner.base.units import gib
     from planner.cli.options import TRAINING
     from planner.cli.terminal import echo_notes
-    from planner.errors import InvalidInput
     from planner.request import Request, resolve
-    from planner.units import gib
 
     if job.model is None:
         raise InvalidInput("no config names the model to measure; add its key")
@@ -188,7 +188,7 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
 def _with_progress(folder: Any, opened: Any, settings: Settings, bursts: Iterator[Burst] | None = None) -> Progress:
     """Run with a progress line on stderr; an interruption says that nothing is lost."""
     from calibrate.measure import harness
-    from planner.errors import PlannerError
+    from planner.base.errors import PlannerError
 
     shown = _ProgressLine()
     try:
@@ -284,7 +284,7 @@ def validate(runs: tuple[Path, ...], calibration: str | None, rows: bool, style:
     """
     from calibrate.fit.fit import check
     from planner import calibration_files
-    from planner.errors import InvalidInput
+    from planner.base.errors import InvalidInput
     from planner.report.calibration_report import check_report
 
     read = _read(runs)
@@ -342,8 +342,8 @@ def _find(name: str) -> Calibration:
 
 
 def _draw(found: Calibration, target: Path) -> None:
-    from planner.errors import InvalidInput, MissingDependency
-    from planner.outputs import whole_file
+    from planner.base.errors import InvalidInput, MissingDependency
+    from planner.base.outputs import whole_file
     from planner.report.calibration_plot import draw
 
     style = target.suffix.lower().removeprefix(".")
@@ -404,7 +404,7 @@ def merge(runs: tuple[Path, ...], out: Path) -> int:
 def _export(runs: list[Run], out: Path) -> int:
     from calibrate.fit.measurements import merge as check_hosts
     from calibrate.fit.measurements import to_document, write_json
-    from planner.errors import InvalidInput
+    from planner.base.errors import InvalidInput
 
     for note in check_hosts(runs):
         click.echo(f"warning: {note}", err=True)

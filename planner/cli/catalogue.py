@@ -91,7 +91,7 @@ def list_models(words: str, family: str | None, style: str) -> int:
       loraplan models list qwen --format markdown
     """
     from planner import catalog
-    from planner.errors import unknown
+    from planner.base.errors import unknown
     from planner.families import text_part
 
     rows: list[list[Any]] = []
@@ -200,8 +200,8 @@ def list_gpus(words: str, min_memory: str | None, vendor: str | None, style: str
       loraplan gpus list --min-memory 40GiB --vendor nvidia
     """
     from planner import catalog
-    from planner.errors import unknown
-    from planner.units import parse_bytes
+    from planner.base.errors import unknown
+    from planner.base.units import parse_bytes
 
     least = parse_bytes(min_memory) if min_memory is not None else 0
     cards = catalog.gpus()

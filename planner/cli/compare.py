@@ -54,7 +54,7 @@ def compare(
     \b
     Exit codes: 0 compared, 2 could not answer.
     """
-    from planner.errors import InvalidInput, one_line
+    from planner.base.errors import InvalidInput, one_line
     from planner.report import comparison
     from planner.report.tables import escape, json_text, table, wrapped
 
@@ -91,8 +91,8 @@ def _with_entrenar(items: list[Compared], style: str) -> int:
     Raises:
         PlannerError: a configuration without a card or an adapter.
     """
+    from planner.base.errors import InvalidInput
     from planner.cli.rival import entrenar
-    from planner.errors import InvalidInput
     from planner.model import ModelSpec
     from planner.report.comparison import warnings as warnings_of
     from planner.report.lora_report import rival_document, rival_text
@@ -125,7 +125,7 @@ def compared(
     Raises:
         PlannerError: with the configuration's letter.
     """
-    from planner.errors import PlannerError
+    from planner.base.errors import PlannerError
 
     reading = take_reading(given)
     job = take_job(reading, given)
@@ -143,10 +143,10 @@ def compared(
 
 
 def _predicted(label: str, text: str, model: str | None, gpu: str | None, given: dict[str, Any]) -> Compared:
+    from planner.base.errors import InvalidInput, one_line
     from planner.cli.fits import card_of
     from planner.cli.grid import parse_values
     from planner.cli.table import key_of
-    from planner.errors import InvalidInput, one_line
     from planner.report.comparison import Compared
     from planner.request import Request, resolve
 

@@ -53,8 +53,8 @@ def data(
     \b
     Exit codes: 0 every row is usable, 1 some rows were left out, 2 could not answer.
     """
+    from planner.base.errors import InvalidInput
     from planner.dataset import scan as scanning
-    from planner.errors import InvalidInput
     from planner.report.data_report import DataAnswer, render
 
     if split is not None and not 0 < split <= 1:
@@ -94,17 +94,17 @@ def model_notes(model: str | None) -> tuple[str, ...]:
 
 def _for_terminal(text: str) -> str:
     """The text with what would drive a terminal escaped; a pipe gets it byte for byte."""
-    from planner.errors import one_line
+    from planner.base.errors import one_line
 
     return "\n".join(one_line(line, len(line) * 10) for line in text.split("\n"))
 
 
 def source(paths: tuple[str, ...], template: str, tokenizer: str | None, model: str | None) -> Source:
     """What to read; a model decides whose vocabulary an estimate stands on."""
+    from planner.base.errors import unknown
     from planner.dataset.scan import Source
     from planner.dataset.templates import NAMES
     from planner.dataset.tokens import family_of
-    from planner.errors import unknown
 
     if template not in NAMES:
         raise unknown("template", template, NAMES)

@@ -45,7 +45,7 @@ def take(given: dict[str, Any]) -> Data | None:
         return Data(tuple(wanted.pop("data_files")), **wanted)
     for name in DATA[1:]:
         if wanted[name] is not None:
-            from planner.errors import Contradiction
+            from planner.base.errors import Contradiction
 
             raise Contradiction(f"--{name} says how rows of --data are read; give --data too, or drop it")
     return None

@@ -103,7 +103,7 @@ def export(target: str, model: str, part: str | None, folder: str | None, **give
 
 
 def _part(made: Export, name: str | None) -> str:
-    from planner.errors import unknown
+    from planner.base.errors import unknown
 
     texts = {artifact.name: artifact.text for artifact in made.artifacts}
     if name is None:
@@ -116,7 +116,7 @@ def _part(made: Export, name: str | None) -> str:
 def _write(made: Export, folder: str) -> None:
     import os
 
-    from planner.outputs import whole_file
+    from planner.base.outputs import whole_file
 
     os.makedirs(folder, exist_ok=True)
     for artifact in made.artifacts:
@@ -130,8 +130,8 @@ def _export(target: str, model: str, given: dict[str, Any]) -> Export:
     place = {name: given.pop(name) for name in PLACE}
     call = {name: given.pop(name) for name in CALL}
 
-    from planner.records import replace
-    from planner.verdict import NO
+    from planner.base.records import replace
+    from planner.plan.verdict import NO
 
     recipe, plan, tokens = _recipe(model, given)
     made = _made(target, recipe, place, call, tokens)
@@ -229,6 +229,6 @@ def _read_call(path: str) -> dict[str, Any]:
     Raises:
         InvalidInput: no JSON object.
     """
-    from planner.bounded import parse_json, read_bounded
+    from planner.base.bounded import parse_json, read_bounded
 
     return parse_json(read_bounded(path, 2**20, "call"), path, "call of foundation_model.create")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.base.records import NamedTuple
 from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
 from planner.cli.options import (
@@ -19,7 +20,6 @@ from planner.cli.options import (
     trace_options,
     training_options,
 )
-from planner.records import NamedTuple
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.hardware import Gpu
@@ -89,7 +89,7 @@ def fits(
 
         raise only_files()
     from planner.cli.data_options import take
-    from planner.verdict import FITS
+    from planner.plan.verdict import FITS
 
     wanted = {name: given.pop(name) for name in COST}
     data = take(given)
@@ -124,16 +124,16 @@ def answer_of(
         PlannerError: the run cannot be planned.
     """
     from planner.cli.data_options import known
+    from planner.plan.verdict import FITS
     from planner.report.answer import Answer
     from planner.request import Request, resolve, training_settings
-    from planner.verdict import FITS
 
     card, kept = with_margin(card, margin)
     if tracing is not None:
         from planner.cli.trace import traced_answer
 
         if data:
-            from planner.errors import Contradiction
+            from planner.base.errors import Contradiction
 
             raise Contradiction("--data is planned by loraplan's own program; drop --via trace")
         stack = training_settings(given)
@@ -171,7 +171,7 @@ def with_margin(card: Gpu | None, percent: float) -> tuple[Gpu | None, int]:
     """The card with a share of its memory taken, and that share in bytes."""
     if card is None or not percent:
         return card, 0
-    from planner.records import replace
+    from planner.base.records import replace
 
     kept = int(card.memory_bytes * percent / 100)
     return replace(card, used_by_others_bytes=card.used_by_others_bytes + kept), kept
@@ -184,12 +184,12 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
         PlannerError: unknown names, sizes that are none, or both at once.
     """
     if gpu is not None and vram is not None:
-        from planner.errors import Contradiction
+        from planner.base.errors import Contradiction
 
         raise Contradiction("--gpu and --vram name two cards at once; give one of them")
     if vram is not None:
+        from planner.base.units import gib, parse_bytes
         from planner.hardware import Gpu
-        from planner.units import gib, parse_bytes
 
         size = parse_bytes(vram)
         return Gpu(gpu_id="custom", name=f"a card with {gib(size)} GiB", memory_bytes=size, memory_basis="user")
@@ -214,7 +214,7 @@ def percent_of(text: str) -> float:
     Raises:
         InvalidInput: not a number from 0 to below 100.
     """
-    from planner.errors import InvalidInput, one_line
+    from planner.base.errors import InvalidInput, one_line
 
     try:
         value = float(text.strip().removesuffix("%"))

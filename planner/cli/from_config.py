@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from planner.base.records import NamedTuple
 from planner.cli.options import LIBRARIES
-from planner.records import NamedTuple
 
 if TYPE_CHECKING:  # a run without --from needs none of these
     from planner.importers import Job
@@ -154,7 +154,7 @@ def _with_known_model(job: Job) -> Job:
     if job.model is None:
         return job
     from planner import sources
-    from planner.errors import UnknownName, one_line
+    from planner.base.errors import UnknownName, one_line
     from planner.importers.model_names import stand_ins
     from planner.importers.rules import Missing
 
@@ -177,7 +177,7 @@ def with_job(job: Job, rest: dict[str, Any]) -> dict[str, Any]:
 
 def show_keys(job: Job, style: str) -> int:
     """Print what became of every key of the files."""
-    from planner.errors import one_line
+    from planner.base.errors import one_line
     from planner.report.tables import json_text, table
 
     rows = [(key.key, key.use, one_line(str(key.value), 60), key.where) for key in job.keys]

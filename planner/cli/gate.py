@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.base.errors import InvalidInput, PlannerError, one_line
 from planner.cli.from_config import job_of, with_job
 from planner.cli.options import COST
 from planner.cli.terminal import tell_unanswered
-from planner.errors import InvalidInput, PlannerError, one_line
+from planner.plan.verdict import CLOSE, NO
 from planner.report.config_checks import Check, notes, render
-from planner.verdict import CLOSE, NO
 
 if TYPE_CHECKING:
     from planner.importers import Job

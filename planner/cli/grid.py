@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner import cost, predict, sweep
+from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
+from planner.base.records import replace
 from planner.calibration import Coefficients, Selection
 from planner.cli.options import TRAINING
-from planner.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
 from planner.flags import flag_of
 from planner.hardware import Gpu
 from planner.model import ModelSpec
-from planner.records import replace
+from planner.plan.verdict import VERDICTS
 from planner.report.grid import Block
 from planner.request import Data, Known, Plan, Request, resolve
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
-from planner.verdict import VERDICTS
 
 if TYPE_CHECKING:
     from planner.datarun import DataRun

@@ -72,7 +72,7 @@ def max_(
     \b
     Exit codes: 0 there is one, 1 not even the smallest fits, 2 could not answer.
     """
-    from planner.errors import InvalidInput
+    from planner.base.errors import InvalidInput
 
     names = tuple(dict.fromkeys(keys))
     plan = _run(model, gpu, vram, calibration, given, names)
@@ -92,9 +92,9 @@ def _run(
     names: tuple[str, ...],
 ) -> Plan:
     """The run whose numbers are raised; data decides its length."""
+    from planner.base.errors import Contradiction, InvalidInput
     from planner.cli.data_options import known, take
     from planner.cli.fits import card_of
-    from planner.errors import Contradiction, InvalidInput
     from planner.request import Request, resolve
 
     data = take(given)
@@ -116,9 +116,9 @@ def _candidates(key: str, model: ModelSpec, up_to: int | None) -> list[int]:
 
 def _single(plan: Plan, key: str, probability: float, up_to: int | None, style: str) -> int:
 
+    from planner.base.units import gib
     from planner.largest import largest
-    from planner.units import gib
-    from planner.verdict import ANSWERS
+    from planner.plan.verdict import ANSWERS
 
     model, card = plan.spec, plan.card
     assert card is not None
@@ -289,13 +289,13 @@ def _candidates_of(
         PlannerError: unknown names, or no candidate at all.
     """
     from planner import calibration_files, catalog, cost
+    from planner.base.errors import Contradiction, InvalidInput, unknown
+    from planner.base.units import parse_count
     from planner.calibration import time_words
     from planner.cli.data_options import known, take
     from planner.cli.table import cards_of
-    from planner.errors import Contradiction, InvalidInput, unknown
     from planner.pick import Candidate
     from planner.request import Request, counted, resolve
-    from planner.units import parse_count
 
     calibration = given.pop("calibration", None)
     data, (tokens, epochs) = take(given), much

@@ -63,8 +63,8 @@ def lint(
 
 def _linted(name: str, model: str | None, card: Gpu | None, reading: dict[str, Any], given: dict[str, Any]) -> Linted:
     """Look at one file; one that cannot be read is a finding with its reason (alone, an error)."""
+    from planner.base.errors import InvalidInput, PlannerError, one_line
     from planner.cli.from_config import job_of, with_job
-    from planner.errors import InvalidInput, PlannerError, one_line
     from planner.lint import traps
     from planner.report.lint_view import Linted
     from planner.request import Request, resolve

@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 from planner import catalog
-from planner.errors import InvalidInput, MissingDependency, UnknownName, one_line
+from planner.base.errors import InvalidInput, MissingDependency, UnknownName, one_line
+from planner.base.records import replace
+from planner.base.units import gib
 from planner.hardware import Gpu
-from planner.records import replace
-from planner.units import gib
 
 
 def local_gpu(index: str = "") -> Gpu:

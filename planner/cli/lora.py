@@ -40,9 +40,9 @@ def lora(
     Exit codes: 0 an answer, 2 could not answer.
     """
     from planner import adapter, labs
+    from planner.base.errors import Contradiction
     from planner.cli.fits import card_of
     from planner.cli.rival import entrenar
-    from planner.errors import Contradiction
     from planner.report.lora_report import LoraAnswer, render
     from planner.request import Request, resolve
 
@@ -84,8 +84,8 @@ def _json(value: Any) -> str:
 def _lab_5_1(data_file: str | None) -> str:
     """The learner's DatasetPreparer on a file: rows, first text, split, lengths."""
     from planner import labs
+    from planner.base.errors import Contradiction
     from planner.cli.data import read, source
-    from planner.errors import Contradiction
     from planner.report.data_report import DataAnswer, statistics
 
     if data_file is None:

@@ -70,7 +70,7 @@ class Loraplan(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, but an unknown command names the known ones."""
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
-            from planner.errors import unknown
+            from planner.base.errors import unknown
 
             raise unknown("command", args[0], _COMMANDS)
         return super().resolve_command(ctx, args)
@@ -137,7 +137,7 @@ def _complain(message: str) -> None:
 
 def _explain(error: BaseException) -> tuple[str, str]:
     """Return the kind of an error and its message on one line."""
-    from planner.errors import PlannerError, one_line
+    from planner.base.errors import PlannerError, one_line
 
     kind = type(error).__name__
     if isinstance(error, PlannerError):

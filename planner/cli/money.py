@@ -7,11 +7,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from planner import catalog, cost
-from planner.bounded import read_bounded
-from planner.errors import Contradiction, InvalidInput, one_line
+from planner.base.bounded import read_bounded
+from planner.base.errors import Contradiction, InvalidInput, one_line
+from planner.base.units import MiB, parse_count
 from planner.hardware import Gpu
 from planner.predict import Prediction
-from planner.units import MiB, parse_count
 
 if TYPE_CHECKING:
     from planner.datarun import DataRun

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from planner import optimizers, quantizations
-from planner.errors import unknown
-from planner.records import NamedTuple
+from planner.base.errors import unknown
+from planner.base.records import NamedTuple
 from planner.training import CHOICES
 
 FORMATS = ("table", "json", "csv", "markdown")

@@ -44,9 +44,9 @@ def report(
     \b
     Exit codes: 0 written, 2 could not answer.
     """
+    from planner.base.errors import InvalidInput, require
+    from planner.base.outputs import whole_file
     from planner.cli.compare import MOST, compared
-    from planner.errors import InvalidInput, require
-    from planner.outputs import whole_file
     from planner.report.figures import pictures
     from planner.report.html_report import page
 
@@ -66,7 +66,7 @@ def report(
 
 
 def _write_figures(folder: Path, made: list[Picture]) -> None:
-    from planner.outputs import whole_file
+    from planner.base.outputs import whole_file
 
     folder.mkdir(parents=True, exist_ok=True)
     for picture in made:

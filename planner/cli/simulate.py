@@ -74,7 +74,7 @@ def simulate(
     \b
     Exit codes: 0 the run works, 1 it trains nothing or does not fit, 2 could not answer.
     """
-    from planner.verdict import FITS
+    from planner.plan.verdict import FITS
 
     simulation = _simulation(model, gpu, given, every, calibration)
     if plot:
@@ -100,10 +100,10 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibra
     from planner.cli.money import ESTIMATED, price_of
     from planner.curves import StepCost
     from planner.model import ModelSpec
+    from planner.plan.verdict import CLOSE
     from planner.report.answer import run_words
     from planner.report.simulation import Simulation
     from planner.simulate import Timeline, closed_form
-    from planner.verdict import CLOSE
 
     wanted = {name: given.pop(name) for name in COST}
     run = {name: given.pop(name) for name in RUN}
@@ -170,10 +170,10 @@ def _constant(training: TrainingSpec, wanted: dict[str, Any]) -> tuple[Any, Any,
     """
     from itertools import repeat
 
+    from planner.base.errors import Contradiction, InvalidInput
     from planner.cli.money import amount_of
     from planner.dataset.batches import Batching
     from planner.dataset.lengths import Lengths
-    from planner.errors import Contradiction, InvalidInput
 
     if wanted["rows"] is None or wanted["tokens"] is not None:
         raise Contradiction("what is trained? give --data FILE, or --rows N")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from planner.base.outputs import whole_file
 from planner.cli.data_options import data_options, known, take
 from planner.cli.from_config import ShowKeys, config_options, is_config, show_keys, take_job, take_reading
 from planner.cli.options import COST, TRAINING, Sectioned, Word, calibration_option
-from planner.outputs import whole_file
 
 if TYPE_CHECKING:
     from planner.cli.grid import Tabulator, Wanted
@@ -116,7 +116,7 @@ def sources_of(reading: dict[str, Any], lists: Mapping[str, Sequence[Any]]) -> t
     Raises:
         PlannerError: configs that cannot be read, or two files of rows.
     """
-    from planner.errors import Contradiction
+    from planner.base.errors import Contradiction
 
     configs = tuple(name for name in reading["configs"] if is_config(name, several=True))
     rows = [name for name in reading["configs"] if name not in configs]
@@ -128,7 +128,7 @@ def sources_of(reading: dict[str, Any], lists: Mapping[str, Sequence[Any]]) -> t
 
 def chosen_style(style: str | None, output: str | None) -> str:
     """The format that was named, else that of the file's suffix, else a table."""
-    from planner.errors import Contradiction, unknown
+    from planner.base.errors import Contradiction, unknown
     from planner.report.grid import SUFFIXES
 
     if style is not None:
@@ -151,10 +151,10 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job:
         PlannerError: unknown names or values.
     """
     from planner import calibration_files
+    from planner.base.errors import InvalidInput
     from planner.cli.fits import percent_of, with_margin
     from planner.cli.grid import Run, Tabulator, Wanted, card_prices, parse_values
     from planner.cli.money import amount_of, amount_on_data, price_of
-    from planner.errors import InvalidInput
 
     models = _names(lists.get("model", ()))
     if not models:
@@ -188,7 +188,7 @@ def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
         PlannerError: an unknown card, or none.
     """
     from planner import catalog
-    from planner.errors import InvalidInput
+    from planner.base.errors import InvalidInput
 
     if not names:
         raise InvalidInput("no GPU; name cards with --gpu rtx-4090,a100-80gb, or --gpu all")
@@ -200,9 +200,9 @@ def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
 
 def card_with(size: str) -> Gpu:
     """A card of the user's own with this much memory, under a name of its own."""
+    from planner.base.records import replace
+    from planner.base.units import gib
     from planner.cli.fits import card_of
-    from planner.records import replace
-    from planner.units import gib
 
     card = card_of(None, size)
     assert card is not None
@@ -215,7 +215,7 @@ def read_grid(path: str) -> dict[str, list[Any]]:
     Raises:
         PlannerError: it is not such a file.
     """
-    from planner.errors import InvalidInput, MissingDependency, one_line
+    from planner.base.errors import InvalidInput, MissingDependency, one_line
 
     try:
         import yaml
@@ -240,7 +240,7 @@ def key_of(name: object) -> str:
     Raises:
         UnknownName: it means none.
     """
-    from planner.errors import unknown
+    from planner.base.errors import unknown
 
     word = str(name).strip().lower().lstrip("-")
     known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu", "vram": "vram"}
@@ -255,7 +255,7 @@ def key_of(name: object) -> str:
 
 
 def _bounded(path: str) -> str:
-    from planner.bounded import read_bounded
+    from planner.base.bounded import read_bounded
 
     return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
 
@@ -271,7 +271,7 @@ def explicit(
     import csv
     import io
 
-    from planner.errors import InvalidInput, PlannerError, one_line
+    from planner.base.errors import InvalidInput, PlannerError, one_line
 
     try:
         reader = csv.DictReader(io.StringIO(_bounded(path), newline=""), strict=True)
@@ -314,7 +314,7 @@ class View(NamedTuple):
 
     def print(self, made: Sequence[Tabulator]) -> int:
         """Evaluate, select, write; return the exit code."""
-        from planner.errors import InvalidInput, one_line
+        from planner.base.errors import InvalidInput, one_line
         from planner.report import grid as report
 
         columns = columns_of([one.wanted for one in made], made[0].run.budget)
@@ -351,13 +351,13 @@ class View(NamedTuple):
 
     def _tell_notes(self, made: Sequence[Tabulator]) -> None:
         """Say on stderr what formats of mere rows have no place for."""
-        from planner.errors import one_line
+        from planner.base.errors import one_line
 
         for line in warnings_of(notes_of(made), sum(one.evaluated for one in made)):
             click.echo(one_line(line, 1000), err=True)
 
     def _rows(self, rows: Iterator[tuple[Any, ...]], columns: Sequence[str]) -> list[tuple[Any, ...]]:
-        from planner.errors import InvalidInput
+        from planner.base.errors import InvalidInput
         from planner.report import grid as report
 
         found: Any = rows

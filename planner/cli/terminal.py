@@ -33,7 +33,7 @@ def echo_coloured(text: str, word: str, colour: str) -> None:
 
 def echo_notes(notes: Iterable[str], *, err: bool = False) -> None:
     """Print what a plan's user must see, a paragraph each; `err`: beside a format that has no place for notes."""
-    from planner.errors import one_line
+    from planner.base.errors import one_line
     from planner.report.tables import wrapped
 
     for note in notes:

@@ -112,7 +112,7 @@ def _prepare(
 ) -> tuple[LoadedConfig, ModelSpec | None, tuple[str, ...], Resolved, TrainingSpec]:
     """Read the model's config, the family's structure if one is registered, and the settings."""
     from planner import sources
-    from planner.errors import UnknownName
+    from planner.base.errors import UnknownName
     from planner.request import configure, notes_of, read_model
 
     loaded = sources.load_config(model)
@@ -128,7 +128,7 @@ def _prepare(
 
 
 def _layers(text: str) -> str | int:
-    from planner.errors import InvalidInput, one_line
+    from planner.base.errors import InvalidInput, one_line
 
     word = text.strip().lower()
     if word in ("auto", "full"):
@@ -140,7 +140,7 @@ def _layers(text: str) -> str | int:
 
 def _cut(config: Any, spec: ModelSpec | None, layers: str | int) -> tuple[Any, ModelSpec | None]:
     """Cut the program's model to as many layers as the trace runs."""
-    from planner.errors import InvalidInput
+    from planner.base.errors import InvalidInput
 
     if not isinstance(layers, int) or spec is None:
         return config, spec
@@ -152,7 +152,7 @@ def _cut(config: Any, spec: ModelSpec | None, layers: str | int) -> tuple[Any, M
 def _program(spec: ModelSpec | None, training: TrainingSpec, arch: Architecture) -> MemoryBreakdown:
     """What loraplan's own program says, with the rule of a dispatch mode: gradients are added out of place."""
     from planner import memory
-    from planner.errors import UnknownName
+    from planner.base.errors import UnknownName
     from planner.step import program
 
     if spec is None:
@@ -203,7 +203,7 @@ def _check_plot(path: Path) -> None:
     """Refuse a picture that cannot be made before the trace is run."""
     import importlib.util
 
-    from planner.errors import InvalidInput, MissingDependency, one_line
+    from planner.base.errors import InvalidInput, MissingDependency, one_line
 
     if path.suffix.lower() not in (".png", ".svg"):
         raise InvalidInput(f"--plot {one_line(str(path))!r}: write a name that ends in .png or .svg")
@@ -214,7 +214,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _write_plot(view: Any, path: Path) -> None:
-    from planner.outputs import whole_file
+    from planner.base.outputs import whole_file
     from planner.report.trace_plot import draw
 
     with whole_file(path, "wb") as file:

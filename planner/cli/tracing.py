@@ -18,8 +18,8 @@ from typing import IO, Any
 import click
 
 import planner
+from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName, one_line, require
 from planner.cli import trace_cache
-from planner.errors import Contradiction, InvalidInput, PlannerError, UnknownName, one_line, require
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 

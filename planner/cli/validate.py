@@ -112,7 +112,7 @@ class _Glue:
     def _card(self, gpu_id: str) -> Any:
         """Return the card; None when the catalogue lacks it (its rows are still scored for memory)."""
         from planner import catalog
-        from planner.errors import UnknownName
+        from planner.base.errors import UnknownName
 
         if gpu_id not in self.cards:
             try:

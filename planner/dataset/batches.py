@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
+from planner.base.errors import unknown
+from planner.base.records import record
 from planner.dataset.lengths import Lengths
-from planner.errors import unknown
-from planner.records import record
 
 Padding = Literal["max", "longest", "grouped", "packed"]
 PADDINGS: tuple[str, ...] = get_args(Padding)

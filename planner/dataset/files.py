@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
-from planner.errors import InvalidInput, MissingDependency, one_line
+from planner.base.errors import InvalidInput, MissingDependency, one_line
 
 MAX_RECORD = 64 * 2**20
 """Bytes of one record: a longer line is reported, not read into memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from planner.errors import one_line
+from planner.base.errors import one_line
 
 SHAPES = ("alpaca", "messages", "sharegpt", "prompt", "text")
 ROLES = ("system", "user", "assistant", "tool")

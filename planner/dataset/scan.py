@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import IO, Any, Literal, NamedTuple, get_args
 
+from planner.base.errors import InvalidInput, one_line
+from planner.base.outputs import whole_file
+from planner.base.records import record
 from planner.dataset import chat, files
 from planner.dataset.lengths import Lengths
 from planner.dataset.rows import Row, RowError, doubts, parse
 from planner.dataset.templates import Template, choose
 from planner.dataset.tokens import Counter, Estimate, Exact, folder_of
-from planner.errors import InvalidInput, one_line
-from planner.outputs import whole_file
-from planner.records import record
 
 BATCH = 512
 """Texts tokenized at a time."""

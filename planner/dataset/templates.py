@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from planner.base.errors import Contradiction, unknown
 from planner.dataset.rows import Row, RowError
-from planner.errors import Contradiction, unknown
 
 if TYPE_CHECKING:
     from planner.dataset.chat import ChatTemplate

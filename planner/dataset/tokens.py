@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from planner.base.errors import InvalidInput, MissingDependency, one_line
 from planner.dataset import chat
-from planner.errors import InvalidInput, MissingDependency, one_line
 
 
 class Counter(Protocol):

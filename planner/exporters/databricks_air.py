@@ -10,13 +10,13 @@ import re
 from typing import Any, NamedTuple
 
 from planner import catalog
-from planner.errors import InvalidInput, PlannerError, one_line, unknown
+from planner.base.errors import InvalidInput, PlannerError, one_line, unknown
 from planner.exporters import script
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import comment, json_file, yaml
 from planner.hardware import Gpu
+from planner.plan.verdict import FITS
 from planner.predict import Prediction, predict
-from planner.verdict import FITS
 
 ENVIRONMENT_VERSION = 6
 DEPENDENCIES = ("trl==1.16.0", "peft>=0.21", "bitsandbytes>=0.50")
@@ -89,7 +89,7 @@ def check_count(accelerator: Accelerator, count: int | None) -> int:
 
 
 def _predicted(recipe: Recipe, accelerator: Accelerator, margin: float) -> Prediction:
-    from planner.records import replace
+    from planner.base.records import replace
 
     card = catalog.gpu(accelerator.gpu_id)
     kept = int(card.memory_bytes * margin / 100)

@@ -10,15 +10,15 @@ import re
 from typing import Any, NamedTuple
 
 from planner import catalog
-from planner.errors import InvalidInput, PlannerError, one_line, unknown
+from planner.base.errors import InvalidInput, PlannerError, one_line, unknown
+from planner.base.records import replace
+from planner.base.units import GiB
 from planner.exporters import script
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import json_file
 from planner.hardware import Gpu, Instance
+from planner.plan.verdict import FITS
 from planner.predict import Prediction, lacks_bf16, predict
-from planner.records import replace
-from planner.units import GiB
-from planner.verdict import FITS
 
 RUNTIME = "15.4.x-gpu-ml-scala2.12"
 """A GPU ML runtime; Photon does not run on GPU nodes."""

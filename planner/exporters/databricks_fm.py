@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from planner.errors import one_line
+from planner.base.errors import one_line
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import json_file, python
 

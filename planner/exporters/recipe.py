@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner import optimizers
+from planner.base.errors import Contradiction, InvalidInput, one_line
+from planner.base.records import record
 from planner.dataset.batches import Padding
-from planner.errors import Contradiction, InvalidInput, one_line
 from planner.lora import resolve_targets
 from planner.model import ModelSpec
 from planner.quantizations import QUANTIZATIONS
-from planner.records import record
 from planner.schedule import Shape
 from planner.training import TrainingSpec
 

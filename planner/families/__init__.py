@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 
-from planner.config_values import mapping, text
-from planner.errors import UnknownFamily, UnknownName, one_line
+from planner.base.config_values import mapping, text
+from planner.base.errors import UnknownFamily, UnknownName, one_line
+from planner.base.records import replace
 from planner.model import ModelSpec
-from planner.records import replace
 
 _MODULES: dict[str, str] = {
     "apertus": "ungated",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.config_values import boolean, integer, mapping
+from planner.base.config_values import boolean, integer, mapping
+from planner.base.records import replace
 from planner.families.parts import (
     MAX_WIDTH,
     Config,
@@ -21,7 +22,6 @@ from planner.families.parts import (
     uniform,
 )
 from planner.model import Layer, Linear, ModelSpec, Norm, Table
-from planner.records import replace
 
 
 def opt(config: Config, model_id: str) -> ModelSpec:

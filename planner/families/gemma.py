@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from planner.config_values import boolean, integer
+from planner.base.config_values import boolean, integer
 from planner.families.parts import (
     Config,
     Sizes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.config_values import boolean, integer
+from planner.base.config_values import boolean, integer
 from planner.families.parts import (
     MAX_WIDTH,
     Config,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.config_values import boolean, integer, text_list
-from planner.errors import InvalidInput
+from planner.base.config_values import boolean, integer, text_list
+from planner.base.errors import InvalidInput
 from planner.families.parts import (
     Config,
     Sizes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from planner.config_values import boolean, integer, integer_list
+from planner.base.config_values import boolean, integer, integer_list
 from planner.families.parts import (
     MAX_LAYERS,
     MAX_WIDTH,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from planner.config_values import MISSING, boolean, integer, mapping, number, text, text_list
-from planner.errors import InvalidInput, unknown
+from planner.base.config_values import MISSING, boolean, integer, mapping, number, text, text_list
+from planner.base.errors import InvalidInput, unknown
+from planner.base.records import record
 from planner.model import (
     Activation,
     Attention,
@@ -20,7 +21,6 @@ from planner.model import (
     NormKind,
     Table,
 )
-from planner.records import record
 
 Config = Mapping[str, Any]
 

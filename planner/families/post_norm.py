@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.config_values import integer
+from planner.base.config_values import integer
 from planner.families.parts import (
     Config,
     Sizes,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from planner.config_values import boolean, integer
-from planner.errors import InvalidInput
+from planner.base.config_values import boolean, integer
+from planner.base.errors import InvalidInput
 from planner.families.llama_like import qwen_windows, spec
 from planner.families.parts import (
     MAX_WIDTH,

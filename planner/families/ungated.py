@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.config_values import boolean
+from planner.base.config_values import boolean
 from planner.families.parts import (
     Config,
     activation,

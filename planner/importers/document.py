@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from planner.errors import InvalidInput, one_line
+from planner.base.errors import InvalidInput, one_line
 
 MAX_DEPTH = 40
 """Nesting; the configs of the frameworks read here have at most six levels."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from planner.bounded import read_bounded
-from planner.errors import InvalidInput
+from planner.base.bounded import read_bounded
+from planner.base.errors import InvalidInput
+from planner.base.units import MiB
 from planner.importers.document import Document, flatten, quote
-from planner.units import MiB
 
 MAX_CONFIG: Final = 1 * MiB
 """The largest published training config is below 20 kB."""

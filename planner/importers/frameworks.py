@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from planner import catalog
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 from planner.importers.document import Document, quote
 
 WORDS = "words"

@@ -1,4 +1,4 @@
-"""JSON with line numbers: the strict parser of `planner.bounded` for the values, one pass of tokens for the lines."""
+"""JSON with line numbers: the strict parser of `base.bounded` for the values, one pass of tokens for the lines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from planner.bounded import parse_json
-from planner.errors import InvalidInput
+from planner.base.bounded import parse_json
+from planner.base.errors import InvalidInput
 from planner.importers.document import MAX_DEPTH, MAX_NODES, Node, quote
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:\n]|[^\s\[\]{},:"]+')

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from planner import catalog
-from planner.errors import InvalidInput, one_line
+from planner.base.errors import InvalidInput, one_line
 from planner.importers.document import Document, quote
 
 _QUANTIZED = re.compile(r"(-unsloth)?(-bnb-(4bit|8bit|nf4(-bf16)?)|-gptq(-int[48])?|-awq|-4bit)$", re.IGNORECASE)

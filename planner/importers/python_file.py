@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from planner.errors import InvalidInput, one_line
+from planner.base.errors import InvalidInput, one_line
 from planner.importers.document import MAX_NODES, Document, Entry, Unread, quote
 
 MAX_SOURCE: Final = 1_048_576

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from planner.errors import InvalidInput, NotPlanned, one_line
+from planner.base.errors import InvalidInput, NotPlanned, one_line
 from planner.importers.document import Document, Unread, leaves
 from planner.importers.frameworks import Framework
 from planner.importers.values import option_value

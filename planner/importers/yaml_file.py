@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from planner.errors import InvalidInput, one_line
+from planner.base.errors import InvalidInput, one_line
 from planner.importers.document import MAX_DEPTH, MAX_NODES, Node, quote
 
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
@@ -46,7 +46,7 @@ def _library() -> Any:
     try:
         import yaml
     except ImportError:
-        from planner.errors import MissingDependency
+        from planner.base.errors import MissingDependency
 
         raise MissingDependency("reading YAML needs PyYAML; pip install pyyaml, or pass the config as JSON") from None
     return yaml

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.records import NamedTuple
+from planner.base.units import gib
 from planner.hardware import CPU, Gpu
 from planner.memory import Moment
 from planner.predict import Prediction
-from planner.records import NamedTuple
 from planner.sources import LoadedConfig
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
-from planner.units import gib
 
 if TYPE_CHECKING:  # a run that fits needs no search
     from planner.cost import RunPlan

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from planner.base.errors import one_line
 from planner.calibration import Calibration, Coefficient
-from planner.errors import one_line
 from planner.report.tables import aligned, csv_text, json_text, markdown, wrapped
 
 Rows = list[list[Any]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.units import GiB
 from planner.predict import Prediction
 from planner.report.answer import value_words
 from planner.stacks import Resolved
-from planner.units import GiB
 
 SMALL_BYTES = 10 * 2**20
 SMALL_SHARE = 0.01

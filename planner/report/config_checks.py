@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.units import GiB, gib
 from planner.hardware import Gpu
+from planner.plan.verdict import ANSWERS, CLOSE, FITS, NO, Verdict
 from planner.report.answer import Answer, run_words
 from planner.report.tables import escape, json_text, table, wrapped
 from planner.request import counted
-from planner.units import GiB, gib
-from planner.verdict import ANSWERS, CLOSE, FITS, NO, Verdict
 
 HEADERS = ("file", "verdict", "peak GiB", "up to", "left", "run")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import InvalidInput, MissingDependency, one_line
-from planner.outputs import whole_file
+from planner.base.errors import InvalidInput, MissingDependency, one_line
+from planner.base.outputs import whole_file
 
 if TYPE_CHECKING:
     from planner.dataset.scan import Scan

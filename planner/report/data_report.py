@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from planner.base.errors import one_line
 from planner.dataset.batches import PADDINGS, Padded, padded
 from planner.dataset.lengths import PERCENTILES
 from planner.dataset.scan import Scan
-from planner.errors import one_line
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
 
 SCHEMA_VERSION = 1

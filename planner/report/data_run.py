@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from planner.base.errors import one_line
 from planner.datarun import DataRun
-from planner.errors import one_line
 from planner.report.tables import wrapped
 
 _WORDS = {

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from planner.errors import MissingDependency, one_line
+from planner.base.errors import MissingDependency, one_line
+from planner.base.units import GiB
 from planner.memory import SegmentPeak
 from planner.report.comparison import Compared, Part, memory_parts, time_parts
-from planner.units import GiB
 
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||", "***", "OO", "//", "..")
 SMALL_SHARE = 0.02

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from planner.base.units import GiB, gib
 from planner.memory import CATEGORIES
+from planner.plan.verdict import ANSWERS
 from planner.predict import Range
 from planner.report.answer import (
     Answer,
@@ -19,8 +21,6 @@ from planner.report.answer import (
 from planner.report.tables import csv_text, escape, json_text, markdown
 from planner.report.time_text import PARTS, parts_of, run_block, run_data, time_data
 from planner.search import Change
-from planner.units import GiB, gib
-from planner.verdict import ANSWERS
 
 SCHEMA_VERSION = 1
 COUNTERS = ("allocated", "reserved", "device")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.units import gib
 from planner.hardware import CPU
+from planner.plan.verdict import ANSWERS, CLOSE, FITS, NO
 from planner.predict import Range
 from planner.report.answer import (
     Answer,
@@ -18,8 +20,6 @@ from planner.report.answer import (
 )
 from planner.report.tables import aligned, wrapped
 from planner.report.time_text import ledger_block, step_block
-from planner.units import gib
-from planner.verdict import ANSWERS, CLOSE, FITS, NO
 
 _TOTALS = {
     "allocated": "max_memory_allocated",

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from planner.errors import InvalidInput, MissingDependency, one_line, unknown
+from planner.base.errors import InvalidInput, MissingDependency, one_line, unknown
+from planner.base.units import GiB
+from planner.plan.verdict import ANSWERS, CLOSE, NO, VERDICTS, Verdict
 from planner.report.tables import aligned, csv_cell, markdown, plain, wrapped
-from planner.units import GiB
-from planner.verdict import ANSWERS, CLOSE, NO, VERDICTS, Verdict
 
 FORMATS = ("table", "json", "jsonl", "csv", "markdown", "latex", "html", "parquet")
 SUFFIXES = {

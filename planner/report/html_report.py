@@ -6,12 +6,12 @@ import html
 from collections.abc import Sequence
 
 from planner import __version__
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.units import gib
 from planner.report.answer import value_words
 from planner.report.comparison import Compared, sentences, shown_rows, warnings
 from planner.report.figures import Picture
 from planner.report.grid import Caption, html_page, html_table
-from planner.units import gib
 
 
 def page(items: Sequence[Compared], pictures: Sequence[Picture], title: str) -> str:

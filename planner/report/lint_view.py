@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.units import gib
 from planner.importers.writing import line_for
 from planner.lint import Trap
 from planner.report.config_checks import command
 from planner.report.tables import json_text, table, wrapped
 from planner.stacks import Setting
-from planner.units import gib
 
 if TYPE_CHECKING:
     from planner.importers import Job

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import one_line
+from planner.base.errors import one_line
+from planner.base.units import seconds
 from planner.report.answer import Answer
 from planner.report.tables import aligned, wrapped
 from planner.timing import Seconds, StepTime
-from planner.units import seconds
 
 if TYPE_CHECKING:
     from planner.cost import RunPlan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from planner.base.units import GiB
 from planner.cuda_rules import rules
 from planner.report.tables import csv_text, escape, json_text, markdown
 from planner.report.trace_view import (
@@ -18,7 +19,6 @@ from planner.report.trace_view import (
     stretches,
     version_words,
 )
-from planner.units import GiB
 
 SCHEMA_VERSION = 1
 

@@ -6,10 +6,10 @@ import io
 from itertools import groupby
 from typing import Any
 
+from planner.base.units import GiB
 from planner.memory import CATEGORIES
 from planner.report.trace_view import TraceView, depth_words, peak_words, run_words
 from planner.traced import TracedSegment
-from planner.units import GiB
 
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||", "***", "OO")
 """Patterns, so that owners are told apart without colour."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from planner.base.errors import one_line
+from planner.base.units import GiB, gib
 from planner.cuda_rules import rules
-from planner.errors import one_line
 from planner.report.answer import value_words
 from planner.report.tables import aligned, wrapped
 from planner.report.trace_view import (
@@ -20,7 +21,6 @@ from planner.report.trace_view import (
     stretches,
     version_words,
 )
-from planner.units import GiB, gib
 
 MODULES = 12
 """Modules listed; the rest share a line."""

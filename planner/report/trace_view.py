@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from planner.base.errors import one_line
 from planner.cuda_rules import Architecture
-from planner.errors import one_line
 from planner.hardware import Gpu
 from planner.memory import CATEGORIES, MemoryBreakdown
 from planner.report.answer import moment_words, training_words

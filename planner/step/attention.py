@@ -6,9 +6,9 @@ The order of calls and the lifetimes of local names follow transformers 5.23 and
 from __future__ import annotations
 
 from planner import cuda_rules
+from planner.base.records import replace
 from planner.loss_kinds import KERNEL_SETS
 from planner.model import Attention, Norm
-from planner.records import replace
 from planner.step import eager, linears, ops, picking, positions
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from planner.records import record
+from planner.base.records import record
 
 if TYPE_CHECKING:
     from planner.model import Attention, ModelSpec, Norm

@@ -10,9 +10,9 @@ import typing
 from collections.abc import Callable
 
 from planner import cuda_rules
+from planner.base.records import Rows
 from planner.model import Layer, Linear
 from planner.quantizations import QUANTIZATIONS, Storing
-from planner.records import Rows
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Storage, Tensor

@@ -8,8 +8,8 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 
+from planner.base.records import Rows
 from planner.loss_kinds import KERNEL_SETS, LOSSES, Logits
-from planner.records import Rows
 from planner.step import linears, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 
-from planner.errors import unknown
+from planner.base.errors import unknown
 from planner.optimizers import BNB_8BIT_BLOCK, BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS, OPTIMIZERS, StateLayout
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Union
 
-from planner.errors import InvalidInput
+from planner.base.errors import InvalidInput
 
 Monomial = tuple[int, ...]
 """Numbers of the atoms that are multiplied, sorted; () is the constant term."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.records import replace
+from planner.base.records import replace
 from planner.step import layers
 from planner.step.context import Step
 from planner.step.engine import Tensor

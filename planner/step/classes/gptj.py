@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from planner.base.records import replace
 from planner.model import Attention
-from planner.records import replace
 from planner.step import ops, positions
 from planner.step.context import Step
 from planner.step.engine import FP32, Tensor

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner import cuda_rules
-from planner.errors import Contradiction
+from planner.base.errors import Contradiction
+from planner.base.records import replace
 from planner.lora import resolve_targets
 from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.quantizations import QUANTIZATIONS
-from planner.records import replace
 from planner.step import attention, feed_forward, linears, losses, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor

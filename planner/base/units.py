@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from planner.errors import InvalidInput, one_line
+from planner.base.errors import InvalidInput, one_line
 
 KiB = 2**10
 MiB = 2**20

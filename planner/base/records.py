@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from planner.errors import unknown
+from planner.base.errors import unknown
 
 T = TypeVar("T")
 

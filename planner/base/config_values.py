@@ -7,10 +7,11 @@ that a wrong value stops at the reader and never becomes a wrong plan.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from planner.errors import InvalidInput, one_line
+from planner.base.errors import InvalidInput, one_line
 
 
 class _Missing:
@@ -186,3 +187,11 @@ def _check_list(key: str, value: Any, length: int | None) -> None:
     if len(value) > MAX_LIST_LENGTH or (length is not None and len(value) != length):
         wanted = f"{length} entries" if length is not None else f"at most {MAX_LIST_LENGTH} entries"
         raise InvalidInput(f"config key {key} has {len(value)} entries; must have {wanted}; correct it in config.json")
+
+
+def names(key: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    """Return module names given as a list or as text separated by commas, semicolons or blanks."""
+    parts = re.split(r"[,;\s]+", value) if isinstance(value, str) else list(value)
+    if not all(isinstance(part, str) for part in parts):
+        raise InvalidInput(f"{key} is {one_line(value)!r}; must be module names")
+    return tuple(dict.fromkeys(part for part in parts if part))

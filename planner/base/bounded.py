@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Final
 
-from planner.errors import InvalidInput, one_line
+from planner.base.errors import InvalidInput, one_line
 
 MAX_NESTING: Final = 64
 
