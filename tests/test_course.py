@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import adapter, catalog, families, rivals
+from planner import adapter, catalog, families
 from planner.base.errors import InvalidInput
+from planner.course import rivals
 from planner.headers import read_gguf
 from planner.model import ModelSpec
 from planner.predict import predict

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import catalog, families, rivals
+from planner import catalog, families
 from planner.base.errors import InvalidInput
 from planner.cli.main import cli
+from planner.course import rivals
 from planner.curves import StepCost, grid
 from planner.dataset.batches import PADDINGS, Batching, Padding
 from planner.dataset.lengths import Lengths

@@ -39,10 +39,11 @@ def lora(
     \b
     Exit codes: 0 an answer, 2 could not answer.
     """
-    from planner import adapter, labs
+    from planner import adapter
     from planner.base.errors import Contradiction
     from planner.cli.fits import card_of
     from planner.cli.rival import entrenar
+    from planner.course import labs
     from planner.report.lora_report import LoraAnswer, render
     from planner.request import Request, resolve
 
@@ -83,9 +84,9 @@ def _json(value: Any) -> str:
 
 def _lab_5_1(data_file: str | None) -> str:
     """The learner's DatasetPreparer on a file: rows, first text, split, lengths."""
-    from planner import labs
     from planner.base.errors import Contradiction
     from planner.cli.data import read, source
+    from planner.course import labs
     from planner.report.data_report import DataAnswer, statistics
 
     if data_file is None:
@@ -102,7 +103,7 @@ def _lab_5_1(data_file: str | None) -> str:
 
 
 def _lab_5_3(spec: ModelSpec, training: TrainingSpec, model: str, data_file: str | None) -> dict[str, Any]:
-    from planner import labs
+    from planner.course import labs
 
     job = labs.Job(model_name=model, dataset_path=data_file or "train.jsonl")
     return labs.lab_5_3(spec, training, job)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def entrenar(spec: ModelSpec, training: TrainingSpec, card: Gpu) -> Rival:
     """Its plan for the model's size and the card, beside our prediction of this run."""
-    from planner import rivals
     from planner.base.records import replace
+    from planner.course import rivals
     from planner.lora import trainable_lora_parameters
     from planner.predict import predict
     from planner.report.lora_report import Rival

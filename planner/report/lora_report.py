@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from planner.adapter import AdapterFacts
 from planner.base.errors import one_line
 from planner.base.units import GB, human_bytes
-from planner.labs import Comparison
+from planner.course.labs import Comparison
+from planner.course.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
 from planner.plan.verdict import FITS, NO
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
-from planner.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
 from planner.training import TrainingSpec
 
 SCHEMA_VERSION = 1

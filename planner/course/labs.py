@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner import rivals
 from planner.adapter import AdapterFacts, base_weights
 from planner.base.records import record
 from planner.base.units import GB
+from planner.course import rivals
 from planner.lora import resolve_targets
 from planner.model import ModelSpec
 from planner.quantizations import QUANTIZATIONS

@@ -1,0 +1,1 @@
+"""LoRA formulas as courses and other planners give them, for comparison."""
