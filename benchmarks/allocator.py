@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from planner import allocator, catalog
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.families import build_spec
 from planner.step import program, sequence
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec

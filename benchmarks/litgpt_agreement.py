@@ -30,7 +30,7 @@ from calibrate.model import fake_model
 from calibrate.oracle import trace
 from calibrate.oracle.step import Step
 from planner import memory, stacks
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.families import build_spec
 from planner.step import program
 from planner.training import TrainingSpec

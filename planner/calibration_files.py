@@ -24,8 +24,8 @@ from planner.calibration import (
     priors,
 )
 from planner.calibration import select as select_from
+from planner.device.hardware import CPU, Gpu
 from planner.formulas import fingerprint
-from planner.hardware import CPU, Gpu
 from planner.training import Versions
 
 if TYPE_CHECKING:  # a prediction reads files by their names

@@ -16,7 +16,7 @@ from typing import Any
 from planner.base.errors import InvalidInput, UnknownName, one_line, unknown
 from planner.base.records import record, replace
 from planner.base.units import GB, MiB
-from planner.hardware import Gpu, Instance, context_bytes
+from planner.device.hardware import Gpu, Instance, context_bytes
 
 _FILLER = frozenset(
     ("nvidia", "geforce", "tesla", "amd", "instinct", "radeon", "intel", "gpu", "generation", "edition", "corporation")

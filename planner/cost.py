@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.base.errors import Contradiction, InvalidInput
 from planner.base.records import record
-from planner.hardware import Gpu, Instance
+from planner.device.hardware import Gpu, Instance
 from planner.timing import Seconds, StepTime
 
 Number = Any

@@ -15,7 +15,7 @@ from typing import Any
 from planner import timing
 from planner.base.records import replace
 from planner.calibration import Coefficient, Coefficients, priors
-from planner.hardware import CPU, Gpu
+from planner.device.hardware import CPU, Gpu
 from planner.step.engine import Kernel, Layout, Record, Segment, Shape
 from planner.training import LoraSpec, TrainingSpec, Versions
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from planner import sweep
 from planner.base.errors import InvalidInput
 from planner.calibration import Selection
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.model import ModelSpec
 from planner.plan.verdict import CLOSE, FITS, VERDICTS, Verdict
 from planner.predict import Prediction, predict_on, uncertainty

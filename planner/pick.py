@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from planner import cost, sweep
 from planner.base.units import gib
 from planner.calibration import Selection
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.model import ModelSpec
 from planner.plan.verdict import FITS, NO, VERDICTS, Verdict
 from planner.predict import Prediction, predict_on

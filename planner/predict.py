@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from planner import allocator, cuda_rules, memory, timing
+from planner import allocator, memory, timing
 from planner.base.records import record, replace
 from planner.base.units import GiB
 from planner.calibration import Coefficients, Selection, priors
-from planner.hardware import CONTEXT_BYTES, CPU, Gpu
+from planner.device import cuda_rules
+from planner.device.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.model import ModelSpec, UnreadModel
 from planner.plan.verdict import Verdict, verdict_of
 from planner.quantizations import QUANTIZATIONS

@@ -13,8 +13,8 @@ from planner import calibration_files, families, lora, sources, stacks
 from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.base.records import NamedTuple, fields, replace
 from planner.calibration import Selection
+from planner.device.hardware import Gpu
 from planner.flags import flag_of
-from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.predict import Prediction, lacks_bf16, predict, training_warnings
 from planner.settled import NOTHING, Settled, settle, without_idle

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from planner import memory
 from planner.base.errors import PlannerError
 from planner.base.records import replace
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.model import ModelSpec
 from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.plan.verdict import FITS, verdict_of

@@ -18,11 +18,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from planner import cuda_rules
 from planner.base.errors import InvalidInput, MissingDependency, unknown
 from planner.base.records import fields, record, replace
 from planner.calibration import Coefficients, priors
-from planner.hardware import Gpu
+from planner.device import cuda_rules
+from planner.device.hardware import Gpu
 from planner.model import ModelSpec
 from planner.plan import verdict
 from planner.predict import FRAGMENTATION, architecture, predict, uncertainty

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from planner.calibration import Coefficients
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.step.engine import Kernel, Layout, Record
 from planner.step.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
 from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER

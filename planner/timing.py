@@ -13,7 +13,7 @@ from typing import Any
 from planner.amounts import Number, ceil, is_more, maximum, minimum, mostly, some
 from planner.base.records import NamedTuple, record
 from planner.calibration import Coefficients, old_dequantize_factor
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.step.engine import FP32, ITEMSIZE, Kernel, Layout, Record, Shape
 from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER, TRANSFERS
 from planner.training import TrainingSpec

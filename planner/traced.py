@@ -12,8 +12,8 @@ from typing import Any
 from planner import allocator
 from planner.base.errors import InvalidInput
 from planner.base.records import record
-from planner.cuda_rules import Architecture
-from planner.hardware import CONTEXT_BYTES, Gpu
+from planner.device.cuda_rules import Architecture
+from planner.device.hardware import CONTEXT_BYTES, Gpu
 from planner.memory import MemoryBreakdown, Moment, SegmentPeak
 from planner.model import ModelSpec, UnreadModel
 from planner.plan.verdict import verdict_of

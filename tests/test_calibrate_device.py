@@ -11,8 +11,8 @@ import pytest
 
 from calibrate.measure import device
 from calibrate.measure.device import CudaDevice, MemorySampler, Nvml, open_device, visible_index
-from planner import processor
 from planner.base.errors import InvalidInput
+from planner.device import processor
 
 GIB = 2**30
 

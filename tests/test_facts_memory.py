@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from planner import cuda_rules, memory
+from planner import memory
+from planner.device import cuda_rules
 from planner.families import build_spec
 from planner.model import Linear, ModelSpec
 from planner.step import linears, program, sequence

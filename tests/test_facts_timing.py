@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from planner import catalog, families, processor, sources
+from planner import catalog, families, sources
 from planner.calibration import Coefficient, priors
-from planner.hardware import Gpu
+from planner.device import processor
+from planner.device.hardware import Gpu
 from planner.predict import uncertainty
 from planner.training import training_from_dict
 from tests.calibration_samples import CPU_FACTS

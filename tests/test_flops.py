@@ -14,7 +14,7 @@ for _library in ("transformers", "peft", "bitsandbytes"):
 from calibrate.oracle.cases import shrunk  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
 from planner import timing  # noqa: E402
-from planner.cuda_rules import Architecture  # noqa: E402
+from planner.device.cuda_rules import Architecture  # noqa: E402
 from planner.families import build_spec  # noqa: E402
 from planner.step import program  # noqa: E402
 from planner.training import LoraSpec, TrainingSpec  # noqa: E402

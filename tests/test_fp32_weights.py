@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from planner import cuda_rules
 from planner.adapter import base_weights
+from planner.device import cuda_rules
 from planner.families import build_spec, known_families
 from planner.model import ModelSpec
 from planner.step import program

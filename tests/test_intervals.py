@@ -9,7 +9,7 @@ import pytest
 
 from planner import families, sources
 from planner.base.units import MiB
-from planner.hardware import CPU, Gpu
+from planner.device.hardware import CPU, Gpu
 from planner.predict import Range, allocator_ranges, uncertainty
 from planner.training import LoraSpec, TrainingSpec
 

@@ -11,7 +11,7 @@ import pytest
 
 from planner import memory, stacks
 from planner.base.errors import Contradiction
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.families import build_spec
 from planner.predict import predict
 from planner.step import program

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from planner import catalog, cuda_rules, stacks
+from planner import catalog, stacks
+from planner.device import cuda_rules
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.predict import architecture, predict

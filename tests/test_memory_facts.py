@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from planner import allocator, catalog, cuda_rules, memory, sources, stacks
+from planner import allocator, catalog, memory, sources, stacks
+from planner.device import cuda_rules
 from planner.families import build_spec
 from planner.model import Linear, ModelSpec
 from planner.predict import predict

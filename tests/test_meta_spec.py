@@ -14,7 +14,7 @@ from test_families import planned_linears, planned_norms, real_linears, real_mod
 from planner import memory
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.families import known_families
 from planner.lora import trainable_lora_parameters
 from planner.step import program

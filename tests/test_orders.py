@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from planner import allocator, catalog, cuda_rules
+from planner import allocator, catalog
 from planner.dataset.batches import Batching, epoch
 from planner.dataset.lengths import Lengths
 from planner.dataset.orders import SLOW, TYPICAL, Orders, drawn, growing, orders
+from planner.device import cuda_rules
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.predict import predict

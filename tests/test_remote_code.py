@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from planner import cuda_rules, memory, stacks
+from planner import memory, stacks
+from planner.device import cuda_rules
 from planner.families import build_spec
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec

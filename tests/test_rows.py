@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from planner import cuda_rules, optimizers, quantizations, search, stacks
+from planner import optimizers, quantizations, search, stacks
 from planner.base.errors import UnknownName
 from planner.base.records import Rows
+from planner.device import cuda_rules
 from planner.exporters import recipe
 from planner.families import build_spec
 from planner.loss_kinds import KERNEL_SETS, LOSSES, KernelSet, LossRow

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from planner import catalog, search, sources, stacks
+from planner.device.hardware import Gpu
 from planner.families import build_spec
-from planner.hardware import Gpu
 from planner.predict import predict
 from planner.request import configure, load_model
 from planner.training import TrainingSpec

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from planner import cuda_rules, memory
+from planner import memory
+from planner.device import cuda_rules
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.step import ops, program, sequence

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import catalog, cuda_rules, families, memory, predict, sources, stacks, sweep
+from planner import catalog, families, memory, predict, sources, stacks, sweep
 from planner.base.errors import InvalidInput
-from planner.hardware import Gpu
+from planner.device import cuda_rules
+from planner.device.hardware import Gpu
 from planner.model import ModelSpec
 from planner.plan.verdict import VERDICTS
 from planner.step import program

@@ -10,7 +10,7 @@ import pytest
 from planner import catalog, families, sources, timing
 from planner.base.errors import InvalidInput
 from planner.calibration import Coefficient, Coefficients, priors
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
@@ -251,7 +251,7 @@ def test_frozen_weights_cost_no_weight_gradient() -> None:
 
 
 def test_layouts_of_products_matter_on_a_cpu_without_avx512_only() -> None:
-    from planner import processor
+    from planner.device import processor
     from tests.calibration_samples import CPU_FACTS
 
     shape = (1, 256, 512, 384)

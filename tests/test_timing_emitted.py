@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from planner import catalog, families, memory, predict, sources, sweep, timing
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

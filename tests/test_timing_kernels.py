@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from planner import timing
-from planner.hardware import CPU
+from planner.device.hardware import CPU
 from planner.training import Versions
 from tests.timing_toy import CARD, kernel, rates
 

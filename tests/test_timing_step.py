@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from planner import timing
-from planner.hardware import CPU
+from planner.device.hardware import CPU
 from tests.timing_toy import CARD, coefficients, kernel, record, training
 
 SLOW_HOST = {"launch_forward": 1.0, "launch_recomputation": 1.0, "launch_backward": 1.0, "launch_optimizer": 1.0,

@@ -18,8 +18,8 @@ for _library in ("transformers", "peft", "bitsandbytes"):
 from calibrate.oracle.command import main  # noqa: E402
 from calibrate.oracle.result import TraceResult  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
-from planner import cuda_rules  # noqa: E402
-from planner.cuda_rules import Architecture  # noqa: E402
+from planner.device import cuda_rules  # noqa: E402
+from planner.device.cuda_rules import Architecture  # noqa: E402
 from planner.training import TrainingSpec, training_from_dict  # noqa: E402
 
 pytestmark = pytest.mark.oracle

@@ -12,10 +12,11 @@ from dataclasses import fields
 
 import pytest
 
-from planner import cuda_rules, traced
+from planner import traced
 from planner.base.errors import InvalidInput
 from planner.cli import trace_cache, tracing
-from planner.cuda_rules import Architecture
+from planner.device import cuda_rules
+from planner.device.cuda_rules import Architecture
 from planner.families import known_families
 
 TINY = {

@@ -8,7 +8,7 @@ import pytest
 
 from planner import allocator, catalog, families, memory, sources, timing
 from planner.calibration import priors
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.step import program, sequence
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

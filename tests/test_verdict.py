@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from planner import largest, memory, predict, search, sources, stacks, sweep, validation
+from planner.device.hardware import Gpu
 from planner.families import build_spec
-from planner.hardware import Gpu
 from planner.measurements import COLUMNS
 from planner.model import ModelSpec
 from planner.plan import verdict

@@ -7,7 +7,7 @@ from typing import Any
 
 from planner import timing
 from planner.calibration import Coefficient, Coefficients
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.step.engine import Kernel, Record, Segment
 from planner.training import LoraSpec, TrainingSpec
 

@@ -12,7 +12,7 @@ from planner import families, timing
 from planner.base.errors import PlannerError, one_line
 from planner.base.records import record
 from planner.calibration import Coefficients
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.predict import architecture
 from planner.step import program
 from planner.step.engine import Kernel, Record, Segment

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from planner import processor
 from planner.base.errors import InvalidInput, MissingDependency, one_line
+from planner.device import processor
 
 SAMPLE_S = 0.02
 """Seconds between two readings of the memory sampler."""

@@ -17,7 +17,7 @@ from planner import catalog, families
 from planner.base.errors import PlannerError
 from planner.base.records import record
 from planner.calibration import Coefficients, priors
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

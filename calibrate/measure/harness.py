@@ -20,7 +20,7 @@ from calibrate.measure.workers import Forking, Workers, fresh_workers, result_of
 from planner import calibration, calibration_files
 from planner.base.errors import InvalidInput, PlannerError
 from planner.base.records import record
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 
 WARMUP = 2
 STEPS = {"cpu": 10, "cuda": 8}

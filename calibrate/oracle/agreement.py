@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from calibrate.oracle.cases import MODELS, Case, cases, draw, shrunk
 from planner import memory
 from planner.base.errors import PlannerError
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.families import build_spec
 from planner.step import program
 from planner.step.engine import Record

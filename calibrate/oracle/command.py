@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calibrate.oracle.result import STEPS, TraceResult
 from calibrate.oracle.trace import quiet, trace
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.training import training_from_dict
 
 

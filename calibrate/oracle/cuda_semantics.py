@@ -2,7 +2,7 @@
 
 Rules that pick another operator are patches (`cuda_functions`) or autocast registrations (`cuda_autocast_lists`);
 memory inside a CUDA kernel is a rule of `kernel_temporaries`. Each rule can be switched off in
-`planner.cuda_rules.Architecture`; sizes live there too.
+`planner.device.cuda_rules.Architecture`; sizes live there too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt
 from torch import nn
 
-from planner import cuda_rules
-from planner.cuda_rules import Architecture
+from planner.device import cuda_rules
+from planner.device.cuda_rules import Architecture
 
 SHORT_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from calibrate.oracle import alike
 from calibrate.oracle.summary import summarise
 from calibrate.oracle.trace import trace
 from planner import catalog
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 

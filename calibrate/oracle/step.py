@@ -14,7 +14,7 @@ from calibrate.measure.training_step import TrainingStep
 from calibrate.model.layer_paths import LAYER
 from calibrate.model.optimizers import make_optimizer
 from calibrate.oracle.tracker import Tracker
-from planner.cuda_rules import (
+from planner.device.cuda_rules import (
     CUBLASLT_WORKSPACE_BYTES,
     Architecture,
     cublas_handles,
@@ -42,7 +42,7 @@ class Step(TrainingStep):
         self._label_modules(self.base, {id(module): int(index) for index, module in layers})
 
     def _biased_threads(self) -> int:
-        """Threads with a cuBLASLt workspace (planner.cuda_rules.cublaslt_handles)."""
+        """Threads with a cuBLASLt workspace (planner.device.cuda_rules.cublaslt_handles)."""
         kinds = (nn.Linear, Conv1D, Linear4bit)
         biased = any(type(m) in kinds and m.bias is not None for m in self.base.modules())
         return cublaslt_handles(biased=biased, recomputes=self.training.gradient_checkpointing != "none")

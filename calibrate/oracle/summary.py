@@ -14,7 +14,7 @@ from typing import Any
 from calibrate.oracle import alike, ledger
 from calibrate.oracle.result import STEPS, TraceResult
 from calibrate.oracle.trace import trace
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.memory import BLOCK, CATEGORIES
 from planner.training import TrainingSpec
 

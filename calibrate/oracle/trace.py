@@ -31,7 +31,7 @@ from calibrate.oracle.result import STEPS, TraceResult
 from calibrate.oracle.step import Step
 from calibrate.oracle.tracker import Tracker
 from planner.base.errors import Contradiction, InvalidInput
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 from planner.loss_kinds import LOSSES
 from planner.quantizations import QUANTIZATIONS
 from planner.training import TrainingSpec

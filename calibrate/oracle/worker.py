@@ -7,7 +7,7 @@ A wrong device aborts the interpreter and a strange config may run for ever, so 
               or {"error": {"type": "...", "message": "..."}}
 
 `config` is a Hugging Face config, `training` what TrainingSpec.describe() prints, `arch` fields of
-planner.cuda_rules.Architecture. Lines that start with "progress: " go to stderr.
+planner.device.cuda_rules.Architecture. Lines that start with "progress: " go to stderr.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from planner.base.errors import PlannerError, one_line
-from planner.cuda_rules import Architecture
+from planner.device.cuda_rules import Architecture
 
 ADDRESS_SPACE = 32 * 2**30
 """Limit of the process: a full trace of a 70B model maps a fifth of it, a hostile config stops here."""

@@ -9,7 +9,7 @@ import click
 from planner.cli.options import format_option
 
 if TYPE_CHECKING:
-    from planner.hardware import Gpu
+    from planner.device.hardware import Gpu
     from planner.request import LoadedModel
 
 

@@ -22,7 +22,7 @@ from planner.cli.options import (
 )
 
 if TYPE_CHECKING:  # the command's help needs none of these
-    from planner.hardware import Gpu
+    from planner.device.hardware import Gpu
     from planner.report.answer import Answer
     from planner.request import Data
     from planner.search import Change
@@ -189,7 +189,7 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
         raise Contradiction("--gpu and --vram name two cards at once; give one of them")
     if vram is not None:
         from planner.base.units import gib, parse_bytes
-        from planner.hardware import Gpu
+        from planner.device.hardware import Gpu
 
         size = parse_bytes(vram)
         return Gpu(gpu_id="custom", name=f"a card with {gib(size)} GiB", memory_bytes=size, memory_basis="user")
@@ -200,7 +200,7 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
 
         return local_gpu(gpu.partition(":")[2])
     if gpu.lower() == "cpu":
-        from planner import processor
+        from planner.device import processor
 
         return processor.as_gpu(processor.facts())
     from planner import catalog

@@ -14,8 +14,8 @@ from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_lin
 from planner.base.records import replace
 from planner.calibration import Coefficients, Selection
 from planner.cli.options import TRAINING
+from planner.device.hardware import Gpu
 from planner.flags import flag_of
-from planner.hardware import Gpu
 from planner.model import ModelSpec
 from planner.plan.verdict import VERDICTS
 from planner.report.grid import Block

@@ -9,7 +9,7 @@ import click
 from planner.cli.options import FORMATS, Sectioned, format_option_of, training_options
 
 if TYPE_CHECKING:
-    from planner.hardware import Gpu
+    from planner.device.hardware import Gpu
     from planner.report.lint_view import Linted
 
 _HOW = {"configs": (), "one_gpu": True, "allow_outside": False, "show_keys": False}

@@ -9,7 +9,7 @@ from planner import catalog
 from planner.base.errors import InvalidInput, MissingDependency, UnknownName, one_line
 from planner.base.records import replace
 from planner.base.units import gib
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 
 
 def local_gpu(index: str = "") -> Gpu:

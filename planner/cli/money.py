@@ -10,7 +10,7 @@ from planner import catalog, cost
 from planner.base.bounded import read_bounded
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.units import MiB, parse_count
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.predict import Prediction
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from planner.hardware import Gpu
+    from planner.device.hardware import Gpu
     from planner.model import ModelSpec
     from planner.report.lora_report import Rival
     from planner.training import TrainingSpec

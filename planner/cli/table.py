@@ -17,7 +17,7 @@ from planner.cli.options import COST, TRAINING, Sectioned, Word, calibration_opt
 
 if TYPE_CHECKING:
     from planner.cli.grid import Tabulator, Wanted
-    from planner.hardware import Gpu
+    from planner.device.hardware import Gpu
     from planner.importers import Job
     from planner.report.grid import Block, Caption
 

@@ -11,8 +11,8 @@ from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, format_option, trace_options, training_options
 
 if TYPE_CHECKING:  # the command's help needs none of these
-    from planner.cuda_rules import Architecture
-    from planner.hardware import Gpu
+    from planner.device.cuda_rules import Architecture
+    from planner.device.hardware import Gpu
     from planner.memory import MemoryBreakdown
     from planner.model import ModelSpec
     from planner.report.answer import Answer

@@ -13,10 +13,10 @@ from planner import catalog
 from planner.base.errors import InvalidInput, PlannerError, one_line, unknown
 from planner.base.records import replace
 from planner.base.units import GiB
+from planner.device.hardware import Gpu, Instance
 from planner.exporters import script
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import json_file
-from planner.hardware import Gpu, Instance
 from planner.plan.verdict import FITS
 from planner.predict import Prediction, lacks_bf16, predict
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from planner.base.errors import one_line
 from planner.base.records import NamedTuple
 from planner.base.units import gib
-from planner.hardware import CPU, Gpu
+from planner.device.hardware import CPU, Gpu
 from planner.memory import Moment
 from planner.predict import Prediction
 from planner.sources import LoadedConfig

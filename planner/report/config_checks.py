@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from planner.base.errors import one_line
 from planner.base.units import GiB, gib
-from planner.hardware import Gpu
+from planner.device.hardware import Gpu
 from planner.plan.verdict import ANSWERS, CLOSE, FITS, NO, Verdict
 from planner.report.answer import Answer, run_words
 from planner.report.tables import escape, json_text, table, wrapped

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from planner.base.errors import one_line
 from planner.base.units import gib
-from planner.hardware import CPU
+from planner.device.hardware import CPU
 from planner.plan.verdict import ANSWERS, CLOSE, FITS, NO
 from planner.predict import Range
 from planner.report.answer import (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from planner.base.units import GiB
-from planner.cuda_rules import rules
+from planner.device.cuda_rules import rules
 from planner.report.tables import csv_text, escape, json_text, markdown
 from planner.report.trace_view import (
     TraceView,

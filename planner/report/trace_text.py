@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from planner.base.errors import one_line
 from planner.base.units import GiB, gib
-from planner.cuda_rules import rules
+from planner.device.cuda_rules import rules
 from planner.report.answer import value_words
 from planner.report.tables import aligned, wrapped
 from planner.report.trace_view import (

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from planner.base.errors import one_line
-from planner.cuda_rules import Architecture
-from planner.hardware import Gpu
+from planner.device.cuda_rules import Architecture
+from planner.device.hardware import Gpu
 from planner.memory import CATEGORIES, MemoryBreakdown
 from planner.report.answer import moment_words, training_words
 from planner.sources import LoadedConfig

@@ -5,8 +5,8 @@ The order of calls and the lifetimes of local names follow transformers 5.23 and
 
 from __future__ import annotations
 
-from planner import cuda_rules
 from planner.base.records import replace
+from planner.device import cuda_rules
 from planner.loss_kinds import KERNEL_SETS
 from planner.model import Attention, Norm
 from planner.step import eager, linears, ops, picking, positions
@@ -190,7 +190,7 @@ def always_masks(step: Step) -> bool:
 
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
-    """The kernel torch's scaled_dot_product_attention picks (planner.cuda_rules.sdpa_kernel)."""
+    """The kernel torch's scaled_dot_product_attention picks (planner.device.cuda_rules.sdpa_kernel)."""
     if not step.arch.sdpa_kernels:
         return "flash"  # a CPU has one fused kernel, for every dtype and mask (cpu/FlashAttentionKernel.cpp)
     if _broadcasts_heads(step, spec):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner import cuda_rules
+from planner.device import cuda_rules
 from planner.model import ModelSpec
 from planner.step.engine import FP32, Engine, Size, Tensor
 from planner.step.habits import Habits

@@ -7,7 +7,7 @@ names. Order of calls and lifetimes: transformers 5.23 and 5.24 (models/*/modeli
 
 from __future__ import annotations
 
-from planner import cuda_rules
+from planner.device import cuda_rules
 from planner.model import Attention
 from planner.step import ops, picking
 from planner.step.context import Step

@@ -9,8 +9,8 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 
-from planner import cuda_rules
 from planner.base.records import Rows
+from planner.device import cuda_rules
 from planner.model import Layer, Linear
 from planner.quantizations import QUANTIZATIONS, Storing
 from planner.step import ops

@@ -565,7 +565,7 @@ def bmm(
 
 
 def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: bool) -> Tensor:
-    """softmax(x, dtype=float32); `casts_inside` and `writes_product` are CUDA rules (planner.cuda_rules)."""
+    """softmax(x, dtype=float32); `casts_inside` and `writes_product` are CUDA rules (planner.device.cuda_rules)."""
     if not casts_inside:
         x = cast(eng, x, FP32, "softmax_cast")
     out = eng.empty(x.numel, FP32, "softmax")

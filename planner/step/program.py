@@ -11,7 +11,7 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
-from planner import cuda_rules
+from planner.device import cuda_rules
 from planner.lora import Adapted, resolve_targets
 from planner.loss_kinds import LOSSES
 from planner.model import Attention, Layer, Linear, ModelSpec, Norm

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner import cuda_rules
 from planner.base.errors import Contradiction
 from planner.base.records import replace
+from planner.device import cuda_rules
 from planner.lora import resolve_targets
 from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.quantizations import QUANTIZATIONS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner import cuda_rules
+from planner.device import cuda_rules
 from planner.model import Attention
 from planner.step import attention, layers, ops, positions
 from planner.step.context import Step

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.base.errors import InvalidInput
-from planner.hardware import CPU, Gpu
+from planner.device.hardware import CPU, Gpu
 
 FLOPS_PER_CYCLE = {"avx512f": 64, "avx2": 32, "avx": 16, "asimd": 16}
 """fp32 FLOPs of a core per cycle by vector unit: lanes x 2 (multiply-add) x 2 (units; some AVX-512 cores have one)."""
@@ -71,7 +71,7 @@ def as_gpu(values: dict[str, Any]) -> Gpu:
         bf16_flops_per_s=float(values["bf16_flops_per_s"]),
         bf16_native=True,  # it runs without instructions of its own too, which the rate tells
         sm_count=int(values["threads"]),
-        sources=("/proc/cpuinfo; rates are nominal (planner/processor.py)",),
+        sources=("/proc/cpuinfo; rates are nominal (planner/device/processor.py)",),
         notes=f"{values['threads']} of {values['cores']} threads",
     )
 

@@ -1,0 +1,1 @@
+"""The machine: data sheets, processors, rules of CUDA."""
