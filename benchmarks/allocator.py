@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 
-from planner import allocator, catalog
+from planner import allocator
 from planner.device.cuda_rules import Architecture
+from planner.facts import catalog
 from planner.families import build_spec
 from planner.step import program, sequence
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec

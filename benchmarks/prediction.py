@@ -7,7 +7,8 @@ import statistics
 import time
 from dataclasses import replace
 
-from planner import catalog, families, sources, stacks
+from planner import families, stacks
+from planner.facts import catalog, sources
 from planner.predict import predict
 
 MODELS = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B", "google/gemma-2-9b", "deepseek-ai/DeepSeek-V2-Lite")

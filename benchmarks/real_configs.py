@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from planner import catalog
 from planner.base.errors import NotPlanned, PlannerError
+from planner.facts import catalog
 from planner.importers import Job, read_job
 from planner.importers.model_names import stand_ins
 

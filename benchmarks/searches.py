@@ -15,9 +15,10 @@ from statistics import NormalDist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import catalog, cost, families, sources, stacks
+from planner import cost, families, stacks
 from planner.base.errors import PlannerError
 from planner.device.hardware import Gpu
+from planner.facts import catalog, sources
 from planner.largest import allowed_verdicts, fit_probability, largest, with_number
 from planner.model import ModelSpec
 from planner.pick import Candidate, Limits, pick

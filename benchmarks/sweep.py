@@ -21,10 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import catalog, families, memory, predict, sources, stacks, sweep, timing
+from planner import families, memory, predict, stacks, sweep, timing
 from planner.base.errors import PlannerError
 from planner.calibration import priors
 from planner.cli.table import caption_of, columns_of, tabulator
+from planner.facts import catalog, sources
 from planner.report.grid import write_streamed
 from planner.step import program
 

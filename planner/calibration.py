@@ -138,8 +138,8 @@ STACK = ("torch", "transformers", "peft", "bitsandbytes")
 def select(gpu: Gpu, candidates: Iterable[Calibration], versions: Versions | None = None) -> Selection:
     """The newest calibration of this card; else dimensionless coefficients of the nearest card akin; else priors.
 
-    Candidates belong to the present formulas (`planner.calibration_files` sees to it); `versions` that differ from the
-    fitted stack are told.
+    Candidates belong to the present formulas (`planner.facts.calibration_files` sees to it); `versions` that differ
+    from the fitted stack are told.
     """
     usable = sorted(candidates, key=lambda c: c.created)
     own = [c for c in usable if matches(c, gpu)]

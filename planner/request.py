@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner import calibration_files, families, lora, sources, stacks
+from planner import families, lora, stacks
 from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.base.records import NamedTuple, fields, replace
 from planner.calibration import Selection
 from planner.device.hardware import Gpu
+from planner.facts import calibration_files, sources
+from planner.facts.sources import LoadedConfig
 from planner.flags import flag_of
 from planner.model import ModelSpec
 from planner.predict import Prediction, lacks_bf16, predict, training_warnings
 from planner.settled import NOTHING, Settled, settle, without_idle
-from planner.sources import LoadedConfig
 from planner.stacks import Resolved, Setting
 from planner.training import LoraSpec, TrainingSpec, Versions
 
@@ -385,7 +386,7 @@ def _resolved(stack: str, settled: Settled, user: Mapping[str, Any]) -> Resolved
 
 
 def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
-    """Say which releases the user gave, and that the others are of the same time (planner.releases)."""
+    """Say which releases the user gave, and that the others are of the same time (planner.facts.releases)."""
     if not 0 < len(stated) < len(fields(Versions)):
         return resolved
     origin = f"given: {', '.join(stated)}; the others as they were then"

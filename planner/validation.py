@@ -17,7 +17,7 @@ from planner import stacks
 from planner.base import config_values
 from planner.base.errors import PlannerError, one_line
 from planner.base.records import record
-from planner.measurements import COUNTERS, ENUMERATIONS, Row
+from planner.facts.measurements import COUNTERS, ENUMERATIONS, Row
 from planner.optimizers import OPTIMIZERS
 from planner.plan.verdict import CLOSE, NO, Verdict
 from planner.quantizations import BNB

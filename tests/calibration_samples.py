@@ -11,10 +11,11 @@ from typing import Any
 from calibrate.fit.measurements import Measurement, Run
 from calibrate.fit.points import point
 from calibrate.measure import grid
-from planner import catalog, timing
+from planner import timing
 from planner.calibration import Coefficients, priors
 from planner.device import processor
 from planner.device.hardware import Gpu
+from planner.facts import catalog
 
 CPU_FACTS: dict[str, Any] = {
     "kind": "cpu", "name": "Sample CPU @ 2.50GHz", "cores": 4, "threads": 1, "clock_hz": 2.5e9, "vector": "avx512f",

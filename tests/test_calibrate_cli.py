@@ -20,10 +20,10 @@ from calibrate.fit import fit as fitting
 from calibrate.fit import measurements
 from calibrate.fit import points as fit_points
 from calibrate.measure.workers import Forking, result_of
-from planner import calibration_files
 from planner.base.errors import InvalidInput
 from planner.cli.calibrate import parse_duration
 from planner.cli.main import main
+from planner.facts import calibration_files
 from planner.training import training_from_dict
 from tests.calibration_samples import CPU_FACTS, CPU_TRUTH, cpu_bursts, synthetic
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from planner import calibration_files, catalog
 from planner.base.errors import InvalidInput, UnknownName
 from planner.calibration import Calibration, Coefficients, matches, priors, select
 from planner.device import processor
 from planner.device.hardware import Gpu
+from planner.facts import calibration_files, catalog
 from planner.formulas import fingerprint
 from planner.predict import predict, predict_on
 from planner.training import LoraSpec, TrainingSpec, Versions

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from planner import catalog
 from planner.base.errors import UnknownName
 from planner.base.units import GB, MiB
+from planner.facts import catalog
 
 
 def load(*parts: str) -> Any:
@@ -231,7 +231,7 @@ def test_a_name_that_is_no_model_is_none(name: str) -> None:
 
 
 def test_importing_the_catalogue_loads_no_heavy_library() -> None:
-    code = "import sys, planner.catalog as c; c.gpu('4090'); c.model_record('gpt2'); print(*sys.modules)"
+    code = "import sys, planner.facts.catalog as c; c.gpu('4090'); c.model_record('gpt2'); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert not {"numpy", "torch", "yaml", "csv", "click", "huggingface_hub"} & set(run.stdout.split())
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import click
 import pytest
 
-from planner import catalog, stacks
-from planner.cli import local_gpu, terminal
+from planner import stacks
+from planner.cli import terminal
 from planner.cli.main import cli, wants_json
 from planner.cli.options import FORMATS, TRAINING
+from planner.facts import catalog, local_gpu
 from planner.flags import flag_of
 from planner.training import CHOICES
 
@@ -729,7 +730,7 @@ def test_no_driver_or_binding_is_one_line(run, monkeypatch, module, text):
 
 
 def _table(tmp_path: Path, *rows: dict[str, str]) -> str:
-    from planner.measurements import COLUMNS
+    from planner.facts.measurements import COLUMNS
 
     path = tmp_path / "table.csv"
     with path.open("w", newline="") as file:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from planner import catalog
 from planner.depth import DEPTH_KEYS, first_layers
+from planner.facts import catalog
 from planner.families import build_spec, known_families
 from planner.model import ModelSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from planner import catalog
+from planner.facts import catalog
 
 # Keys of a table that its class does not have: inherited from transformers, or keys of another class.
 REQUIRED = object()

@@ -414,7 +414,7 @@ def test_the_example_workflow_runs(run) -> None:
 
 
 def test_the_guide_lists_every_format_and_every_part_of_a_table() -> None:
-    from planner import catalog
+    from planner.facts import catalog
     from planner.importers import frameworks
 
     guide = (DATA / "configs.md").read_text(encoding="utf-8")

@@ -13,9 +13,9 @@ from typing import Any, cast
 import pytest
 
 from calibrate.fit.measurements import Measurement, read_runs
-from planner import catalog
 from planner.device import cuda_rules
 from planner.device.cuda_rules import Architecture
+from planner.facts import catalog
 from planner.predict import architecture
 from planner.training import LoraSpec, TrainingSpec, Versions
 

@@ -10,8 +10,9 @@ import pytest
 
 from calibrate.fit.measurements import Measurement, read_runs
 from calibrate.fit.points import point, pooled, usable
-from planner import calibration_files, catalog, families, timing
+from planner import families, timing
 from planner.calibration import priors
+from planner.facts import calibration_files, catalog
 from planner.predict import predict
 
 DATA = Path(__file__).parent.parent / "data"

@@ -15,7 +15,7 @@ from header_bytes import LLAMA_GGUF, gguf_bytes, gguf_string, mutate, safetensor
 
 from planner.base import bounded
 from planner.base.errors import InvalidInput, PlannerError
-from planner.headers import TensorInfo, read_gguf, read_safetensors, read_safetensors_index
+from planner.facts.headers import TensorInfo, read_gguf, read_safetensors, read_safetensors_index
 
 
 def write(path: Path, data: bytes) -> str:

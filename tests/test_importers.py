@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from planner import catalog, stacks
+from planner import stacks
 from planner.base.errors import InvalidInput, NotPlanned
+from planner.facts import catalog
 from planner.importers import frameworks, read_job, rules, writing
 from planner.importers.document import Document
 from planner.importers.rules import Value

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from planner import catalog, stacks
+from planner import stacks
 from planner.device import cuda_rules
+from planner.facts import catalog
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.predict import architecture, predict

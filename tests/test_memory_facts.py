@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from planner import allocator, catalog, memory, sources, stacks
+from planner import allocator, memory, stacks
 from planner.device import cuda_rules
+from planner.facts import catalog, sources
 from planner.families import build_spec
 from planner.model import Linear, ModelSpec
 from planner.predict import predict

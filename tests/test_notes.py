@@ -15,8 +15,9 @@ from typing import Any
 import click
 import pytest
 
-from planner import calibration, calibration_files, catalog
+from planner import calibration
 from planner.cli.main import cli
+from planner.facts import calibration_files, catalog
 
 GEMMA = "google/gemma-3-4b-it"
 TOWER = "vision tower not included"

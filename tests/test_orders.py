@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from planner import allocator, catalog
+from planner import allocator
 from planner.dataset.batches import Batching, epoch
 from planner.dataset.lengths import Lengths
 from planner.dataset.orders import SLOW, TYPICAL, Orders, drawn, growing, orders
 from planner.device import cuda_rules
+from planner.facts import catalog
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.predict import predict

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from planner import catalog, search, sources, stacks
+from planner import search, stacks
 from planner.device.hardware import Gpu
+from planner.facts import catalog, sources
 from planner.families import build_spec
 from planner.predict import predict
 from planner.request import configure, load_model

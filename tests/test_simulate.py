@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import catalog, families
+from planner import families
 from planner.base.errors import InvalidInput
 from planner.cli.main import cli
 from planner.course import rivals
 from planner.curves import StepCost, grid
 from planner.dataset.batches import PADDINGS, Batching, Padding
 from planner.dataset.lengths import Lengths
+from planner.facts import catalog
 from planner.predict import predict
 from planner.schedule import SHAPES, Schedule, count_steps, warmup_of, warnings
 from planner.simulate import LOWEST_LOSS, START_LOSS, Plan, Timeline, closed_form, synthetic_loss

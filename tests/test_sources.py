@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from header_bytes import LLAMA_GGUF, gguf_bytes, mutate, safetensors_bytes, tensor
 
-from planner import catalog, sources
 from planner.base.config_values import boolean, integer, integer_list, number, text, text_list
 from planner.base.errors import InvalidInput, PlannerError, UnknownName
+from planner.facts import catalog, sources
+from planner.facts.sources import load_config
 from planner.families import build_spec
 from planner.model import ModelSpec
 from planner.predict import predict
-from planner.sources import load_config
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 TINY: dict[str, Any] = {

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import catalog, families, memory, predict, sources, stacks, sweep
+from planner import families, memory, predict, stacks, sweep
 from planner.base.errors import InvalidInput
 from planner.device import cuda_rules
 from planner.device.hardware import Gpu
+from planner.facts import catalog, sources
 from planner.model import ModelSpec
 from planner.plan.verdict import VERDICTS
 from planner.step import program

@@ -17,10 +17,11 @@ from typing import Any, TypeGuard
 import numpy as np
 import pytest
 
-from planner import catalog, families, memory, predict, sources, stacks, sweep
+from planner import families, memory, predict, stacks, sweep
 from planner.base.errors import PlannerError
 from planner.device import processor
 from planner.device.hardware import Gpu
+from planner.facts import catalog, sources
 from planner.model import ModelSpec
 from planner.step import program
 from planner.step.polynomials import Grid, Mixed, next_power_of_two, value_of

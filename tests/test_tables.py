@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from benchmarks import searches
-from planner import catalog, cost, families, predict, sources, stacks, sweep
+from planner import cost, families, predict, stacks, sweep
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
+from planner.facts import catalog, sources
 from planner.largest import frontier, largest
 from planner.pick import Candidate, Limits, pick
 from planner.report import comparison, figures, grid, html_report
@@ -315,8 +316,8 @@ def test_a_replay_that_limits_is_named() -> None:
 
 @pytest.mark.extra
 def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from planner import calibration_files
     from planner.calibration import Coefficients, Selection, priors
+    from planner.facts import calibration_files
 
     words = ("max", MODEL, "--gpu", "l4", "--up-to", "2", "--format", "json")
     picks = ("pick", MODEL, "--gpu", "l4", "--format", "json")

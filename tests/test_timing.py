@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from planner import catalog, families, sources, timing
+from planner import families, timing
 from planner.base.errors import InvalidInput
 from planner.calibration import Coefficient, Coefficients, priors
 from planner.device.hardware import Gpu
+from planner.facts import catalog, sources
 from planner.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from planner import catalog, families, memory, predict, sources, sweep, timing
+from planner import families, memory, predict, sweep, timing
 from planner.device.hardware import Gpu
+from planner.facts import catalog, sources
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from planner import allocator, catalog, families, memory, sources, timing
+from planner import allocator, families, memory, timing
 from planner.calibration import priors
 from planner.device.cuda_rules import Architecture
+from planner.facts import catalog, sources
 from planner.step import program, sequence
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from planner import measurements, stacks, validation
+from planner import stacks, validation
 from planner.base.errors import InvalidInput, PlannerError, UnknownName
 from planner.cli.main import cli
-from planner.measurements import COLUMNS, parse_measurements, select
+from planner.facts import measurements
+from planner.facts.measurements import COLUMNS, parse_measurements, select
 from planner.training import TrainingSpec
 from planner.validation import NotScored, row_flags, row_options, score
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from planner import largest, memory, predict, search, sources, stacks, sweep, validation
+from planner import largest, memory, predict, search, stacks, sweep, validation
 from planner.device.hardware import Gpu
+from planner.facts import sources
+from planner.facts.measurements import COLUMNS
 from planner.families import build_spec
-from planner.measurements import COLUMNS
 from planner.model import ModelSpec
 from planner.plan import verdict
 from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS

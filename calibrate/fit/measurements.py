@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from planner import catalog
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.base.records import record
 from planner.calibration import STACK
-from planner.calibration_files import load_json, migrated
 from planner.depth import first_layers
 from planner.device import processor
 from planner.device.hardware import Gpu
+from planner.facts import catalog
+from planner.facts.calibration_files import load_json, migrated
 from planner.training import TrainingSpec, training_from_dict
 
 RUN_KIND, RUN_VERSION = "loraplan-run", 1

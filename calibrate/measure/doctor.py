@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.measure.device import CudaDevice, Device, open_device
-from planner import calibration_files
 from planner.base.errors import PlannerError, one_line
 from planner.base.records import record
 from planner.base.units import gib
+from planner.facts import calibration_files
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scipy")
 LEAST_DISK_BYTES = 200 * 2**20

@@ -17,8 +17,8 @@ from typing import Any
 from calibrate.oracle import alike
 from calibrate.oracle.summary import summarise
 from calibrate.oracle.trace import trace
-from planner import catalog
 from planner.device.cuda_rules import Architecture
+from planner.facts import catalog
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 

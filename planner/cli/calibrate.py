@@ -249,7 +249,7 @@ def fit(runs: tuple[Path, ...], out: Path | None, rows: bool, style: str) -> int
     Exit codes: 0 fitted, 2 could not fit.
     """
     from calibrate.fit.fit import fit as fit_runs
-    from planner import calibration_files
+    from planner.facts import calibration_files
     from planner.report.calibration_report import fit_report
 
     if out is not None:
@@ -283,8 +283,8 @@ def validate(runs: tuple[Path, ...], calibration: str | None, rows: bool, style:
     Exit codes: 0 bursts were compared, 1 none could be, 2 could not answer.
     """
     from calibrate.fit.fit import check
-    from planner import calibration_files
     from planner.base.errors import InvalidInput
+    from planner.facts import calibration_files
     from planner.report.calibration_report import check_report
 
     read = _read(runs)
@@ -305,7 +305,7 @@ def list_(style: str) -> int:
     Example:
       loraplan calibrate list
     """
-    from planner import calibration_files
+    from planner.facts import calibration_files
     from planner.report.calibration_report import listing
 
     found, notes = calibration_files.known()
@@ -336,7 +336,7 @@ def show(calibration: str, rows: bool, plot: Path | None, style: str) -> int:
 
 
 def _find(name: str) -> Calibration:
-    from planner import calibration_files
+    from planner.facts import calibration_files
 
     return calibration_files.find(name)
 

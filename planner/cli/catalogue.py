@@ -90,8 +90,8 @@ def list_models(words: str, family: str | None, style: str) -> int:
     Example:
       loraplan models list qwen --format markdown
     """
-    from planner import catalog
     from planner.base.errors import unknown
+    from planner.facts import catalog
     from planner.families import text_part
 
     rows: list[list[Any]] = []
@@ -199,9 +199,9 @@ def list_gpus(words: str, min_memory: str | None, vendor: str | None, style: str
     Example:
       loraplan gpus list --min-memory 40GiB --vendor nvidia
     """
-    from planner import catalog
     from planner.base.errors import unknown
     from planner.base.units import parse_bytes
+    from planner.facts import catalog
 
     least = parse_bytes(min_memory) if min_memory is not None else 0
     cards = catalog.gpus()
@@ -250,10 +250,10 @@ def show_gpu(gpu: str, style: str) -> int:
       loraplan gpus show 4090
     """
     if gpu.partition(":")[0].lower() == "local":
-        from planner.cli.local_gpu import local_gpu
+        from planner.facts.local_gpu import local_gpu
 
         return _print_facts(style, "gpu", _gpu_facts(local_gpu(gpu.partition(":")[2])))
-    from planner import catalog
+    from planner.facts import catalog
 
     return _print_facts(style, "gpu", _gpu_facts(catalog.gpu(gpu)))
 

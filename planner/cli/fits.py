@@ -142,7 +142,7 @@ def answer_of(
     prediction = plan.predict()
     found: tuple[Change, ...] = ()
     if search and prediction.verdict not in (FITS, None):
-        from planner import catalog
+        from planner.facts import catalog
         from planner.search import nearest_changes
 
         found = nearest_changes(prediction, catalog.gpus())
@@ -196,14 +196,14 @@ def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
     if gpu is None:
         return None
     if gpu.partition(":")[0].lower() == "local":
-        from planner.cli.local_gpu import local_gpu
+        from planner.facts.local_gpu import local_gpu
 
         return local_gpu(gpu.partition(":")[2])
     if gpu.lower() == "cpu":
         from planner.device import processor
 
         return processor.as_gpu(processor.facts())
-    from planner import catalog
+    from planner.facts import catalog
 
     return catalog.gpu(gpu)
 

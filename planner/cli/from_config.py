@@ -153,8 +153,8 @@ def _with_known_model(job: Job) -> Job:
     """Replace a model that cannot be read here by one of the same name that can, with a warning."""
     if job.model is None:
         return job
-    from planner import sources
     from planner.base.errors import UnknownName, one_line
+    from planner.facts import sources
     from planner.importers.model_names import stand_ins
     from planner.importers.rules import Missing
 

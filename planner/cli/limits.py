@@ -288,12 +288,13 @@ def _candidates_of(
     Raises:
         PlannerError: unknown names, or no candidate at all.
     """
-    from planner import calibration_files, catalog, cost
+    from planner import cost
     from planner.base.errors import Contradiction, InvalidInput, unknown
     from planner.base.units import parse_count
     from planner.calibration import time_words
     from planner.cli.data_options import known, take
     from planner.cli.table import cards_of
+    from planner.facts import calibration_files, catalog
     from planner.pick import Candidate
     from planner.request import Request, counted, resolve
 

@@ -6,11 +6,12 @@ import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
-from planner import catalog, cost
+from planner import cost
 from planner.base.bounded import read_bounded
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.units import MiB, parse_count
 from planner.device.hardware import Gpu
+from planner.facts import catalog
 from planner.predict import Prediction
 
 if TYPE_CHECKING:

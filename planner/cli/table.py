@@ -150,11 +150,11 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job:
     Raises:
         PlannerError: unknown names or values.
     """
-    from planner import calibration_files
     from planner.base.errors import InvalidInput
     from planner.cli.fits import percent_of, with_margin
     from planner.cli.grid import Run, Tabulator, Wanted, card_prices, parse_values
     from planner.cli.money import amount_of, amount_on_data, price_of
+    from planner.facts import calibration_files
 
     models = _names(lists.get("model", ()))
     if not models:
@@ -187,8 +187,8 @@ def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
     Raises:
         PlannerError: an unknown card, or none.
     """
-    from planner import catalog
     from planner.base.errors import InvalidInput
+    from planner.facts import catalog
 
     if not names:
         raise InvalidInput("no GPU; name cards with --gpu rtx-4090,a100-80gb, or --gpu all")

@@ -13,10 +13,10 @@ from planner.cli.options import Sectioned, format_option, trace_options, trainin
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.device.cuda_rules import Architecture
     from planner.device.hardware import Gpu
+    from planner.facts.sources import LoadedConfig
     from planner.memory import MemoryBreakdown
     from planner.model import ModelSpec
     from planner.report.answer import Answer
-    from planner.sources import LoadedConfig
     from planner.stacks import Resolved
     from planner.traced import Traced
     from planner.training import TrainingSpec
@@ -111,8 +111,8 @@ def _prepare(
     model: str, stack: str | None, given: dict[str, Any], card: Gpu | None
 ) -> tuple[LoadedConfig, ModelSpec | None, tuple[str, ...], Resolved, TrainingSpec]:
     """Read the model's config, the family's structure if one is registered, and the settings."""
-    from planner import sources
     from planner.base.errors import UnknownName
+    from planner.facts import sources
     from planner.request import configure, notes_of, read_model
 
     loaded = sources.load_config(model)

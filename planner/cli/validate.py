@@ -56,8 +56,9 @@ def validate(
     """
     from pathlib import Path
 
-    from planner import catalog, measurements, validation
+    from planner import validation
     from planner.cli.terminal import progress
+    from planner.facts import catalog, measurements
     from planner.report import validation_report
 
     path = file if file is not None else catalog.data_path("measurements", "published.csv")
@@ -111,8 +112,8 @@ class _Glue:
 
     def _card(self, gpu_id: str) -> Any:
         """Return the card; None when the catalogue lacks it (its rows are still scored for memory)."""
-        from planner import catalog
         from planner.base.errors import UnknownName
+        from planner.facts import catalog
 
         if gpu_id not in self.cards:
             try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from planner import catalog
 from planner.base.errors import InvalidInput, PlannerError, one_line, unknown
 from planner.device.hardware import Gpu
 from planner.exporters import script
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import comment, json_file, yaml
+from planner.facts import catalog
 from planner.plan.verdict import FITS
 from planner.predict import Prediction, predict
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from planner import catalog
 from planner.base.errors import InvalidInput, PlannerError, one_line, unknown
 from planner.base.records import replace
 from planner.base.units import GiB
@@ -17,6 +16,7 @@ from planner.device.hardware import Gpu, Instance
 from planner.exporters import script
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import json_file
+from planner.facts import catalog
 from planner.plan.verdict import FITS
 from planner.predict import Prediction, lacks_bf16, predict
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from planner import catalog
 from planner.base.errors import InvalidInput
+from planner.facts import catalog
 from planner.importers.document import Document, quote
 
 WORDS = "words"

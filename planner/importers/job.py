@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from planner import catalog
 from planner.base.errors import InvalidInput, one_line
+from planner.facts import catalog
 from planner.importers import frameworks, rules
 from planner.importers.document import Document, Entry
 from planner.importers.files import read_document

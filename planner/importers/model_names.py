@@ -1,4 +1,4 @@
-"""The model that a config names, as something `planner.sources` can read: an id, or a path that stays in its folder."""
+"""The model that a config names, as something `facts.sources` can read: an id, or a path that stays in its folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from planner import catalog
 from planner.base.errors import InvalidInput, one_line
+from planner.facts import catalog
 from planner.importers.document import Document, quote
 
 _QUANTIZED = re.compile(r"(-unsloth)?(-bnb-(4bit|8bit|nf4(-bf16)?)|-gptq(-int[48])?|-awq|-4bit)$", re.IGNORECASE)

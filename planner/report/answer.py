@@ -9,9 +9,9 @@ from planner.base.errors import one_line
 from planner.base.records import NamedTuple
 from planner.base.units import gib
 from planner.device.hardware import CPU, Gpu
+from planner.facts.sources import LoadedConfig
 from planner.memory import Moment
 from planner.predict import Prediction
-from planner.sources import LoadedConfig
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
 

@@ -294,7 +294,7 @@ def _release(text: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _data_folder() -> str:
-    package = os.path.dirname(os.path.abspath(__file__))
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for folder in (os.path.join(package, "data"), os.path.join(os.path.dirname(package), "data")):
         if os.path.isfile(os.path.join(folder, "gpus.json")):
             return folder

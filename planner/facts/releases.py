@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner import catalog
+from planner.facts import catalog
 
 Release = tuple[int, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from planner.base.errors import InvalidInput, one_line, unknown
-from planner.headers import GgufHeader
+from planner.facts.headers import GgufHeader
 
 MODEL_TYPES: Final[dict[str, str]] = {
     "llama": "llama",  # mistral and mixtral files say llama too

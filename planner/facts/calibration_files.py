@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from planner import catalog
 from planner.base.bounded import parse_json, read_bounded
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.calibration import (
@@ -25,6 +24,7 @@ from planner.calibration import (
 )
 from planner.calibration import select as select_from
 from planner.device.hardware import CPU, Gpu
+from planner.facts import catalog
 from planner.formulas import fingerprint
 from planner.training import Versions
 

@@ -11,16 +11,16 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from planner import catalog
 from planner.base.bounded import parse_json, read_bounded
 from planner.base.errors import InvalidInput, UnknownName, one_line
 from planner.base.records import field, record
 from planner.base.units import MiB
-from planner.catalog import ModelRecord
+from planner.facts import catalog
+from planner.facts.catalog import ModelRecord
 from planner.families import text_part
 
 if TYPE_CHECKING:  # a model of the catalogue needs no headers
-    from planner.headers import TensorInfo
+    from planner.facts.headers import TensorInfo
 
 MAX_CONFIG_BYTES: Final = 1 * MiB
 """The largest published config.json (long rotary factor lists) is below 100 kB."""
@@ -174,8 +174,8 @@ def _is_adapter(path: str, config: Mapping[str, Any]) -> InvalidInput:
 
 
 def _from_gguf(path: str, name: str) -> LoadedConfig:
-    from planner.gguf_config import config_from_gguf, gguf_parameters
-    from planner.headers import read_gguf
+    from planner.facts.gguf_config import config_from_gguf, gguf_parameters
+    from planner.facts.headers import read_gguf
 
     header = read_gguf(path)
     config = config_from_gguf(header, path)
@@ -235,7 +235,7 @@ def _weight_headers(folder: str, inside: str) -> tuple[dict[str, TensorInfo], li
 
     The config is enough for a plan, so a pointer file or a missing shard costs the cross-check, not the answer.
     """
-    from planner.headers import read_safetensors
+    from planner.facts.headers import read_safetensors
 
     try:
         shards = _shards(folder, inside)
@@ -255,7 +255,7 @@ def _weight_headers(folder: str, inside: str) -> tuple[dict[str, TensorInfo], li
 
 
 def _shards(folder: str, inside: str) -> tuple[str, ...]:
-    from planner.headers import read_safetensors_index
+    from planner.facts.headers import read_safetensors_index
 
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(os.path.join(folder, "model.safetensors")):
@@ -270,7 +270,7 @@ def _count_parameters(
     tensors: Mapping[str, TensorInfo], text: Mapping[str, Any], multimodal: bool, notes: list[str]
 ) -> int:
     """Return the unique parameters of the language model, or 0 with a note when the weights are stored quantized."""
-    from planner.headers import SAFETENSORS_BITS
+    from planner.facts.headers import SAFETENSORS_BITS
 
     total = 0
     quantized: set[str] = set()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from planner import catalog
 from planner.base.errors import InvalidInput, MissingDependency, UnknownName, one_line
 from planner.base.records import replace
 from planner.base.units import gib
 from planner.device.hardware import Gpu
+from planner.facts import catalog
 
 
 def local_gpu(index: str = "") -> Gpu:
