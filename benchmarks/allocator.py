@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 
-from planner import allocator
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog
 from planner.families import build_spec
-from planner.step import program, sequence
+from planner.memory import allocator, sequence
+from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 MODEL = "meta-llama/Llama-3.1-8B"

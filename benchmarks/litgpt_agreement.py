@@ -29,9 +29,10 @@ from torch import nn
 from calibrate.model import fake_model
 from calibrate.oracle import trace
 from calibrate.oracle.step import Step
-from planner import memory, stacks
+from planner import stacks
 from planner.device.cuda_rules import Architecture
 from planner.families import build_spec
+from planner.memory import walk
 from planner.step import program
 from planner.training import TrainingSpec
 
@@ -119,7 +120,7 @@ def program_bytes(case: dict[str, Any]) -> int:
     """Peak of the program, by the rules of a dispatch mode."""
     spec = build_spec(case["config"], model_id=case["model"])
     run = program.run(spec, training_of(case), Architecture(), accumulates_in_place=False)
-    return memory.peak_bytes(run.record, block=1)
+    return walk.peak_bytes(run.record, block=1)
 
 
 # --- litgpt ---------------------------------------------------------------------------------------------------------

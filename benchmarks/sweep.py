@@ -21,11 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import families, memory, predict, stacks, sweep, timing
+from planner import families, predict, stacks, sweep, timing
 from planner.base.errors import PlannerError
 from planner.calibration import priors
 from planner.cli.table import caption_of, columns_of, tabulator
 from planner.facts import catalog, sources
+from planner.memory import walk
 from planner.report.grid import write_streamed
 from planner.step import program
 
@@ -71,7 +72,7 @@ def million(sample: int) -> float:
         place = tuple(random_.randrange(size) for size in MILLION.shape)
         training = sweep.at(cells, place)
         run = program.run(model, training, predict.architecture(card, training)).record
-        unequal += memory.peak_bytes(run) != cells.allocated_bytes[(0, *place)]
+        unequal += walk.peak_bytes(run) != cells.allocated_bytes[(0, *place)]
         seconds = timing.step_time(run, training, card, priors(card)).step_s.expected
         worst = max(worst, abs(cells.step_s[(0, *place)] / seconds - 1))
     each = (time.process_time() - watch.own) / sample

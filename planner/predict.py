@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from planner import allocator, memory, timing
+from planner import timing
 from planner.base.records import record, replace
 from planner.base.units import GiB
 from planner.calibration import Coefficients, Selection, priors
 from planner.device import cuda_rules
 from planner.device.hardware import CONTEXT_BYTES, CPU, Gpu
+from planner.memory import allocator, sequence, walk
 from planner.model import ModelSpec, UnreadModel
 from planner.plan.verdict import Verdict, verdict_of
 from planner.quantizations import QUANTIZATIONS
-from planner.step import linears, loading, program, sequence
+from planner.step import linears, loading, program
 from planner.step.engine import Record
 from planner.step.transfers import PAGED_TRANSFER
 from planner.training import TrainingSpec
@@ -58,7 +59,7 @@ class Prediction:
     allocated: Range
     reserved: Range
     device: Range
-    breakdown: memory.MemoryBreakdown
+    breakdown: walk.MemoryBreakdown
     trainable_parameters: int
     verdict: Verdict | None
     """None without a GPU."""
@@ -140,7 +141,7 @@ def predict(
     alike = None
     if orders is not None:
         run, alike = _neediest(run, model, training, orders, gpu)
-    breakdown = memory.breakdown(run.record, run.layer_names)
+    breakdown = walk.breakdown(run.record, run.layer_names)
     reasons = uncertainty(model, training)
     allocated, reserved, out_of_memory = _with_allocator(run.record, breakdown.peak_allocated_bytes, reasons, gpu)
     if orders:
@@ -186,7 +187,7 @@ def _time(
         return None
     room = None
     if any(kernel.op == PAGED_TRANSFER for kernel in record.kernels):
-        room = gpu.rooms[1] - memory.peak_bytes(record)
+        room = gpu.rooms[1] - walk.peak_bytes(record)
     return timing.step_time(record, training, gpu, coefficients or priors(gpu), room)
 
 
@@ -209,16 +210,16 @@ def _neediest(
     def of(length: int) -> program.Program:
         return program.run(model, replace(training, seq_len=length), arch)
 
-    most = memory.peak_bytes(run.record)
+    most = walk.peak_bytes(run.record)
     short, needy = orders.seen.shortest, orders.second
     other = of(needy)
-    if memory.peak_bytes(other.record) <= most:
+    if walk.peak_bytes(other.record) <= most:
         return run, None
     while needy - short > 2:
         middle = (short + needy) // 2 | 1  # an odd one is no multiple of what kernels want
         if middle == needy:
             break
-        if memory.peak_bytes(of(middle).record) > most:
+        if walk.peak_bytes(of(middle).record) > most:
             needy = middle
         else:
             short = middle
@@ -242,7 +243,7 @@ def _over_orders(
     from planner.dataset.orders import SLOW, TYPICAL
 
     arch = architecture(gpu, training)
-    peak, small = memory.peak_bytes(record), sequence.small_peak(record, allocator.SMALL_SIZE)
+    peak, small = walk.peak_bytes(record), sequence.small_peak(record, allocator.SMALL_SIZE)
     known: dict[tuple[int, bool], Record] = {}
 
     def record_of(length: int, held: bool) -> Record:
@@ -308,7 +309,7 @@ def allocator_ranges(
     return allocated, reserved, ran_out
 
 
-def with_whole_blocks(found: memory.MemoryBreakdown, allocated: int) -> memory.MemoryBreakdown:
+def with_whole_blocks(found: walk.MemoryBreakdown, allocated: int) -> walk.MemoryBreakdown:
     """The breakdown with what blocks have beyond their requests (`_requested`) as a line of its own."""
     beyond = allocated - found.peak_allocated_bytes
     if beyond <= 0:
@@ -323,7 +324,7 @@ def _requested(events: list[tuple[int, int]]) -> int:
     """
     level = peak = 0
     for _, size in events:
-        level += memory.rounded(size)
+        level += walk.rounded(size)
         peak = max(peak, level)
     return peak
 

@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from planner import memory
 from planner.base.errors import PlannerError
 from planner.base.records import replace
 from planner.device.hardware import Gpu
+from planner.memory import walk
 from planner.model import ModelSpec
 from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.plan.verdict import FITS, verdict_of
@@ -69,7 +69,7 @@ class _Search:
         """Whether the peak of the program leaves room; the allocator is not replayed."""
         card = gpu or self.gpu
         try:
-            peak = memory.peak_bytes(program.run(self.model, training, architecture(card, training)).record)
+            peak = walk.peak_bytes(program.run(self.model, training, architecture(card, training)).record)
         except PlannerError:
             return False
         share = sum(part for _, part in uncertainty(self.model, training))

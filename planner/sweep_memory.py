@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.base.errors import InvalidInput
-from planner.memory import BLOCK
+from planner.memory.walk import BLOCK
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Monomial, terms_of
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from planner import allocator
 from planner.base.errors import InvalidInput
 from planner.base.records import record
 from planner.device.cuda_rules import Architecture
 from planner.device.hardware import CONTEXT_BYTES, Gpu
-from planner.memory import MemoryBreakdown, Moment, SegmentPeak
+from planner.memory import allocator
+from planner.memory.walk import MemoryBreakdown, Moment, SegmentPeak
 from planner.model import ModelSpec, UnreadModel
 from planner.plan.verdict import verdict_of
 from planner.predict import Prediction, allocator_ranges, training_warnings, with_whole_blocks

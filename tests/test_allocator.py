@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import allocator
-from planner.allocator import CachingAllocator, OutOfMemory, Settings, parse_settings, replay
 from planner.base.errors import InvalidInput
+from planner.memory import allocator
+from planner.memory.allocator import CachingAllocator, OutOfMemory, Settings, parse_settings, replay
 from planner.predict import _within
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30

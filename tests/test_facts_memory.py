@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from planner import memory
 from planner.device import cuda_rules
 from planner.families import build_spec
+from planner.memory import sequence, walk
 from planner.model import Linear, ModelSpec
-from planner.step import linears, program, sequence
+from planner.step import linears, program
 from planner.step.context import Step
 from planner.step.engine import Record
 from planner.step.optimizers import OptimizerState
@@ -272,12 +272,12 @@ def test_a_walk_by_hand() -> None:
     record.enter("optimizer")
     record.release(weight, 1000)
     record.close()
-    found = memory.breakdown(record)
+    found = walk.breakdown(record)
     assert found.static_bytes == 1024 + 1024 + 512
-    assert found.peak_allocated_bytes == memory.peak_bytes(record) == 2560 + 3 * 512 + 1024 + 512
+    assert found.peak_allocated_bytes == walk.peak_bytes(record) == 2560 + 3 * 512 + 1024 + 512
     assert dict(found.ledger) == {
         "base weights": 1024, "adapters": 1024, "optimizer state": 512, "activations": 3 * 512,
         "activation gradients": 1024, "workspaces": 512,
     }  # fmt: skip
     assert (found.moment.phase, found.moment.op) == ("backward", "flash_attention_workspace")
-    assert memory.peak_bytes(record, block=1) == 1000 + 600 + 300 + 3 * 512 + 700 + 100
+    assert walk.peak_bytes(record, block=1) == 1000 + 600 + 300 + 3 * 512 + 700 + 100

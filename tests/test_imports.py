@@ -19,7 +19,6 @@ ROOMS: tuple[str, ...] = (
     "depth",
     "flags",
     "base",
-    "allocator",
     "dataset",
     "loss_kinds",
     "optimizers",

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from planner import memory, stacks
+from planner import stacks
 from planner.base.errors import Contradiction
 from planner.device.cuda_rules import Architecture
 from planner.families import build_spec
+from planner.memory import walk
 from planner.predict import predict
 from planner.step import program
 from planner.step.classes import litgpt
@@ -37,7 +38,7 @@ def training_of(case: dict[str, Any], bitsandbytes: str = "0.50.2") -> TrainingS
 def peak(case: dict[str, Any], training: TrainingSpec) -> int:
     spec = build_spec(case["config"], model_id=case["model"])
     run = program.run(spec, training, Architecture(), accumulates_in_place=False)
-    return memory.peak_bytes(run.record, block=1)
+    return walk.peak_bytes(run.record, block=1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -14,10 +14,11 @@ from planner import stacks
 from planner.device import cuda_rules
 from planner.facts import catalog
 from planner.families import build_spec
+from planner.memory import sequence
 from planner.model import ModelSpec
 from planner.predict import architecture, predict
 from planner.step import loading as loading_rules
-from planner.step import program, sequence
+from planner.step import program
 from planner.step.engine import Record
 from planner.step.loading import READERS, overlap
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions

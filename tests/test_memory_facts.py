@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from planner import allocator, memory, stacks
+from planner import stacks
 from planner.device import cuda_rules
 from planner.facts import catalog, sources
 from planner.families import build_spec
+from planner.memory import allocator, sequence, walk
 from planner.model import Linear, ModelSpec
 from planner.predict import predict
-from planner.step import linears, program, sequence
+from planner.step import linears, program
 from planner.step.engine import Record
 from planner.training import AttentionKernel, LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -73,7 +74,7 @@ def peak(spec: ModelSpec, stack: str, method: str) -> int:
     if method == "qlora":
         given["quantization"] = "nf4"
     training = stacks.to_training_spec(stacks.resolve(stack, method=method, given=given))
-    return int(memory.peak_bytes(program.run(spec, training, cuda_rules.Architecture()).record))
+    return int(walk.peak_bytes(program.run(spec, training, cuda_rules.Architecture()).record))
 
 
 def large_models() -> list[str]:
@@ -125,7 +126,7 @@ def test_measured_t4_runs(name: str, quantized: bool, batch: int, length: int, m
         kbit_preparation=quantized, autocast="none", base_dtype="fp16", optimizer="adamw", use_reentrant=True,
         keeps_outputs=True, micro_batch_size=batch, seq_len=length,
     )  # fmt: skip
-    predicted = memory.breakdown(program.run(model(name), training, T4).record).peak_allocated_bytes
+    predicted = walk.breakdown(program.run(model(name), training, T4).record).peak_allocated_bytes
     assert abs(predicted - measured) <= 0.001 * measured
 
 
@@ -153,7 +154,7 @@ def test_every_phase_of_measured_t4_runs(
     attention: AttentionKernel, quantized: bool, phases: tuple[float, ...]
 ) -> None:
     """SmolLM2-1.7B, 4 x 1024: the loop holds the outputs, and the graph behind them, until the optimizer has run."""
-    found = memory.breakdown(t4_run("HuggingFaceTB/SmolLM2-1.7B", attention, quantized, 4, 1024))
+    found = walk.breakdown(t4_run("HuggingFaceTB/SmolLM2-1.7B", attention, quantized, 4, 1024))
     names = ("forward", "backward", "optimizer")
     peaks = dict.fromkeys(names, 0)
     for segment in found.segments:
@@ -174,7 +175,7 @@ def test_the_allocators_own_count_of_measured_t4_runs(name: str, length: int, al
     record = t4_run(name, "sdpa", False, 2, length)
     replayed = allocator.replay(sequence.expand(record, 2))
     assert abs(replayed.peak_allocated - allocated) < 0.1 * 2**20
-    assert 0 < allocated - memory.peak_bytes(record) < 3 * 2**20
+    assert 0 < allocated - walk.peak_bytes(record) < 3 * 2**20
     assert replayed.peak_reserved == pytest.approx(reserved, rel=0.003)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from test_families import planned_linears, planned_norms, real_linears, real_model
 
-from planner import memory
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.device.cuda_rules import Architecture
 from planner.families import known_families
 from planner.lora import trainable_lora_parameters
+from planner.memory import walk
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -104,7 +104,7 @@ def test_peaks_are_those_of_the_trace(model_type: str) -> None:
     spec = spec_from_class(config_of(model_type), model_id="x")
     for training, real in zip(trainings, json.loads(done.stdout), strict=True):
         run = program.run(spec, training, Architecture(), full_depth=True, accumulates_in_place=False)
-        assert memory.peak_bytes(run.record, block=1) == pytest.approx(real, rel=0.02)
+        assert walk.peak_bytes(run.record, block=1) == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize(

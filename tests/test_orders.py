@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import pytest
 
-from planner import allocator
 from planner.dataset.batches import Batching, epoch
 from planner.dataset.lengths import Lengths
 from planner.dataset.orders import SLOW, TYPICAL, Orders, drawn, growing, orders
 from planner.device import cuda_rules
 from planner.facts import catalog
 from planner.families import build_spec
+from planner.memory import allocator, sequence
 from planner.model import ModelSpec
 from planner.predict import predict
-from planner.step import program, sequence
+from planner.step import program
 from planner.step.engine import Record
 from planner.training import LoraSpec, TrainingSpec
 

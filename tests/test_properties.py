@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from planner import memory
 from planner.base.errors import PlannerError
 from planner.depth import DEPTH_KEYS, lists_layers
 from planner.device.cuda_rules import CUBLASLT_WORKSPACE_BYTES, Architecture
 from planner.facts import catalog
 from planner.families import build_spec
+from planner.memory import walk
 from planner.model import ModelSpec
 from planner.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.predict import predict
@@ -43,7 +43,7 @@ def built(name: str, **changes: int) -> ModelSpec:
 
 
 def peak(spec: ModelSpec, training: TrainingSpec) -> int:
-    return int(memory.peak_bytes(program.run(spec, training, ARCH).record))
+    return int(walk.peak_bytes(program.run(spec, training, ARCH).record))
 
 
 def drawn(rng: random.Random) -> TrainingSpec:
@@ -134,7 +134,7 @@ def test_checkpointing_does_not_increase_the_peak(seed: int) -> None:
         tables = sum(n for i, n in without.events if n > 0 and without.ops[i] in TABLES)
         for mode in ("full", "offload"):
             checkpointed = peak(spec, dataclasses.replace(training, gradient_checkpointing=mode))
-            most = memory.peak_bytes(without) + memory.rounded(tables) + CUBLASLT_WORKSPACE_BYTES
+            most = walk.peak_bytes(without) + walk.rounded(tables) + CUBLASLT_WORKSPACE_BYTES
             assert checkpointed <= most, (name, training)
 
 

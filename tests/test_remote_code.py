@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from planner import memory, stacks
+from planner import stacks
 from planner.device import cuda_rules
 from planner.families import build_spec
+from planner.memory import walk
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -53,7 +54,7 @@ def test_first_generation_qwen_equals_its_own_code(case: Any) -> None:
     run = program.run(spec, settings, cuda_rules.Architecture(), full_depth=True, accumulates_in_place=False)
     # the figures were traced before the trace knew cuBLASLt's workspaces: c_attn has a bias
     threads = cuda_rules.cublaslt_handles(biased=True, recomputes=checkpointing != "none")
-    found = memory.peak_bytes(run.record, block=1) - threads * cuda_rules.CUBLASLT_WORKSPACE_BYTES
+    found = walk.peak_bytes(run.record, block=1) - threads * cuda_rules.CUBLASLT_WORKSPACE_BYTES
     assert found == pytest.approx(traced, rel=2e-4)
 
 
@@ -61,7 +62,7 @@ def test_logits_of_first_generation_qwen_stay_16_bit() -> None:
     """Logits 2 V, log_softmax 2 V and autocast's copy of it 4 V, then the trainer's fp32 copy of the outputs 4 V."""
     spec = build_spec({**QWEN, "vocab_size": 100_000}, model_id="qwen")
     settings = training("lora", ("c_attn",), attention="flash2", micro_batch_size=1, seq_len=512, padded=False)
-    found = memory.breakdown(program.run(spec, settings, cuda_rules.Architecture()).record)
+    found = walk.breakdown(program.run(spec, settings, cuda_rules.Architecture()).record)
     logits = dict(found.ledger)["logits and loss"] / (512 * 100_000)
     assert found.moment.phase == "loss"
     assert 12 <= logits < 12.2
@@ -76,7 +77,7 @@ def test_an_old_torch_writes_a_padded_mask_out_for_every_head() -> None:
             "lora", ("c_attn",), attention="eager", gradient_checkpointing="none", micro_batch_size=1, seq_len=length
         )
         arch = cuda_rules.Architecture(torch=torch)
-        return memory.breakdown(program.run(spec, settings, arch).record).peak_allocated_bytes
+        return walk.breakdown(program.run(spec, settings, arch).record).peak_allocated_bytes
 
     heads, layers, row = 4, 4, 2 * 496 * 496
     assert activations(495, (2, 1)) - activations(495, (2, 13)) == pytest.approx((heads - 1) * layers * row, rel=0.01)
@@ -91,7 +92,7 @@ def test_ms_swift_of_2023_checkpoints_without_reentry() -> None:
         given = {"versions": releases, "r": 8, "target_modules": "c_attn", "seq_len": 512, "attention": "flash2"}
         resolved = stacks.resolve(stack, method="qlora", given={**given, "gradient_accumulation_steps": 1})
         run = program.run(spec, stacks.to_training_spec(resolved), cuda_rules.Architecture(bitsandbytes=(0, 41)))
-        return memory.peak_bytes(run.record)
+        return walk.peak_bytes(run.record)
 
     old = {"torch": "2.1", "transformers": "4.36", "peft": "0.6", "bitsandbytes": "0.41"}
     settings = stacks.resolve("ms-swift", method="qlora", given={"versions": old})

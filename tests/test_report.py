@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from planner.memory import Moment
+from planner.memory.walk import Moment
 from planner.report import tables
 from planner.report.answer import moment_words, target_words, value_words
 

@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from planner import memory
 from planner.device import cuda_rules
 from planner.families import build_spec
+from planner.memory import sequence, walk
 from planner.model import ModelSpec
-from planner.step import ops, program, sequence
+from planner.step import ops, program
 from planner.step.engine import BF16, Engine, Tensor
 from planner.step.habits import COMMON
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
@@ -41,7 +41,7 @@ def qlora(**changes: object) -> TrainingSpec:
 
 
 def peak(spec: ModelSpec, training: TrainingSpec, full_depth: bool = False) -> int:
-    return int(memory.peak_bytes(program.run(spec, training, ARCH, full_depth=full_depth).record))
+    return int(walk.peak_bytes(program.run(spec, training, ARCH, full_depth=full_depth).record))
 
 
 VARIANTS = [
@@ -113,7 +113,7 @@ def test_heterogeneous_stack_is_compressed_exactly() -> None:
 
 def test_ledger_sums_to_the_peak_and_names_its_moment() -> None:
     for training in VARIANTS:
-        found = memory.breakdown(program.run(model(), training, ARCH).record)
+        found = walk.breakdown(program.run(model(), training, ARCH).record)
         assert sum(n for _, n in found.ledger) == found.peak_allocated_bytes
         assert found.moment.phase in ("forward", "loss", "backward", "optimizer")
         assert max(s.bytes for s in found.segments) == found.peak_allocated_bytes

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import families, memory, predict, stacks, sweep
+from planner import families, predict, stacks, sweep
 from planner.base.errors import InvalidInput
 from planner.device import cuda_rules
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
+from planner.memory import walk
 from planner.model import ModelSpec
 from planner.plan.verdict import VERDICTS
 from planner.step import program
@@ -63,7 +64,7 @@ def test_cells_are_what_the_scalar_path_says(name: str, stack: str, method: str,
     for place in places(cells.allocated_bytes.shape, 12, seed=len(name)):
         card, training = cards[place[0]], sweep.at(cells, place[1:])
         run = program.run(model, training, predict.architecture(card, training)).record
-        found = memory.breakdown(run)
+        found = walk.breakdown(run)
         assert cells.allocated_bytes[place] == found.peak_allocated_bytes, (card.gpu_id, training)
         assert cells.static_bytes[place] == found.static_bytes
         time = predict._time(run, training, card, None)
@@ -97,7 +98,7 @@ def test_cards_of_one_class_run_the_same_program() -> None:
         for card in catalog.gpus():
             arch = predict.architecture(card, training)
             run = program.run(model, training, arch)
-            seen = (memory.peak_bytes(run.record) - cuda_rules.blas_bytes(arch), len(run.record.kernels))
+            seen = (walk.peak_bytes(run.record) - cuda_rules.blas_bytes(arch), len(run.record.kernels))
             found.setdefault(cuda_rules.program_class(arch, four_bit=method == "qlora"), set()).add(seen)
         assert all(len(seen) == 1 for seen in found.values()), method
         assert len(found) == classes

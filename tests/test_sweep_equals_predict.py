@@ -17,11 +17,12 @@ from typing import Any, TypeGuard
 import numpy as np
 import pytest
 
-from planner import families, memory, predict, stacks, sweep
+from planner import families, predict, stacks, sweep
 from planner.base.errors import PlannerError
 from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
+from planner.memory import walk
 from planner.model import ModelSpec
 from planner.step import program
 from planner.step.polynomials import Grid, Mixed, next_power_of_two, value_of
@@ -176,7 +177,7 @@ def assert_equal(model: ModelSpec, cells: sweep.Cells, place: tuple[int, ...]) -
     """One cell against the program and the clock of `predict`."""
     card, training = cells.cards[place[0]], sweep.at(cells, place[1:])
     run = program.run(model, training, predict.architecture(card, training)).record
-    found = memory.breakdown(run)
+    found = walk.breakdown(run)
     label = f"{model.model_id} on {card.gpu_id}: {training}"
     assert cells.allocated_bytes[place] == found.peak_allocated_bytes, label
     assert cells.static_bytes[place] == found.static_bytes, label

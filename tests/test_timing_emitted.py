@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from planner import families, memory, predict, sweep, timing
+from planner import families, predict, sweep, timing
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
+from planner.memory import walk
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -102,7 +103,7 @@ def test_a_paged_update_reads_and_writes_its_state() -> None:
 
 def test_paged_states_take_time_only_where_the_card_is_full() -> None:
     settings = training(method="full", optimizer="paged-adamw", seq_len=256)
-    peak = memory.peak_bytes(program.run(LLAMA, settings, predict.architecture(A100, settings)).record)
+    peak = walk.peak_bytes(program.run(LLAMA, settings, predict.architecture(A100, settings)).record)
     state = 8 * (LLAMA.num_parameters - (2 * LAYERS + 1) * HIDDEN)
     seconds = []
     for beyond in (0, -(2**20)):

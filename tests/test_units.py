@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from planner import allocator, families, memory, timing
+from planner import families, timing
 from planner.calibration import priors
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog, sources
-from planner.step import program, sequence
+from planner.memory import allocator, sequence, walk
+from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 GPU = catalog.gpu("a100-sxm4-80gb")
@@ -49,7 +50,7 @@ def test_units_stand_for_every_layer(name: str, number: int) -> None:
     assert len(short.layer_names) == UNITS[name]
     assert len(whole.layer_names) == model.num_layers
     assert short.trainable_parameters == whole.trainable_parameters
-    ours, theirs = (memory.breakdown(run.record, run.layer_names) for run in (short, whole))
+    ours, theirs = (walk.breakdown(run.record, run.layer_names) for run in (short, whole))
     assert ours.peak_allocated_bytes == theirs.peak_allocated_bytes
     assert ours.ledger == theirs.ledger
     assert ours.moment == theirs.moment

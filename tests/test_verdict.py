@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from planner import largest, memory, predict, search, stacks, sweep, validation
+from planner import largest, predict, search, stacks, sweep, validation
 from planner.device.hardware import Gpu
 from planner.facts import sources
 from planner.facts.measurements import COLUMNS
 from planner.families import build_spec
+from planner.memory import walk
 from planner.model import ModelSpec
 from planner.plan import verdict
 from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS
@@ -143,7 +144,7 @@ def test_the_search_tries_only_what_fits_beside_a_large_context(model: ModelSpec
     run = training()
     context = (2**28, 2**29, 2**30)
     large = card(2**40, context)
-    peak = memory.peak_bytes(program.run(model, run, predict.architecture(large, run)).record)
+    peak = walk.peak_bytes(program.run(model, run, predict.architecture(large, run)).record)
     high = int(peak * (1 + sum(share for _, share in predict.uncertainty(model, run))))
     just = card(high + context[2], context)
     assert search._Search(model, just).likely(run)

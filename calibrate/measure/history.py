@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.measure.recorder import MOST_EVENTS, STEPS
-from planner.allocator import CachingAllocator, Settings, parse_settings
-from planner.allocator import replay as planned
 from planner.base.errors import InvalidInput, PlannerError
 from planner.base.records import record
+from planner.memory.allocator import CachingAllocator, Settings, parse_settings
+from planner.memory.allocator import replay as planned
 
 KIND, VERSION = "loraplan-history", 1
 LIMIT_S = 60.0
@@ -127,7 +127,7 @@ def _check(run: Recorded) -> None:
 
 @record
 class Replayed:
-    """A recording's own requests through planner.allocator."""
+    """A recording's own requests through planner.memory.allocator."""
 
     reserved: int
     allocated: int
@@ -198,8 +198,9 @@ def predicted(run: Recorded) -> tuple[int, int]:
     """Allocated and reserved memory that the program tells for the recorded configuration."""
     from calibrate.fit.measurements import Measurement, device_gpu
     from planner import families
+    from planner.memory import sequence
     from planner.predict import STEPS, architecture, predict
-    from planner.step import program, sequence
+    from planner.step import program
 
     item = Measurement(request=run.request, result={"versions": run.versions}, device=run.device)
     spec, gpu = families.build_spec(item.config, model_id=item.model), device_gpu(run.device)

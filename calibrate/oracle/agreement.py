@@ -7,7 +7,8 @@ out of place), because that is what the trace sees. What agreement means:
 - peak: requested bytes of the second step; within 0.1 % in 95 % of the cases, never beyond 1 %;
 - moment: both peaks lie in the same segment (embedding, forward of layer i, head and loss, their backward, backward of
   layer i, optimizer), or the trace's level in the program's segment is within 0.1 % of its peak (a tie);
-- components: every category of planner.memory.CATEGORIES, at that moment, within 1 % of the trace's bytes or within
+- components: every category of planner.memory.walk.CATEGORIES, at that moment, within 1 % of the trace's bytes or
+within
   0.1 % of its peak.
 
 A configuration that both sides refuse is listed with the reasons; one that a single side refuses is a failure.
@@ -27,10 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrate.oracle.cases import MODELS, Case, cases, draw, shrunk
-from planner import memory
 from planner.base.errors import PlannerError
 from planner.device.cuda_rules import Architecture
 from planner.families import build_spec
+from planner.memory import walk
 from planner.step import program
 from planner.step.engine import Record
 
@@ -101,7 +102,7 @@ def run(case: Case, arch: Architecture | None = None) -> Outcome:
 
     start = time.perf_counter()
     record, theirs = _both(case, arch or Architecture())
-    ours = memory.breakdown(record, block=1)
+    ours = walk.breakdown(record, block=1)
     segment, at = segment_of(record, ours), theirs.peak_event
     levels = theirs.segment_peak_events
     peak = theirs.events[at]
@@ -151,7 +152,7 @@ def differing(
     """The categories that disagree: by more than 1 % of the trace's bytes and more than 0.1 % of its peak."""
     left, right = dict(ours), dict(theirs)
     found = []
-    for name in memory.CATEGORIES:
+    for name in walk.CATEGORIES:
         a, b = left.get(name, 0), right.get(name, 0)
         if abs(a - b) > max(b * COMPONENT_PCT, peak * COMPONENT_OF_PEAK_PCT) / 100:
             found.append((name, a, b))
@@ -163,7 +164,7 @@ def merged(segment: str) -> str:
     return "head and loss" if segment in ("head", "loss") else segment
 
 
-def segment_of(record: Record, found: memory.MemoryBreakdown) -> str:
+def segment_of(record: Record, found: walk.MemoryBreakdown) -> str:
     """The name that the trace gives to the segment of the program's peak."""
     phase, layer = found.moment.phase, found.moment.layer
     if phase in ("inputs", "embedding"):

@@ -15,7 +15,7 @@ from calibrate.oracle import alike, ledger
 from calibrate.oracle.result import STEPS, TraceResult
 from calibrate.oracle.trace import trace
 from planner.device.cuda_rules import Architecture
-from planner.memory import BLOCK, CATEGORIES
+from planner.memory.walk import BLOCK, CATEGORIES
 from planner.training import TrainingSpec
 
 Counts = dict[str, int]

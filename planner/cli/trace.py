@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the command's help needs none of these
     from planner.device.cuda_rules import Architecture
     from planner.device.hardware import Gpu
     from planner.facts.sources import LoadedConfig
-    from planner.memory import MemoryBreakdown
+    from planner.memory.walk import MemoryBreakdown
     from planner.model import ModelSpec
     from planner.report.answer import Answer
     from planner.stacks import Resolved
@@ -151,13 +151,13 @@ def _cut(config: Any, spec: ModelSpec | None, layers: str | int) -> tuple[Any, M
 
 def _program(spec: ModelSpec | None, training: TrainingSpec, arch: Architecture) -> MemoryBreakdown:
     """What loraplan's own program says, with the rule of a dispatch mode: gradients are added out of place."""
-    from planner import memory
     from planner.base.errors import UnknownName
+    from planner.memory import walk
     from planner.step import program
 
     if spec is None:
         raise UnknownName("--compare: loraplan's program does not know this family; drop --compare")
-    return memory.breakdown(program.run(spec, training, arch, full_depth=True, accumulates_in_place=False).record)
+    return walk.breakdown(program.run(spec, training, arch, full_depth=True, accumulates_in_place=False).record)
 
 
 def _run(

@@ -46,7 +46,7 @@ def _sources() -> str:
     root = Path(planner.__file__).resolve().parent.parent
     files = [
         *sorted((root / "calibrate").rglob("*.py")),
-        *(root / "planner" / n for n in ("device/cuda_rules.py", "memory.py")),
+        *(root / "planner" / n for n in ("device/cuda_rules.py", "memory/walk.py")),
     ]
     digest = hashlib.sha256()
     for path in files:

@@ -10,7 +10,7 @@ from planner.base.records import NamedTuple
 from planner.base.units import gib
 from planner.device.hardware import CPU, Gpu
 from planner.facts.sources import LoadedConfig
-from planner.memory import Moment
+from planner.memory.walk import Moment
 from planner.predict import Prediction
 from planner.stacks import Resolved
 from planner.training import TrainingSpec

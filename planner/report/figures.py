@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from planner.base.errors import MissingDependency, one_line
 from planner.base.units import GiB
-from planner.memory import SegmentPeak
+from planner.memory.walk import SegmentPeak
 from planner.report.comparison import Compared, Part, memory_parts, time_parts
 
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||", "***", "OO", "//", "..")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.base.units import GiB, gib
-from planner.memory import CATEGORIES
+from planner.memory.walk import CATEGORIES
 from planner.plan.verdict import ANSWERS
 from planner.predict import Range
 from planner.report.answer import (

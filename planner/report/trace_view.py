@@ -9,7 +9,7 @@ from planner.base.errors import one_line
 from planner.device.cuda_rules import Architecture
 from planner.device.hardware import Gpu
 from planner.facts.sources import LoadedConfig
-from planner.memory import CATEGORIES, MemoryBreakdown
+from planner.memory.walk import CATEGORIES, MemoryBreakdown
 from planner.report.answer import moment_words, training_words
 from planner.stacks import Resolved
 from planner.traced import Traced, TracedSegment

@@ -1,0 +1,1 @@
+"""Bytes alive over a step, and what the allocator makes of them."""
