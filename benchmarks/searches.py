@@ -20,7 +20,7 @@ from planner.base.errors import PlannerError
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.largest import allowed_verdicts, fit_probability, largest, with_number
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.pick import Candidate, Limits, pick
 from planner.predict import predict, uncertainty
 from planner.training import TrainingSpec

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from planner import timing
 from planner.base.errors import InvalidInput
 from planner.base.records import replace
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.predict import Prediction, architecture, predict
 from planner.step import program
 

@@ -16,7 +16,7 @@ from planner import sweep
 from planner.base.errors import InvalidInput
 from planner.calibration import Selection
 from planner.device.hardware import Gpu
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.plan.verdict import CLOSE, FITS, VERDICTS, Verdict
 from planner.predict import Prediction, predict_on, uncertainty
 from planner.training import TrainingSpec

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from planner import lora
 from planner.base.errors import InvalidInput
 from planner.base.records import replace
 from planner.base.units import GiB
-from planner.model import ModelSpec
+from planner.model import lora
+from planner.model.spec import ModelSpec
 from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
 from planner.predict import Prediction, lacks_bf16, predict
 from planner.quantizations import QUANTIZATIONS

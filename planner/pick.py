@@ -9,7 +9,7 @@ from planner import cost, sweep
 from planner.base.units import gib
 from planner.calibration import Selection
 from planner.device.hardware import Gpu
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.plan.verdict import FITS, NO, VERDICTS, Verdict
 from planner.predict import Prediction, predict_on
 from planner.training import TrainingSpec

@@ -16,7 +16,7 @@ from planner.calibration import Coefficients, Selection, priors
 from planner.device import cuda_rules
 from planner.device.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.memory import allocator, sequence, walk
-from planner.model import ModelSpec, UnreadModel
+from planner.model.spec import ModelSpec, UnreadModel
 from planner.plan.verdict import Verdict, verdict_of
 from planner.quantizations import QUANTIZATIONS
 from planner.step import linears, loading, program

@@ -13,7 +13,7 @@ from planner.base.errors import PlannerError
 from planner.base.records import replace
 from planner.device.hardware import Gpu
 from planner.memory import walk
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.plan.verdict import FITS, verdict_of
 from planner.predict import Prediction, Range, architecture, predict, uncertainty

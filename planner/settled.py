@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from planner import lora, stacks
+from planner import stacks
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.records import NamedTuple
-from planner.model import ModelSpec
+from planner.model import lora
+from planner.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from planner.importers import Job

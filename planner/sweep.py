@@ -23,7 +23,7 @@ from planner.base.records import fields, record, replace
 from planner.calibration import Coefficients, priors
 from planner.device import cuda_rules
 from planner.device.hardware import Gpu
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.plan import verdict
 from planner.predict import FRAGMENTATION, architecture, predict, uncertainty
 from planner.quantizations import QUANTIZATIONS

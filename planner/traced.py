@@ -15,7 +15,7 @@ from planner.device.cuda_rules import Architecture
 from planner.device.hardware import CONTEXT_BYTES, Gpu
 from planner.memory import allocator
 from planner.memory.walk import MemoryBreakdown, Moment, SegmentPeak
-from planner.model import ModelSpec, UnreadModel
+from planner.model.spec import ModelSpec, UnreadModel
 from planner.plan.verdict import verdict_of
 from planner.predict import Prediction, allocator_ranges, training_warnings, with_whole_blocks
 from planner.training import TrainingSpec

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from planner.depth import DEPTH_KEYS, first_layers
 from planner.facts import catalog
 from planner.families import build_spec, known_families
-from planner.model import ModelSpec
+from planner.model.depth import DEPTH_KEYS, first_layers
+from planner.model.spec import ModelSpec
 
 CONFIGS = {
     name: dict(record.config)

@@ -19,8 +19,9 @@ import pytest
 from planner.device import cuda_rules
 from planner.families import build_spec
 from planner.memory import sequence, walk
-from planner.model import Linear, ModelSpec
-from planner.step import linears, program
+from planner.model import storage
+from planner.model.spec import Linear, ModelSpec
+from planner.step import program
 from planner.step.context import Step
 from planner.step.engine import Record
 from planner.step.optimizers import OptimizerState
@@ -156,7 +157,7 @@ def peak_of_all_steps(optimizer: str, steps: int) -> int:
 def quantized(kind: str, out: int, into: int, **quant: Any) -> dict[str, int]:
     """Bytes of each tensor of a quantized weight [out, into]."""
     spec = Linear(name="x", in_features=into, out_features=out)
-    return dict(linears.quantized_bytes(spec, QuantizationSpec(kind=kind, **quant)))  # type: ignore[arg-type]
+    return dict(storage.quantized_bytes(spec, QuantizationSpec(kind=kind, **quant)))  # type: ignore[arg-type]
 
 
 def _state(optimizer: str, dtype: str, elements: int, factors: int, cpu: bool = False) -> tuple[OptimizerState, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from planner.families import build_spec
-from planner.lora import resolve_targets, trainable_lora_parameters
-from planner.model import ModelSpec
+from planner.model.lora import resolve_targets, trainable_lora_parameters
+from planner.model.spec import ModelSpec
 from planner.training import LoraSpec
 
 pytestmark = pytest.mark.oracle

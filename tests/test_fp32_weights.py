@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from planner.adapter import base_weights
 from planner.device import cuda_rules
 from planner.families import build_spec, known_families
-from planner.model import ModelSpec
+from planner.model.adapter import base_weights
+from planner.model.spec import ModelSpec
 from planner.step import program
 from planner.training import DTYPE_BYTES, Dtype, LoraSpec, QuantizationSpec, TrainingSpec, Versions
 

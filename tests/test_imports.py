@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS: tuple[str, ...] = (
     "amounts",
-    "depth",
     "flags",
     "base",
     "dataset",
@@ -29,9 +28,7 @@ ROOMS: tuple[str, ...] = (
     "calibration",
     "model",
     "families",
-    "lora",
     "step",
-    "adapter",
     "memory",
     "sweep_memory",
     "timing",

@@ -15,7 +15,7 @@ from planner.device import cuda_rules
 from planner.facts import catalog
 from planner.families import build_spec
 from planner.memory import sequence
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.predict import architecture, predict
 from planner.step import loading as loading_rules
 from planner.step import program

@@ -10,8 +10,8 @@ import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName
 from planner.families import build_spec, known_families
-from planner.lora import KEYWORDS, PEFT_DEFAULT_TARGETS, resolve_targets, trainable_lora_parameters
-from planner.model import ModelSpec
+from planner.model.lora import KEYWORDS, PEFT_DEFAULT_TARGETS, resolve_targets, trainable_lora_parameters
+from planner.model.spec import ModelSpec
 from planner.training import LoraSpec
 
 MODELS = Path(__file__).resolve().parent.parent / "data" / "models"

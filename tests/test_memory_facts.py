@@ -9,9 +9,10 @@ from planner.device import cuda_rules
 from planner.facts import catalog, sources
 from planner.families import build_spec
 from planner.memory import allocator, sequence, walk
-from planner.model import Linear, ModelSpec
+from planner.model import storage
+from planner.model.spec import Linear, ModelSpec
 from planner.predict import predict
-from planner.step import linears, program
+from planner.step import program
 from planner.step.engine import Record
 from planner.training import AttentionKernel, LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -29,7 +30,7 @@ def four_bit_bytes(spec: ModelSpec, double_quant: bool) -> int:
         size
         for layer in spec.layers
         for linear in layer.linears
-        for name, size in linears.quantized_bytes(linear, quant)
+        for name, size in storage.quantized_bytes(linear, quant)
         if name not in TABLES
     )
 
@@ -38,7 +39,7 @@ def four_bit_bytes(spec: ModelSpec, double_quant: bool) -> int:
 def test_nf4_bits_per_weight(double_quant: bool, bits: float) -> None:
     spec = Linear(name="x", in_features=4096, out_features=16384)
     quant = QuantizationSpec(kind="nf4", double_quant=double_quant)
-    stored = sum(n for name, n in linears.quantized_bytes(spec, quant) if name not in TABLES)
+    stored = sum(n for name, n in storage.quantized_bytes(spec, quant) if name not in TABLES)
     assert 8 * stored / spec.weight_elements == bits
 
 
@@ -63,7 +64,7 @@ def test_nf4_storages_are_those_bitsandbytes_makes(double_quant: bool) -> None:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
     real = sorted(t.untyped_storage().nbytes() for t in tensors)
     spec = Linear(name="x", in_features=320, out_features=96)
-    ours = linears.quantized_bytes(spec, QuantizationSpec(kind="nf4", double_quant=double_quant))
+    ours = storage.quantized_bytes(spec, QuantizationSpec(kind="nf4", double_quant=double_quant))
     assert sorted(n for _, n in ours) == real
 
 

@@ -15,8 +15,8 @@ from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.device.cuda_rules import Architecture
 from planner.families import known_families
-from planner.lora import trainable_lora_parameters
 from planner.memory import walk
+from planner.model.lora import trainable_lora_parameters
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

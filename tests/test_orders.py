@@ -16,7 +16,7 @@ from planner.device import cuda_rules
 from planner.facts import catalog
 from planner.families import build_spec
 from planner.memory import allocator, sequence
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.predict import predict
 from planner.step import program
 from planner.step.engine import Record

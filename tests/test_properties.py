@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from planner.base.errors import PlannerError
-from planner.depth import DEPTH_KEYS, lists_layers
 from planner.device.cuda_rules import CUBLASLT_WORKSPACE_BYTES, Architecture
 from planner.facts import catalog
 from planner.families import build_spec
 from planner.memory import walk
-from planner.model import ModelSpec
+from planner.model.depth import DEPTH_KEYS, lists_layers
+from planner.model.spec import ModelSpec
 from planner.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.predict import predict
 from planner.step import program

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from planner import lora
 from planner.cli.from_config import job_of, with_job
 from planner.cli.options import TRAINING
 from planner.exporters import frameworks, script
 from planner.exporters.recipe import Export, Recipe
-from planner.model import ModelSpec
+from planner.model import lora
+from planner.model.spec import ModelSpec
 from planner.request import configure, load_model, training_settings
 from planner.training import TrainingSpec
 

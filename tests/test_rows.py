@@ -15,7 +15,8 @@ from planner.device import cuda_rules
 from planner.exporters import recipe
 from planner.families import build_spec
 from planner.loss_kinds import KERNEL_SETS, LOSSES, KernelSet, LossRow
-from planner.model import Linear
+from planner.model import storage
+from planner.model.spec import Linear
 from planner.optimizers import OPTIMIZERS, OptimizerRow
 from planner.quantizations import QUANTIZATIONS, QuantizationRow
 from planner.step import linears, loading, losses, program
@@ -113,14 +114,14 @@ def test_a_made_up_quantization_is_no_weight_of_another() -> None:
     spec = Linear(name="x", in_features=64, out_features=64)
     quant = altered(quantization="nf3").quantization
     for use in (
-        lambda: linears.quantized_bytes(spec, quant),
-        lambda: linears.is_quantized(dataclasses.replace(spec, cls="subclass"), quant, True),
+        lambda: storage.quantized_bytes(spec, quant),
+        lambda: storage.is_quantized(dataclasses.replace(spec, cls="subclass"), quant, True),
         lambda: loading.warmup_bytes(100, 100, "nf3", itemsize=2, transformers=(5, 0)),
     ):
         with pytest.raises(UnknownName):
             use()
     with pytest.raises(ValueError, match="none stores no weight otherwise"):
-        linears.quantized_bytes(spec, QuantizationSpec())
+        storage.quantized_bytes(spec, QuantizationSpec())
 
 
 def test_a_made_up_quantization_is_not_multiplied_as_gptq() -> None:

@@ -21,7 +21,7 @@ from planner.base.errors import InvalidInput, PlannerError, UnknownName
 from planner.facts import catalog, sources
 from planner.facts.sources import load_config
 from planner.families import build_spec
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

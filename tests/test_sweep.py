@@ -16,7 +16,7 @@ from planner.device import cuda_rules
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.plan.verdict import VERDICTS
 from planner.step import program
 from planner.step.polynomials import Grid, Mixed

@@ -23,7 +23,7 @@ from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.step import program
 from planner.step.polynomials import Grid, Mixed, next_power_of_two, value_of
 from planner.training import CHOICES, TrainingSpec, Versions

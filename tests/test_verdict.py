@@ -16,7 +16,7 @@ from planner.facts import sources
 from planner.facts.measurements import COLUMNS
 from planner.families import build_spec
 from planner.memory import walk
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.plan import verdict
 from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS
 from planner.report import config_checks, grid

@@ -332,7 +332,7 @@ def with_repeats(source: Iterator[Burst], every: int) -> Iterator[Burst]:
 
 def step_seconds(burst: Burst, gpu: Gpu, coefficients: Coefficients | None = None) -> float:
     """Predicted seconds of one step; a guess of the time a burst takes."""
-    from planner.depth import first_layers
+    from planner.model.depth import first_layers
 
     config = first_layers(dict(burst.config), burst.layers)
     try:
@@ -345,7 +345,7 @@ def step_seconds(burst: Burst, gpu: Gpu, coefficients: Coefficients | None = Non
 
 def peak_bytes(burst: Burst, gpu: Gpu) -> int:
     """Predicted device memory."""
-    from planner.depth import first_layers
+    from planner.model.depth import first_layers
 
     config = first_layers(dict(burst.config), burst.layers)
     spec = families.build_spec(config, model_id=burst.model)

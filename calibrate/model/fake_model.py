@@ -17,8 +17,8 @@ from torch import nn
 
 from calibrate.model.layer_paths import IN_LAYER
 from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_line
-from planner.depth import first_layers
 from planner.device import cuda_rules
+from planner.model.depth import first_layers
 from planner.training import LoraSpec, TrainingSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

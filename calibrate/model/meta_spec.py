@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.families import known_families, text_part
 from planner.families.parts import ACTIVATIONS
-from planner.model import (
+from planner.model.spec import (  # fmt: skip
     Activation,
     Attention,
     Experts,
@@ -35,7 +35,7 @@ from planner.model import (
     Norm,
     NormKind,
     Table,
-)  # fmt: skip
+)
 
 MAX_COUNT = 2048
 """Layers, experts and the like: every one becomes a module, so a config must not ask for millions."""

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from planner.depth import first_layers
 from planner.facts import catalog
-from planner.lora import PEFT_DEFAULT_TARGETS
+from planner.model.depth import first_layers
+from planner.model.lora import PEFT_DEFAULT_TARGETS
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 MODELS = (

@@ -126,7 +126,7 @@ def show_model(model: str, style: str) -> int:
 
 
 def _model_facts(found: LoadedModel) -> dict[str, Any]:
-    from planner import lora
+    from planner.model import lora
 
     spec, loaded = found.spec, found.loaded
     first = spec.layers[0].attention

@@ -93,7 +93,7 @@ def _with_entrenar(items: list[Compared], style: str) -> int:
     """
     from planner.base.errors import InvalidInput
     from planner.cli.rival import entrenar
-    from planner.model import ModelSpec
+    from planner.model.spec import ModelSpec
     from planner.report.comparison import warnings as warnings_of
     from planner.report.lora_report import rival_document, rival_text
     from planner.report.tables import json_text

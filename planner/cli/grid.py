@@ -16,7 +16,7 @@ from planner.calibration import Coefficients, Selection
 from planner.cli.options import TRAINING
 from planner.device.hardware import Gpu
 from planner.flags import flag_of
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.plan.verdict import VERDICTS
 from planner.report.grid import Block
 from planner.request import Data, Known, Plan, Request, resolve

@@ -23,7 +23,7 @@ from planner.cli.terminal import echo_notes
 if TYPE_CHECKING:
     from planner.datarun import DataRun
     from planner.largest import Largest
-    from planner.model import ModelSpec
+    from planner.model.spec import ModelSpec
     from planner.pick import Candidate, HoursOf
     from planner.report.grid import Caption
     from planner.request import Plan

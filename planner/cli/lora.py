@@ -11,7 +11,7 @@ from planner.cli.options import Sectioned, Word, format_option, training_options
 from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
-    from planner.model import ModelSpec
+    from planner.model.spec import ModelSpec
     from planner.training import TrainingSpec
 
 
@@ -39,11 +39,11 @@ def lora(
     \b
     Exit codes: 0 an answer, 2 could not answer.
     """
-    from planner import adapter
     from planner.base.errors import Contradiction
     from planner.cli.fits import card_of
     from planner.cli.rival import entrenar
     from planner.course import labs
+    from planner.model import adapter
     from planner.report.lora_report import LoraAnswer, render
     from planner.request import Request, resolve
 

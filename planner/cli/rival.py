@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from planner.device.hardware import Gpu
-    from planner.model import ModelSpec
+    from planner.model.spec import ModelSpec
     from planner.report.lora_report import Rival
     from planner.training import TrainingSpec
 
@@ -15,7 +15,7 @@ def entrenar(spec: ModelSpec, training: TrainingSpec, card: Gpu) -> Rival:
     """Its plan for the model's size and the card, beside our prediction of this run."""
     from planner.base.records import replace
     from planner.course import rivals
-    from planner.lora import trainable_lora_parameters
+    from planner.model.lora import trainable_lora_parameters
     from planner.predict import predict
     from planner.report.lora_report import Rival
 

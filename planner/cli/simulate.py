@@ -94,12 +94,12 @@ def simulate(
 
 
 def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibration: str | None) -> Simulation:
-    from planner import adapter
     from planner.cli.data_options import take
     from planner.cli.fits import answer_of, card_of
     from planner.cli.money import ESTIMATED, price_of
     from planner.curves import StepCost
-    from planner.model import ModelSpec
+    from planner.model import adapter
+    from planner.model.spec import ModelSpec
     from planner.plan.verdict import CLOSE
     from planner.report.answer import run_words
     from planner.report.simulation import Simulation

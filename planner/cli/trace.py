@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the command's help needs none of these
     from planner.device.hardware import Gpu
     from planner.facts.sources import LoadedConfig
     from planner.memory.walk import MemoryBreakdown
-    from planner.model import ModelSpec
+    from planner.model.spec import ModelSpec
     from planner.report.answer import Answer
     from planner.stacks import Resolved
     from planner.traced import Traced

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.adapter import AdapterFacts, base_weights
 from planner.base.records import record
 from planner.base.units import GB
 from planner.course import rivals
-from planner.lora import resolve_targets
-from planner.model import ModelSpec
+from planner.model.adapter import AdapterFacts, base_weights
+from planner.model.lora import resolve_targets
+from planner.model.spec import ModelSpec
 from planner.quantizations import QUANTIZATIONS
 from planner.training import TrainingSpec
 

@@ -8,8 +8,8 @@ from planner import optimizers
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.records import record
 from planner.dataset.batches import Padding
-from planner.lora import resolve_targets
-from planner.model import ModelSpec
+from planner.model.lora import resolve_targets
+from planner.model.spec import ModelSpec
 from planner.quantizations import QUANTIZATIONS
 from planner.schedule import Shape
 from planner.training import TrainingSpec

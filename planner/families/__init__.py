@@ -8,7 +8,7 @@ from importlib import import_module
 from planner.base.config_values import mapping, text
 from planner.base.errors import UnknownFamily, UnknownName, one_line
 from planner.base.records import replace
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 
 _MODULES: dict[str, str] = {
     "apertus": "ungated",

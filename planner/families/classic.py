@@ -21,7 +21,7 @@ from planner.families.parts import (
     standard_attention,
     uniform,
 )
-from planner.model import Layer, Linear, ModelSpec, Norm, Table
+from planner.model.spec import Layer, Linear, ModelSpec, Norm, Table
 
 
 def opt(config: Config, model_id: str) -> ModelSpec:

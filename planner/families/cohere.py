@@ -18,7 +18,7 @@ from planner.families.parts import (
     standard_attention,
     windows_from_types,
 )
-from planner.model import Layer, ModelSpec, Norm
+from planner.model.spec import Layer, ModelSpec, Norm
 
 
 def _norm(name: str, size: int, elements: int = 0) -> Norm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.base.config_values import boolean, integer
 from planner.families.moe import dense_then_experts
 from planner.families.parts import MAX_WIDTH, Config, Sizes, attention_bias, optional_integer, sizes
-from planner.model import Attention, Linear, ModelSpec, Norm
+from planner.model.spec import Attention, Linear, ModelSpec, Norm
 
 
 def latent_attention(config: Config, s: Sizes) -> Attention:

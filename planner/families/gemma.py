@@ -22,7 +22,7 @@ from planner.families.parts import (
     uniform,
     windows_from_types,
 )
-from planner.model import Layer, ModelSpec, Norm
+from planner.model.spec import Layer, ModelSpec, Norm
 
 
 def _norm(name: str, size: int) -> Norm:

@@ -19,7 +19,7 @@ from planner.families.parts import (
     standard_attention,
     uniform,
 )
-from planner.model import ModelSpec, Norm
+from planner.model.spec import ModelSpec, Norm
 
 
 def _dense(config: Config, model_id: str, **norms: str) -> ModelSpec:

@@ -23,7 +23,7 @@ from planner.families.parts import (
     standard_attention,
     uniform,
 )
-from planner.model import Attention, Layer, LinearClass, Mlp, ModelSpec, Table
+from planner.model.spec import Attention, Layer, LinearClass, Mlp, ModelSpec, Table
 
 
 def _layer(config: Config, s: Sizes, attention: Attention, mlp: Mlp, **rest: Any) -> Layer:

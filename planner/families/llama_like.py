@@ -23,7 +23,7 @@ from planner.families.parts import (
     standard_attention,
     windows_from_types,
 )
-from planner.model import Layer, ModelSpec, Norm, NormKind
+from planner.model.spec import Layer, ModelSpec, Norm, NormKind
 
 
 def spec(

@@ -26,7 +26,7 @@ from planner.families.parts import (
     uniform,
     windows_from_types,
 )
-from planner.model import Activation, Attention, Experts, KeptInFp32, Layer, Linear, Mlp, ModelSpec, Norm
+from planner.model.spec import Activation, Attention, Experts, KeptInFp32, Layer, Linear, Mlp, ModelSpec, Norm
 
 MAX_EXPERTS = 65_536
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from planner.base.config_values import MISSING, boolean, integer, mapping, number, text, text_list
 from planner.base.errors import InvalidInput, unknown
 from planner.base.records import record
-from planner.model import (
+from planner.model.spec import (
     Activation,
     Attention,
     Experts,

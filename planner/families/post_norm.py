@@ -19,7 +19,7 @@ from planner.families.parts import (
     uniform,
     windows_from_types,
 )
-from planner.model import Layer, ModelSpec, Norm, NormKind
+from planner.model.spec import Layer, ModelSpec, Norm, NormKind
 
 
 def olmo(config: Config, model_id: str) -> ModelSpec:

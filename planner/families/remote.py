@@ -17,7 +17,7 @@ from planner.families.parts import (
     sizes,
     uniform,
 )
-from planner.model import Layer, ModelSpec, Norm
+from planner.model.spec import Layer, ModelSpec, Norm
 
 
 def qwen(config: Config, model_id: str) -> ModelSpec:

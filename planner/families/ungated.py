@@ -19,7 +19,7 @@ from planner.families.parts import (
     standard_attention,
     uniform,
 )
-from planner.model import Layer, ModelSpec, Norm
+from planner.model.spec import Layer, ModelSpec, Norm
 
 
 def arcee(config: Config, model_id: str) -> ModelSpec:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from planner.adapter import AdapterFacts
 from planner.base.errors import one_line
 from planner.base.units import GB, human_bytes
 from planner.course.labs import Comparison
 from planner.course.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
+from planner.model.adapter import AdapterFacts
 from planner.plan.verdict import FITS, NO
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
 from planner.training import TrainingSpec

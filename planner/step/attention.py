@@ -8,7 +8,7 @@ from __future__ import annotations
 from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.loss_kinds import KERNEL_SETS
-from planner.model import Attention, Norm
+from planner.model.spec import Attention, Norm
 from planner.step import eager, linears, ops, picking, positions
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor

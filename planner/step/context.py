@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.device import cuda_rules
-from planner.model import ModelSpec
+from planner.model.spec import ModelSpec
 from planner.step.engine import FP32, Engine, Size, Tensor
 from planner.step.habits import Habits
 from planner.training import TrainingSpec

@@ -8,7 +8,7 @@ names. Order of calls and lifetimes: transformers 5.23 and 5.24 (models/*/modeli
 from __future__ import annotations
 
 from planner.device import cuda_rules
-from planner.model import Attention
+from planner.model.spec import Attention
 from planner.step import ops, picking
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Shape, Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.loss_kinds import KERNEL_SETS
-from planner.model import Experts, Mlp
+from planner.model.spec import Experts, Mlp
 from planner.step import linears, ops, picking
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Engine, Grads, Node, Size, Tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from planner.base.records import record
 
 if TYPE_CHECKING:
-    from planner.model import Attention, ModelSpec, Norm
+    from planner.model.spec import Attention, ModelSpec, Norm
     from planner.step.context import Step
     from planner.step.engine import Size, Tensor
     from planner.step.linears import LayerWeights, LinearWeights

@@ -7,7 +7,7 @@ a module runs.
 
 from __future__ import annotations
 
-from planner.model import Norm
+from planner.model.spec import Norm
 from planner.step import ops
 from planner.step.attention import attention
 from planner.step.context import Step

@@ -11,8 +11,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
+from planner.model import storage as model_storage
 from planner.quantizations import QUANTIZATIONS
-from planner.step import linears
 from planner.step.context import Step
 from planner.step.engine import ITEMSIZE, Size
 
@@ -52,7 +52,7 @@ def warm_up(step: Step, adapted: Iterable[tuple[int, str]]) -> None:
         spec.weight_elements * number
         for layer, number in model.distinct_layers()
         for spec in layer.linears
-        if linears.is_quantized(spec, train.quantization, (id(layer), spec.name) in targets)
+        if model_storage.is_quantized(spec, train.quantization, (id(layer), spec.name) in targets)
     )
     nbytes = warmup_bytes(
         model.num_parameters,

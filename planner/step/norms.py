@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.loss_kinds import KERNEL_SETS
-from planner.model import Norm
+from planner.model.spec import Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Size, Tensor

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.device import cuda_rules
-from planner.lora import Adapted, resolve_targets
 from planner.loss_kinds import LOSSES
-from planner.model import Attention, Layer, Linear, ModelSpec, Norm
+from planner.model import storage
+from planner.model.lora import Adapted, resolve_targets
+from planner.model.spec import Attention, Layer, Linear, ModelSpec, Norm
 from planner.quantizations import QUANTIZATIONS
 from planner.step import layers, linears, loading, losses, ops, positions
 from planner.step.attention import always_masks, needs_window_mask, runs_eager
@@ -320,7 +321,7 @@ class _Run:
     def _quantizes_head(self) -> bool:
         """bitsandbytes skips the output embedding whatever its name; "lm_head" in skip_modules means that."""
         quant = self.step.train.quantization
-        return "lm_head" not in quant.skip_modules and linears.is_quantized(self.step.model.head, quant, False)
+        return "lm_head" not in quant.skip_modules and storage.is_quantized(self.step.model.head, quant, False)
 
     def _load_adapters(self, adapted: dict[tuple[int, str], Adapted]) -> None:
         lora = self.step.train.lora

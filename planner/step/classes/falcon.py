@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.model import Attention
+from planner.model.spec import Attention
 from planner.step import eager, layers, ops, picking
 from planner.step.attention import attention
 from planner.step.context import Step

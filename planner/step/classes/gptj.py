@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.base.records import replace
-from planner.model import Attention
+from planner.model.spec import Attention
 from planner.step import ops, positions
 from planner.step.context import Step
 from planner.step.engine import FP32, Tensor

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from planner.base.errors import Contradiction
 from planner.base.records import replace
 from planner.device import cuda_rules
-from planner.lora import resolve_targets
-from planner.model import Attention, Layer, Linear, Mlp, ModelSpec, Norm
+from planner.model.lora import resolve_targets
+from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.quantizations import QUANTIZATIONS
 from planner.step import attention, feed_forward, linears, losses, ops
 from planner.step.context import Step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.model import Attention
+from planner.model.spec import Attention
 from planner.step import eager, layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Tensor

@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator
 from typing import Literal
 
-from planner import lora as adapters
 from planner.base.records import record
-from planner.lora import Adapted
-from planner.model import Linear, ModelSpec
+from planner.model import lora as adapters
+from planner.model.lora import Adapted
+from planner.model.spec import Linear, ModelSpec
+from planner.model.storage import is_quantized, quantized_bytes
 from planner.quantizations import QUANTIZATIONS
-from planner.step.linears import is_quantized, quantized_bytes
 from planner.training import DTYPE_BYTES, LoraSpec, QuantizationSpec, TrainingSpec
 
 BLOCK = 64

@@ -1,0 +1,1 @@
+"""What the network is: shapes, storage, adapters."""
