@@ -9,8 +9,8 @@ import time
 
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog
-from planner.families import build_spec
 from planner.memory import allocator, sequence
+from planner.model.families import build_spec
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

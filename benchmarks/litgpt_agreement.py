@@ -31,8 +31,8 @@ from calibrate.oracle import trace
 from calibrate.oracle.step import Step
 from planner import stacks
 from planner.device.cuda_rules import Architecture
-from planner.families import build_spec
 from planner.memory import walk
+from planner.model.families import build_spec
 from planner.step import program
 from planner.training import TrainingSpec
 

@@ -7,8 +7,9 @@ import statistics
 import time
 from dataclasses import replace
 
-from planner import families, stacks
+from planner import stacks
 from planner.facts import catalog, sources
+from planner.model import families
 from planner.predict import predict
 
 MODELS = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B", "google/gemma-2-9b", "deepseek-ai/DeepSeek-V2-Lite")

@@ -15,11 +15,12 @@ from statistics import NormalDist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import cost, families, stacks
+from planner import cost, stacks
 from planner.base.errors import PlannerError
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.largest import allowed_verdicts, fit_probability, largest, with_number
+from planner.model import families
 from planner.model.spec import ModelSpec
 from planner.pick import Candidate, Limits, pick
 from planner.predict import predict, uncertainty

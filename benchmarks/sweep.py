@@ -21,12 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import families, predict, stacks, sweep, timing
+from planner import predict, stacks, sweep, timing
 from planner.base.errors import PlannerError
 from planner.calibration import priors
 from planner.cli.table import caption_of, columns_of, tabulator
 from planner.facts import catalog, sources
 from planner.memory import walk
+from planner.model import families
 from planner.report.grid import write_streamed
 from planner.step import program
 

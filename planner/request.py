@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner import families, stacks
+from planner import stacks
 from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.base.records import NamedTuple, fields, replace
 from planner.calibration import Selection
@@ -17,7 +17,7 @@ from planner.device.hardware import Gpu
 from planner.facts import calibration_files, sources
 from planner.facts.sources import LoadedConfig
 from planner.flags import flag_of
-from planner.model import lora
+from planner.model import families, lora
 from planner.model.spec import ModelSpec
 from planner.predict import Prediction, lacks_bf16, predict, training_warnings
 from planner.settled import NOTHING, Settled, settle, without_idle

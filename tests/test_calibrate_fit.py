@@ -14,10 +14,11 @@ from calibrate.fit import fit, residuals
 from calibrate.fit import points as fit_points
 from calibrate.fit.measurements import merge
 from calibrate.measure import grid
-from planner import families, timing
+from planner import timing
 from planner.base.errors import InvalidInput
 from planner.calibration import Calibration, priors
 from planner.device import processor
+from planner.model import families
 from planner.predict import architecture
 from planner.step import program
 from tests.calibration_samples import (

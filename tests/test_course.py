@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import families
 from planner.base.errors import InvalidInput
 from planner.course import rivals
 from planner.facts import catalog
 from planner.facts.headers import read_gguf
-from planner.model import adapter
+from planner.model import adapter, families
 from planner.model.spec import ModelSpec
 from planner.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec

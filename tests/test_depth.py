@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from planner.facts import catalog
-from planner.families import build_spec, known_families
 from planner.model.depth import DEPTH_KEYS, first_layers
+from planner.model.families import build_spec, known_families
 from planner.model.spec import ModelSpec
 
 CONFIGS = {

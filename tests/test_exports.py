@@ -16,12 +16,12 @@ import yaml as pyyaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import families
 from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName
 from planner.exporters import databricks_air, databricks_cluster, databricks_fm, frameworks, script
 from planner.exporters.recipe import Export, Recipe
 from planner.exporters.text import comment, scalar, yaml
 from planner.facts import catalog
+from planner.model import families
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 ROOT = Path(__file__).resolve().parent.parent

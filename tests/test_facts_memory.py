@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from planner.device import cuda_rules
-from planner.families import build_spec
 from planner.memory import sequence, walk
 from planner.model import storage
+from planner.model.families import build_spec
 from planner.model.spec import Linear, ModelSpec
 from planner.step import program
 from planner.step.context import Step

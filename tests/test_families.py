@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from planner.families import build_spec
+from planner.model.families import build_spec
 from planner.model.lora import resolve_targets, trainable_lora_parameters
 from planner.model.spec import ModelSpec
 from planner.training import LoraSpec

@@ -15,7 +15,7 @@ from calibrate.oracle.cases import shrunk  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
 from planner import timing  # noqa: E402
 from planner.device.cuda_rules import Architecture  # noqa: E402
-from planner.families import build_spec  # noqa: E402
+from planner.model.families import build_spec  # noqa: E402
 from planner.step import program  # noqa: E402
 from planner.training import LoraSpec, TrainingSpec  # noqa: E402
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from planner.device import cuda_rules
-from planner.families import build_spec, known_families
 from planner.model.adapter import base_weights
+from planner.model.families import build_spec, known_families
 from planner.model.spec import ModelSpec
 from planner.step import program
 from planner.training import DTYPE_BYTES, Dtype, LoraSpec, QuantizationSpec, TrainingSpec, Versions

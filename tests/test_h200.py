@@ -10,9 +10,10 @@ import pytest
 
 from calibrate.fit.measurements import Measurement, read_runs
 from calibrate.fit.points import point, pooled, usable
-from planner import families, timing
+from planner import timing
 from planner.calibration import priors
 from planner.facts import calibration_files, catalog
+from planner.model import families
 from planner.predict import predict
 
 DATA = Path(__file__).parent.parent / "data"

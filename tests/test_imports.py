@@ -27,7 +27,6 @@ ROOMS: tuple[str, ...] = (
     "training",
     "calibration",
     "model",
-    "families",
     "step",
     "memory",
     "sweep_memory",

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from planner import families
 from planner.base.units import MiB
 from planner.device.hardware import CPU, Gpu
 from planner.facts import sources
+from planner.model import families
 from planner.predict import Range, allocator_ranges, uncertainty
 from planner.training import LoraSpec, TrainingSpec
 

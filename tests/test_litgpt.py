@@ -12,8 +12,8 @@ import pytest
 from planner import stacks
 from planner.base.errors import Contradiction
 from planner.device.cuda_rules import Architecture
-from planner.families import build_spec
 from planner.memory import walk
+from planner.model.families import build_spec
 from planner.predict import predict
 from planner.step import program
 from planner.step.classes import litgpt

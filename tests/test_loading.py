@@ -13,8 +13,8 @@ import pytest
 from planner import stacks
 from planner.device import cuda_rules
 from planner.facts import catalog
-from planner.families import build_spec
 from planner.memory import sequence
+from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.predict import architecture, predict
 from planner.step import loading as loading_rules

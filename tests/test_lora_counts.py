@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName
-from planner.families import build_spec, known_families
+from planner.model.families import build_spec, known_families
 from planner.model.lora import KEYWORDS, PEFT_DEFAULT_TARGETS, resolve_targets, trainable_lora_parameters
 from planner.model.spec import ModelSpec
 from planner.training import LoraSpec

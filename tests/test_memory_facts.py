@@ -7,9 +7,9 @@ import pytest
 from planner import stacks
 from planner.device import cuda_rules
 from planner.facts import catalog, sources
-from planner.families import build_spec
 from planner.memory import allocator, sequence, walk
 from planner.model import storage
+from planner.model.families import build_spec
 from planner.model.spec import Linear, ModelSpec
 from planner.predict import predict
 from planner.step import program

@@ -14,8 +14,8 @@ from test_families import planned_linears, planned_norms, real_linears, real_mod
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.device.cuda_rules import Architecture
-from planner.families import known_families
 from planner.memory import walk
+from planner.model.families import known_families
 from planner.model.lora import trainable_lora_parameters
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec

@@ -14,8 +14,8 @@ from planner.dataset.lengths import Lengths
 from planner.dataset.orders import SLOW, TYPICAL, Orders, drawn, growing, orders
 from planner.device import cuda_rules
 from planner.facts import catalog
-from planner.families import build_spec
 from planner.memory import allocator, sequence
+from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.predict import predict
 from planner.step import program

@@ -19,9 +19,9 @@ import pytest
 from planner.base.errors import PlannerError
 from planner.device.cuda_rules import CUBLASLT_WORKSPACE_BYTES, Architecture
 from planner.facts import catalog
-from planner.families import build_spec
 from planner.memory import walk
 from planner.model.depth import DEPTH_KEYS, lists_layers
+from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.predict import predict

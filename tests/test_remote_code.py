@@ -8,8 +8,8 @@ import pytest
 
 from planner import stacks
 from planner.device import cuda_rules
-from planner.families import build_spec
 from planner.memory import walk
+from planner.model.families import build_spec
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -13,9 +13,9 @@ from planner.base.errors import UnknownName
 from planner.base.records import Rows
 from planner.device import cuda_rules
 from planner.exporters import recipe
-from planner.families import build_spec
 from planner.loss_kinds import KERNEL_SETS, LOSSES, KernelSet, LossRow
 from planner.model import storage
+from planner.model.families import build_spec
 from planner.model.spec import Linear
 from planner.optimizers import OPTIMIZERS, OptimizerRow
 from planner.quantizations import QUANTIZATIONS, QuantizationRow

@@ -9,7 +9,7 @@ import pytest
 from planner import search, stacks
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
-from planner.families import build_spec
+from planner.model.families import build_spec
 from planner.predict import predict
 from planner.request import configure, load_model
 from planner.training import TrainingSpec

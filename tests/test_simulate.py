@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import families
 from planner.base.errors import InvalidInput
 from planner.cli.main import cli
 from planner.course import rivals
@@ -23,6 +22,7 @@ from planner.curves import StepCost, grid
 from planner.dataset.batches import PADDINGS, Batching, Padding
 from planner.dataset.lengths import Lengths
 from planner.facts import catalog
+from planner.model import families
 from planner.predict import predict
 from planner.schedule import SHAPES, Schedule, count_steps, warmup_of, warnings
 from planner.simulate import LOWEST_LOSS, START_LOSS, Plan, Timeline, closed_form, synthetic_loss

@@ -20,7 +20,7 @@ from planner.base.config_values import boolean, integer, integer_list, number, t
 from planner.base.errors import InvalidInput, PlannerError, UnknownName
 from planner.facts import catalog, sources
 from planner.facts.sources import load_config
-from planner.families import build_spec
+from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec

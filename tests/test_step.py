@@ -8,8 +8,8 @@ import random
 import pytest
 
 from planner.device import cuda_rules
-from planner.families import build_spec
 from planner.memory import sequence, walk
+from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.step import ops, program
 from planner.step.engine import BF16, Engine, Tensor

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import families, predict, stacks, sweep
+from planner import predict, stacks, sweep
 from planner.base.errors import InvalidInput
 from planner.device import cuda_rules
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
+from planner.model import families
 from planner.model.spec import ModelSpec
 from planner.plan.verdict import VERDICTS
 from planner.step import program

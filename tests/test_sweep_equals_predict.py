@@ -17,12 +17,13 @@ from typing import Any, TypeGuard
 import numpy as np
 import pytest
 
-from planner import families, predict, stacks, sweep
+from planner import predict, stacks, sweep
 from planner.base.errors import PlannerError
 from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
+from planner.model import families
 from planner.model.spec import ModelSpec
 from planner.step import program
 from planner.step.polynomials import Grid, Mixed, next_power_of_two, value_of

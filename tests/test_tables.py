@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from benchmarks import searches
-from planner import cost, families, predict, stacks, sweep
+from planner import cost, predict, stacks, sweep
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.facts import catalog, sources
 from planner.largest import frontier, largest
+from planner.model import families
 from planner.pick import Candidate, Limits, pick
 from planner.report import comparison, figures, grid, html_report
 from planner.report.grid import Block, Caption

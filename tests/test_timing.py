@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from planner import families, timing
+from planner import timing
 from planner.base.errors import InvalidInput
 from planner.calibration import Coefficient, Coefficients, priors
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
+from planner.model import families
 from planner.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from planner import families, predict, sweep, timing
+from planner import predict, sweep, timing
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
+from planner.model import families
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -15,7 +15,7 @@ for _library in ("transformers", "peft", "bitsandbytes"):
 
 from calibrate.oracle import alike, flops, summary  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
-from planner.families import build_spec  # noqa: E402
+from planner.model.families import build_spec  # noqa: E402
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec  # noqa: E402
 
 pytestmark = pytest.mark.oracle

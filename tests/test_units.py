@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from planner import families, timing
+from planner import timing
 from planner.calibration import priors
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog, sources
 from planner.memory import allocator, sequence, walk
+from planner.model import families
 from planner.step import program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -14,8 +14,8 @@ from planner import largest, predict, search, stacks, sweep, validation
 from planner.device.hardware import Gpu
 from planner.facts import sources
 from planner.facts.measurements import COLUMNS
-from planner.families import build_spec
 from planner.memory import walk
+from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.plan import verdict
 from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS

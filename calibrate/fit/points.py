@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from calibrate.fit.measurements import Measurement, Run
-from planner import families, timing
+from planner import timing
 from planner.base.errors import PlannerError, one_line
 from planner.base.records import record
 from planner.calibration import Coefficients
 from planner.device.hardware import Gpu
+from planner.model import families
 from planner.predict import architecture
 from planner.step import program
 from planner.step.engine import Kernel, Record, Segment

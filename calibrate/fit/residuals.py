@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calibrate.fit.measurements import Measurement
-from planner import families
+from planner.model import families
 from planner.predict import predict
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from calibrate.fit.measurements import device_gpu, write_json
 from calibrate.fit.measurements import to_document as _document
 from calibrate.measure.device import Device, open_device
 from calibrate.model.layer_paths import IN_LAYER
-from planner import families
 from planner.base.errors import one_line
 from planner.base.units import gib, seconds
 from planner.facts import calibration_files
+from planner.model import families
 from planner.optimizers import by_transformers_name
 from planner.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from planner import families
 from planner.base.errors import PlannerError
 from planner.base.records import record
 from planner.calibration import Coefficients, priors
 from planner.device.hardware import Gpu
 from planner.facts import catalog
+from planner.model import families
 from planner.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

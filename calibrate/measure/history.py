@@ -197,8 +197,8 @@ def peak_reserved(run: Recorded) -> int:
 def predicted(run: Recorded) -> tuple[int, int]:
     """Allocated and reserved memory that the program tells for the recorded configuration."""
     from calibrate.fit.measurements import Measurement, device_gpu
-    from planner import families
     from planner.memory import sequence
+    from planner.model import families
     from planner.predict import STEPS, architecture, predict
     from planner.step import program
 

@@ -1,4 +1,4 @@
-"""A ModelSpec read from the real class on the meta device, for model types that `planner.families` does not know.
+"""A ModelSpec read from the real class on the meta device, for model types that `planner.model.families` does not know.
 
 Modules, shapes and norms are those of the class; the order of operations is taken to be that of a common decoder
 layer. What is not recognised is said in a note; what would make the plan wrong (state-space layers, experts as separate
@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
-from planner.families import known_families, text_part
-from planner.families.parts import ACTIVATIONS
+from planner.model.families import known_families, text_part
+from planner.model.families.parts import ACTIVATIONS
 from planner.model.spec import (  # fmt: skip
     Activation,
     Attention,

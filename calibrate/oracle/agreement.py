@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 from calibrate.oracle.cases import MODELS, Case, cases, draw, shrunk
 from planner.base.errors import PlannerError
 from planner.device.cuda_rules import Architecture
-from planner.families import build_spec
 from planner.memory import walk
+from planner.model.families import build_spec
 from planner.step import program
 from planner.step.engine import Record
 

@@ -92,7 +92,7 @@ def list_models(words: str, family: str | None, style: str) -> int:
     """
     from planner.base.errors import unknown
     from planner.facts import catalog
-    from planner.families import text_part
+    from planner.model.families import text_part
 
     rows: list[list[Any]] = []
     families = set()

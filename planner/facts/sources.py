@@ -17,7 +17,7 @@ from planner.base.records import field, record
 from planner.base.units import MiB
 from planner.facts import catalog
 from planner.facts.catalog import ModelRecord
-from planner.families import text_part
+from planner.model.families import text_part
 
 if TYPE_CHECKING:  # a model of the catalogue needs no headers
     from planner.facts.headers import TensorInfo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.base.config_values import boolean
-from planner.families.parts import (
+from planner.model.families.parts import (
     Config,
     activation,
     attention_bias,

@@ -6,7 +6,7 @@ from typing import Any
 
 from planner.base.config_values import boolean, integer, mapping
 from planner.base.records import replace
-from planner.families.parts import (
+from planner.model.families.parts import (
     MAX_WIDTH,
     Config,
     activation,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.base.config_values import boolean, integer, integer_list
-from planner.families.parts import (
+from planner.model.families.parts import (
     Config,
     Sizes,
     activation,

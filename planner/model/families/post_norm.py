@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.base.config_values import integer
-from planner.families.parts import (
+from planner.model.families.parts import (
     Config,
     Sizes,
     activation,

@@ -6,7 +6,7 @@ from typing import Any
 
 from planner.base.config_values import boolean, integer, text_list
 from planner.base.errors import InvalidInput
-from planner.families.parts import (
+from planner.model.families.parts import (
     Config,
     Sizes,
     activation,

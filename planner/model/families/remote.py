@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from planner.base.config_values import boolean, integer
 from planner.base.errors import InvalidInput
-from planner.families.llama_like import qwen_windows, spec
-from planner.families.parts import (
+from planner.model.families.llama_like import qwen_windows, spec
+from planner.model.families.parts import (
     MAX_WIDTH,
     Config,
     activation,

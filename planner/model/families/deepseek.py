@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from planner.base.config_values import boolean, integer
-from planner.families.moe import dense_then_experts
-from planner.families.parts import MAX_WIDTH, Config, Sizes, attention_bias, optional_integer, sizes
+from planner.model.families.moe import dense_then_experts
+from planner.model.families.parts import MAX_WIDTH, Config, Sizes, attention_bias, optional_integer, sizes
 from planner.model.spec import Attention, Linear, ModelSpec, Norm
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.base.config_values import boolean, integer
-from planner.families.parts import (
+from planner.model.families.parts import (
     Config,
     Sizes,
     activation,
