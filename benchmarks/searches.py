@@ -19,11 +19,12 @@ from planner import cost, stacks
 from planner.base.errors import PlannerError
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
-from planner.largest import allowed_verdicts, fit_probability, largest, with_number
 from planner.model import families
 from planner.model.spec import ModelSpec
-from planner.pick import Candidate, Limits, pick
-from planner.predict import predict, uncertainty
+from planner.plan.intervals import uncertainty
+from planner.plan.largest import allowed_verdicts, fit_probability, largest, with_number
+from planner.plan.pick import Candidate, Limits, pick
+from planner.plan.predict import predict
 from planner.training import TrainingSpec
 
 MODELS = (

@@ -21,15 +21,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import predict, stacks, sweep, timing
+from planner import stacks, sweep, timing
 from planner.base.errors import PlannerError
 from planner.calibration import priors
-from planner.cli.table import caption_of, columns_of, tabulator
+from planner.cli.table import caption_of, columns_of
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
+from planner.plan.table import tabulator
 from planner.report.grid import write_streamed
-from planner.step import program
+from planner.step import architecture, program
 
 MODEL, CARD = "meta-llama/Llama-3.1-8B", "a100-sxm4-80gb"
 MILLION = sweep.Axes(
@@ -72,7 +73,7 @@ def million(sample: int) -> float:
         cells = random_.choice(found)
         place = tuple(random_.randrange(size) for size in MILLION.shape)
         training = sweep.at(cells, place)
-        run = program.run(model, training, predict.architecture(card, training)).record
+        run = program.run(model, training, architecture.architecture(card, training)).record
         unequal += walk.peak_bytes(run) != cells.allocated_bytes[(0, *place)]
         seconds = timing.step_time(run, training, card, priors(card)).step_s.expected
         worst = max(worst, abs(cells.step_s[(0, *place)] / seconds - 1))

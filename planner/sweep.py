@@ -25,9 +25,11 @@ from planner.device import cuda_rules
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
 from planner.plan import verdict
-from planner.predict import FRAGMENTATION, architecture, predict, uncertainty
+from planner.plan.intervals import FRAGMENTATION, uncertainty
+from planner.plan.predict import predict
 from planner.quantizations import QUANTIZATIONS
 from planner.step import program
+from planner.step.architecture import architecture
 from planner.step.engine import Record
 from planner.step.polynomials import Grid, Mixed
 from planner.sweep_memory import Levels

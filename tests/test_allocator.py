@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planner.base.errors import InvalidInput
 from planner.memory import allocator
 from planner.memory.allocator import CachingAllocator, OutOfMemory, Settings, parse_settings, replay
-from planner.predict import _within
+from planner.plan.intervals import _within
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 EXPANDABLE = Settings(expandable_segments=True)

@@ -19,8 +19,8 @@ from planner.base.errors import InvalidInput
 from planner.calibration import Calibration, priors
 from planner.device import processor
 from planner.model import families
-from planner.predict import architecture
 from planner.step import program
+from planner.step.architecture import architecture
 from tests.calibration_samples import (
     CPU,
     CPU_FACTS,

@@ -15,7 +15,7 @@ from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import calibration_files, catalog
 from planner.formulas import fingerprint
-from planner.predict import predict, predict_on
+from planner.plan.predict import predict, predict_on
 from planner.training import LoraSpec, TrainingSpec, Versions
 from tests.calibration_samples import CPU_FACTS
 from tests.test_timing import LLAMA

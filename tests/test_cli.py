@@ -19,7 +19,7 @@ from planner.cli import terminal
 from planner.cli.main import cli, wants_json
 from planner.cli.options import FORMATS, TRAINING
 from planner.facts import catalog, local_gpu
-from planner.flags import flag_of
+from planner.plan.flags import flag_of
 from planner.training import CHOICES
 
 ROOT = Path(__file__).parent.parent
@@ -477,7 +477,7 @@ def test_an_error_of_our_own_is_reported_without_a_traceback(run, monkeypatch):
     def broken(*_args, **_kwargs):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("planner.request.predict", broken)
+    monkeypatch.setattr("planner.plan.request.predict", broken)
     result = run("fits", SMALL)
     assert result.code == 2
     assert result.err.startswith("error: internal error (ZeroDivisionError: oops)")
@@ -493,7 +493,7 @@ def test_other_failures_are_one_line_too(run, monkeypatch, error):
     def broken(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr("planner.request.predict", broken)
+    monkeypatch.setattr("planner.plan.request.predict", broken)
     result = run("fits", SMALL)
     assert result.code == 2
     assert result.err.strip().splitlines()[-1].startswith("error: ")
@@ -654,8 +654,8 @@ def test_fits_imports_nothing_heavy():
     code = (
         "import sys\nfrom planner.cli.main import cli\n"
         f"try: cli.main(['fits', {SMALL!r}, '--gpu', 't4'])\nexcept SystemExit: pass\n"
-        "heavy = {'numpy', 'torch', 'transformers', 'difflib', 'statistics', 'csv', 'planner.search', "
-        "'planner.validation', 'planner.report.fits_data', 'huggingface_hub'} & set(sys.modules)\n"
+        "heavy = {'numpy', 'torch', 'transformers', 'difflib', 'statistics', 'csv', 'planner.plan.search', "
+        "'planner.plan.validation', 'planner.report.fits_data', 'huggingface_hub'} & set(sys.modules)\n"
         "print(heavy, file=sys.stderr); sys.exit(bool(heavy))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -16,7 +16,7 @@ from planner.facts import catalog
 from planner.facts.headers import read_gguf
 from planner.model import adapter, families
 from planner.model.spec import ModelSpec
-from planner.predict import predict
+from planner.plan.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -15,7 +15,7 @@ from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model import families
-from planner.predict import uncertainty
+from planner.plan.intervals import uncertainty
 from planner.training import training_from_dict
 from tests.calibration_samples import CPU_FACTS
 

@@ -16,7 +16,7 @@ from calibrate.fit.measurements import Measurement, read_runs
 from planner.device import cuda_rules
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog
-from planner.predict import architecture
+from planner.step.architecture import architecture
 from planner.training import LoraSpec, TrainingSpec, Versions
 
 DATA = Path(__file__).parent.parent / "data" / "measurements"

@@ -14,7 +14,7 @@ from planner import timing
 from planner.calibration import priors
 from planner.facts import calibration_files, catalog
 from planner.model import families
-from planner.predict import predict
+from planner.plan.predict import predict
 
 DATA = Path(__file__).parent.parent / "data"
 H200 = catalog.gpu("h200-sxm-141gb")

@@ -14,9 +14,9 @@ import pytest
 
 from planner.base.errors import InvalidInput
 from planner.calibration import Calibration, Coefficients, priors
-from planner.cli import trace_cache
 from planner.facts import calibration_files
 from planner.facts.catalog import gpu
+from planner.plan import trace_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("LORAPLAN_DATA", "XDG_DATA_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")

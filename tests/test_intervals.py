@@ -11,7 +11,7 @@ from planner.base.units import MiB
 from planner.device.hardware import CPU, Gpu
 from planner.facts import sources
 from planner.model import families
-from planner.predict import Range, allocator_ranges, uncertainty
+from planner.plan.intervals import Range, allocator_ranges, uncertainty
 from planner.training import LoraSpec, TrainingSpec
 
 CONTEXT = (50 * MiB, 100 * MiB, 200 * MiB)

@@ -14,7 +14,7 @@ from planner.base.errors import Contradiction
 from planner.device.cuda_rules import Architecture
 from planner.memory import walk
 from planner.model.families import build_spec
-from planner.predict import predict
+from planner.plan.predict import predict
 from planner.step import program
 from planner.step.classes import litgpt
 from planner.training import TrainingSpec

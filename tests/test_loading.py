@@ -16,9 +16,10 @@ from planner.facts import catalog
 from planner.memory import sequence
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
-from planner.predict import architecture, predict
+from planner.plan.predict import predict
 from planner.step import loading as loading_rules
 from planner.step import program
+from planner.step.architecture import architecture
 from planner.step.engine import Record
 from planner.step.loading import READERS, overlap
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions

@@ -11,7 +11,7 @@ from planner.memory import allocator, sequence, walk
 from planner.model import storage
 from planner.model.families import build_spec
 from planner.model.spec import Linear, ModelSpec
-from planner.predict import predict
+from planner.plan.predict import predict
 from planner.step import program
 from planner.step.engine import Record
 from planner.training import AttentionKernel, LoraSpec, QuantizationSpec, TrainingSpec

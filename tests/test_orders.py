@@ -17,7 +17,7 @@ from planner.facts import catalog
 from planner.memory import allocator, sequence
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
-from planner.predict import predict
+from planner.plan.predict import predict
 from planner.step import program
 from planner.step.engine import Record
 from planner.training import LoraSpec, TrainingSpec

@@ -24,7 +24,7 @@ from planner.model.depth import DEPTH_KEYS, lists_layers
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
-from planner.predict import predict
+from planner.plan.predict import predict
 from planner.step import program
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from planner import validation
 from planner.cli.validate import _Glue
 from planner.facts import catalog, measurements
+from planner.plan import validation
 from planner.report import validation_report
 
 ROOT = Path(__file__).resolve().parent.parent

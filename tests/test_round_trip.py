@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from planner.cli.from_config import job_of, with_job
 from planner.cli.options import TRAINING
 from planner.exporters import frameworks, script
 from planner.exporters.recipe import Export, Recipe
 from planner.model import lora
 from planner.model.spec import ModelSpec
-from planner.request import configure, load_model, training_settings
+from planner.plan.jobs import job_of, with_job
+from planner.plan.request import configure, load_model, training_settings
 from planner.training import TrainingSpec
 
 MODEL = "meta-llama/Llama-3.1-8B"

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from planner import optimizers, quantizations, search, stacks
+from planner import optimizers, quantizations, stacks
 from planner.base.errors import UnknownName
 from planner.base.records import Rows
 from planner.device import cuda_rules
@@ -18,6 +18,7 @@ from planner.model import storage
 from planner.model.families import build_spec
 from planner.model.spec import Linear
 from planner.optimizers import OPTIMIZERS, OptimizerRow
+from planner.plan import search
 from planner.quantizations import QUANTIZATIONS, QuantizationRow
 from planner.step import linears, loading, losses, program
 from planner.step.context import Step

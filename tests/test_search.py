@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from planner import search, stacks
+from planner import stacks
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model.families import build_spec
-from planner.predict import predict
-from planner.request import configure, load_model
+from planner.plan import search
+from planner.plan.predict import predict
+from planner.plan.request import configure, load_model
 from planner.training import TrainingSpec
 
 LLAMA = "meta-llama/Llama-3.1-8B"

@@ -22,7 +22,7 @@ from planner.facts import catalog, sources
 from planner.facts.sources import load_config
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
-from planner.predict import predict
+from planner.plan.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 TINY: dict[str, Any] = {

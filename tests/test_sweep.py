@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import predict, stacks, sweep
+from planner import stacks, sweep
 from planner.base.errors import InvalidInput
 from planner.device import cuda_rules
 from planner.device.hardware import Gpu
@@ -18,8 +18,9 @@ from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
 from planner.model.spec import ModelSpec
+from planner.plan import predict
 from planner.plan.verdict import VERDICTS
-from planner.step import program
+from planner.step import architecture, program
 from planner.step.polynomials import Grid, Mixed
 from planner.training import TrainingSpec
 
@@ -64,7 +65,7 @@ def test_cells_are_what_the_scalar_path_says(name: str, stack: str, method: str,
     cells = sweep.Sweeper(model, AXES).cells(training_of(stack, method, given), cards)
     for place in places(cells.allocated_bytes.shape, 12, seed=len(name)):
         card, training = cards[place[0]], sweep.at(cells, place[1:])
-        run = program.run(model, training, predict.architecture(card, training)).record
+        run = program.run(model, training, architecture.architecture(card, training)).record
         found = walk.breakdown(run)
         assert cells.allocated_bytes[place] == found.peak_allocated_bytes, (card.gpu_id, training)
         assert cells.static_bytes[place] == found.static_bytes
@@ -97,7 +98,7 @@ def test_cards_of_one_class_run_the_same_program() -> None:
             training = replace(training, micro_batch_size=1, seq_len=12, gradient_checkpointing="none")
         found: dict[Any, set[tuple[int, int]]] = {}
         for card in catalog.gpus():
-            arch = predict.architecture(card, training)
+            arch = architecture.architecture(card, training)
             run = program.run(model, training, arch)
             seen = (walk.peak_bytes(run.record) - cuda_rules.blas_bytes(arch), len(run.record.kernels))
             found.setdefault(cuda_rules.program_class(arch, four_bit=method == "qlora"), set()).add(seen)

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import pytest
 
-from planner import predict, stacks, sweep
+from planner import stacks, sweep
 from planner.base.errors import PlannerError
 from planner.device import processor
 from planner.device.hardware import Gpu
@@ -25,7 +25,8 @@ from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
 from planner.model.spec import ModelSpec
-from planner.step import program
+from planner.plan import predict
+from planner.step import architecture, program
 from planner.step.polynomials import Grid, Mixed, next_power_of_two, value_of
 from planner.training import CHOICES, TrainingSpec, Versions
 
@@ -177,7 +178,7 @@ def axes_of(rng: random.Random, model: ModelSpec) -> sweep.Axes:
 def assert_equal(model: ModelSpec, cells: sweep.Cells, place: tuple[int, ...]) -> None:
     """One cell against the program and the clock of `predict`."""
     card, training = cells.cards[place[0]], sweep.at(cells, place[1:])
-    run = program.run(model, training, predict.architecture(card, training)).record
+    run = program.run(model, training, architecture.architecture(card, training)).record
     found = walk.breakdown(run)
     label = f"{model.model_id} on {card.gpu_id}: {training}"
     assert cells.allocated_bytes[place] == found.peak_allocated_bytes, label

@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 
 from benchmarks import searches
-from planner import cost, predict, stacks, sweep
+from planner import cost, stacks, sweep
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.facts import catalog, sources
-from planner.largest import frontier, largest
 from planner.model import families
-from planner.pick import Candidate, Limits, pick
+from planner.plan import predict
+from planner.plan import rows as plan_rows
+from planner.plan.largest import frontier, largest
+from planner.plan.pick import Candidate, Limits, pick
+from planner.plan.rows import Block, Caption
 from planner.report import comparison, figures, grid, html_report
-from planner.report.grid import Block, Caption
 
 MODEL = "Qwen/Qwen2.5-1.5B"
 
@@ -204,7 +206,7 @@ def test_a_matrix_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str], fl
 
 @pytest.mark.extra
 def test_sorting_is_bounded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(grid, "MOST_SORTED", 40)
+    monkeypatch.setattr(plan_rows, "MOST_SORTED", 40)
     words = ("table", MODEL, "--gpu", "l4", "--seq-len", "64..4096:64", "--sort", "-peak", "--format", "csv")
     code, out, err = run(capsys, *words)
     assert (code, out) == (2, "") and "more than 40 rows to sort; add --top" in err
@@ -284,7 +286,7 @@ def test_the_largest_run_says_what_limits_it(capsys: pytest.CaptureFixture[str])
 @pytest.mark.extra
 def test_a_search_ends_where_nothing_fits_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps of growing length give the answer of one over all; litgpt's chunks make many lengths many programs."""
-    from planner import largest as search
+    from planner.plan import largest as search
 
     model, training = searches.drawn(random.Random(3))
     values = list(range(1, 200))

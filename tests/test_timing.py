@@ -13,7 +13,7 @@ from planner.calibration import Coefficient, Coefficients, priors
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model import families
-from planner.predict import Prediction, predict
+from planner.plan.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 A100 = catalog.gpu("a100-sxm4-80gb")

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from planner import predict, sweep, timing
+from planner import sweep, timing
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
-from planner.step import program
+from planner.plan import predict
+from planner.step import architecture, program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 A100 = catalog.gpu("a100-sxm4-80gb")
@@ -35,7 +36,7 @@ def training(**settings: Any) -> TrainingSpec:
 
 def emitted(settings: TrainingSpec, spec: Any = LLAMA, gpu: Gpu = A100) -> dict[tuple[str, str], dict[str, float]]:
     """(part, kind) -> bytes, FLOPs, launches and calls over one micro batch and the optimizer."""
-    run = program.run(spec, settings, predict.architecture(gpu, settings)).record
+    run = program.run(spec, settings, architecture.architecture(gpu, settings)).record
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for kernel in run.kernels:
         segment = run.segments[kernel.segment]
@@ -104,7 +105,7 @@ def test_a_paged_update_reads_and_writes_its_state() -> None:
 
 def test_paged_states_take_time_only_where_the_card_is_full() -> None:
     settings = training(method="full", optimizer="paged-adamw", seq_len=256)
-    peak = walk.peak_bytes(program.run(LLAMA, settings, predict.architecture(A100, settings)).record)
+    peak = walk.peak_bytes(program.run(LLAMA, settings, architecture.architecture(A100, settings)).record)
     state = 8 * (LLAMA.num_parameters - (2 * LAYERS + 1) * HIDDEN)
     seconds = []
     for beyond in (0, -(2**20)):

@@ -12,12 +12,11 @@ from dataclasses import fields
 
 import pytest
 
-from planner import traced
 from planner.base.errors import InvalidInput
-from planner.cli import trace_cache, tracing
 from planner.device import cuda_rules
 from planner.device.cuda_rules import Architecture
 from planner.model.families import known_families
+from planner.plan import trace_cache, traced, tracing
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from planner import stacks, validation
+from planner import stacks
 from planner.base.errors import InvalidInput, PlannerError, UnknownName
 from planner.cli.main import cli
 from planner.facts import measurements
 from planner.facts.measurements import COLUMNS, parse_measurements, select
+from planner.plan import published_rows, validation
+from planner.plan.published_rows import NotScored, row_flags, row_options
+from planner.plan.validation import score
 from planner.training import TrainingSpec
-from planner.validation import NotScored, row_flags, row_options, score
 
 BASE = {
     "id": "x-1", "source": "x", "model": "org/model", "framework": "peft-loop", "method": "lora",
@@ -289,7 +291,7 @@ def test_a_row_without_a_card_is_scored_for_memory_only() -> None:
     ],
 )
 def test_published_time_becomes_seconds_per_optimizer_step(changes: dict[str, str], seconds: float | None) -> None:
-    assert validation.published_step_s(make(**changes)) == seconds
+    assert published_rows.published_step_s(make(**changes)) == seconds
 
 
 def test_time_is_scored_where_the_prediction_has_it() -> None:

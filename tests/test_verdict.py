@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from planner import largest, predict, search, stacks, sweep, validation
+from planner import stacks, sweep
 from planner.device.hardware import Gpu
 from planner.facts import sources
 from planner.facts.measurements import COLUMNS
 from planner.memory import walk
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
-from planner.plan import verdict
+from planner.plan import intervals, largest, predict, search, validation, verdict
 from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS
 from planner.report import config_checks, grid
-from planner.step import program
+from planner.step import architecture, program
 from planner.training import TrainingSpec
 
 PLANNER = Path(verdict.__file__).parent
@@ -144,8 +144,8 @@ def test_the_search_tries_only_what_fits_beside_a_large_context(model: ModelSpec
     run = training()
     context = (2**28, 2**29, 2**30)
     large = card(2**40, context)
-    peak = walk.peak_bytes(program.run(model, run, predict.architecture(large, run)).record)
-    high = int(peak * (1 + sum(share for _, share in predict.uncertainty(model, run))))
+    peak = walk.peak_bytes(program.run(model, run, architecture.architecture(large, run)).record)
+    high = int(peak * (1 + sum(share for _, share in intervals.uncertainty(model, run))))
     just = card(high + context[2], context)
     assert search._Search(model, just).likely(run)
     for nbytes in (high + context[2] - 1, high + context[1], high + context[0]):

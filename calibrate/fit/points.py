@@ -14,8 +14,8 @@ from planner.base.records import record
 from planner.calibration import Coefficients
 from planner.device.hardware import Gpu
 from planner.model import families
-from planner.predict import architecture
 from planner.step import program
+from planner.step.architecture import architecture
 from planner.step.engine import Kernel, Record, Segment
 from planner.training import TrainingSpec
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrate.fit.measurements import Measurement
 from planner.model import families
-from planner.predict import predict
+from planner.plan.predict import predict
 
 if TYPE_CHECKING:
     from calibrate.fit.points import Point

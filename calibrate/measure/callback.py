@@ -29,7 +29,7 @@ from planner.base.units import gib, seconds
 from planner.facts import calibration_files
 from planner.model import families
 from planner.optimizers import by_transformers_name
-from planner.predict import Prediction, predict
+from planner.plan.predict import Prediction, predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 WARMUP = 3

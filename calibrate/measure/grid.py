@@ -19,7 +19,7 @@ from planner.calibration import Coefficients, priors
 from planner.device.hardware import Gpu
 from planner.facts import catalog
 from planner.model import families
-from planner.predict import predict
+from planner.plan.predict import predict
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 REPEAT_EVERY = {"cuda": 6, "cpu": 3}

@@ -199,8 +199,9 @@ def predicted(run: Recorded) -> tuple[int, int]:
     from calibrate.fit.measurements import Measurement, device_gpu
     from planner.memory import sequence
     from planner.model import families
-    from planner.predict import STEPS, architecture, predict
+    from planner.plan.predict import STEPS, predict
     from planner.step import program
+    from planner.step.architecture import architecture
 
     item = Measurement(request=run.request, result={"versions": run.versions}, device=run.device)
     spec, gpu = families.build_spec(item.config, model_id=item.model), device_gpu(run.device)

@@ -166,7 +166,7 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
     from planner.base.units import gib
     from planner.cli.options import TRAINING
     from planner.cli.terminal import echo_notes
-    from planner.request import Request, resolve
+    from planner.plan.request import Request, resolve
 
     if job.model is None:
         raise InvalidInput("no config names the model to measure; add its key")

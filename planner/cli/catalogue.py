@@ -10,7 +10,7 @@ from planner.cli.options import format_option
 
 if TYPE_CHECKING:
     from planner.device.hardware import Gpu
-    from planner.request import LoadedModel
+    from planner.plan.request import LoadedModel
 
 
 class ListByDefault(click.Group):
@@ -43,6 +43,7 @@ def _print_rows(style: str, what: str, headers: list[str], rows: list[list[Any]]
 
 def _print_facts(style: str, what: str, facts: dict[str, Any]) -> int:
     """Print the facts about one thing, one a line."""
+    from planner.plan import rows as plan_rows
     from planner.report import tables
 
     if style == "json":
@@ -56,7 +57,7 @@ def _print_facts(style: str, what: str, facts: dict[str, Any]) -> int:
         rows += [(key if place == 0 or style == "csv" else "", item) for place, item in enumerate(values)]
     if style == "table":
         width = max(len(key) for key in facts) + 2
-        lines = [tables.wrapped(f"{key:<{width}}{tables.plain(item)}", 100, " " * width) for key, item in rows]
+        lines = [tables.wrapped(f"{key:<{width}}{plan_rows.plain(item)}", 100, " " * width) for key, item in rows]
         click.echo("\n".join(lines))
     else:
         click.echo(tables.table(style, ("fact", "value"), rows), nl=False)
@@ -120,7 +121,7 @@ def show_model(model: str, style: str) -> int:
     Example:
       loraplan models show Qwen/Qwen2.5-7B --format json
     """
-    from planner.request import load_model
+    from planner.plan.request import load_model
 
     return _print_facts(style, "model", _model_facts(load_model(model)))
 

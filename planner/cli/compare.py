@@ -6,18 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli.from_config import (
-    ShowKeys,
-    config_options,
-    is_config,
-    job_of,
-    show_keys,
-    take_job,
-    take_reading,
-    with_job,
-)
+from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
 from planner.cli.options import Sectioned, Word, calibration_option, format_option, training_options
 from planner.cli.terminal import echo_notes
+from planner.plan.jobs import is_config, job_of, with_job
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -144,11 +136,9 @@ def compared(
 
 def _predicted(label: str, text: str, model: str | None, gpu: str | None, given: dict[str, Any]) -> Compared:
     from planner.base.errors import InvalidInput, one_line
-    from planner.cli.fits import card_of
-    from planner.cli.grid import parse_values
-    from planner.cli.table import key_of
+    from planner.plan.request import Request, card_of, resolve
+    from planner.plan.table import key_of, parse_values
     from planner.report.comparison import Compared
-    from planner.request import Request, resolve
 
     job, reading, calibration = given.pop("job"), given.pop("reading"), given.pop("calibration", None)
     words = text.split()

@@ -9,9 +9,10 @@ import click
 
 from planner.cli.options import Word, format_option
 from planner.cli.terminal import echo_notes
+from planner.plan.data import read
 
 if TYPE_CHECKING:
-    from planner.dataset.scan import Scan, Source
+    from planner.dataset.scan import Source
 
 
 @click.command()
@@ -87,7 +88,7 @@ def model_notes(model: str | None) -> tuple[str, ...]:
     """What to tell about the model that was named."""
     if model is None:
         return ()
-    from planner.request import load_model
+    from planner.plan.request import load_model
 
     return load_model(model).warnings
 
@@ -110,22 +111,8 @@ def source(paths: tuple[str, ...], template: str, tokenizer: str | None, model: 
         raise unknown("template", template, NAMES)
     family = "llama2"
     if model and not tokenizer:
-        from planner.request import load_model
+        from planner.plan.request import load_model
 
         spec = load_model(model).spec
         family = family_of(spec.model_type, spec.vocab_size)
     return Source(paths=paths, template=template, tokenizer=tokenizer, family=family)
-
-
-def read(what: Source) -> Scan:
-    """Scan the files, with a progress bar on a terminal."""
-    import os
-
-    from planner.cli.terminal import byte_progress
-    from planner.dataset.files import kind
-    from planner.dataset.scan import scan
-
-    for path in what.paths:
-        kind(path)  # refuses what cannot be read before the bar appears
-    with byte_progress(sum(os.path.getsize(path) for path in what.paths), "reading") as advance:
-        return scan(what, advance)

@@ -10,7 +10,7 @@ import click
 from planner.cli.options import Word
 
 if TYPE_CHECKING:
-    from planner.request import Data, Known
+    from planner.plan.request import Data, Known
 
 DATA = ("data_files", "template", "tokenizer", "padding")
 """Parameters that `data_options` adds."""
@@ -40,7 +40,7 @@ def take(given: dict[str, Any]) -> Data | None:
     """
     wanted = {name: given.pop(name) for name in DATA}
     if wanted["data_files"]:
-        from planner.request import Data
+        from planner.plan.request import Data
 
         return Data(tuple(wanted.pop("data_files")), **wanted)
     for name in DATA[1:]:
@@ -53,7 +53,7 @@ def take(given: dict[str, Any]) -> Data | None:
 
 def known() -> Known:
     """What the requests of one command share; data are read with a progress bar on a terminal."""
-    from planner.cli.data import read
-    from planner.request import Known
+    from planner.plan.data import read
+    from planner.plan.request import Known
 
     return Known(read)

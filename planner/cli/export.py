@@ -12,7 +12,7 @@ from planner.cli.options import MOST_STEPS, Number, Sectioned, Word, training_op
 
 if TYPE_CHECKING:
     from planner.exporters.recipe import Export, Recipe
-    from planner.predict import Prediction
+    from planner.plan.predict import Prediction
 
 TARGETS = (
     "peft", "trl", "axolotl", "llama-factory", "entrenar", "databricks-air", "databricks-cluster", "databricks-fm",
@@ -171,9 +171,9 @@ def _made(target: str, recipe: Recipe, place: dict[str, Any], call: dict[str, An
 def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, Prediction, float]:
     """The planned run, its prediction on the card that was named, and the tokens it trains on."""
     from planner.cli.data_options import take
-    from planner.cli.fits import answer_of, card_of
     from planner.exporters.recipe import Recipe
     from planner.model.spec import ModelSpec
+    from planner.plan.request import answer_of, card_of
     from planner.report.answer import run_words
 
     run = {name: given.pop(name) for name in RUN}

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.base.errors import InvalidInput, PlannerError, one_line
-from planner.cli.from_config import job_of, with_job
-from planner.cli.options import COST
 from planner.cli.terminal import tell_unanswered
+from planner.plan.jobs import job_of, with_job
 from planner.plan.verdict import CLOSE, NO
+from planner.plan.words import COST
 from planner.report.config_checks import Check, notes, render
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def gate(files: tuple[str, ...], reading: Mapping[str, Any], options: Mapping[st
 
     0: all fit; 1: one does not fit or is too close to call; 2: one could not be answered and none was refused a fit.
     """
-    from planner.cli.fits import card_of, percent_of
+    from planner.plan.request import card_of, percent_of
 
     if len(files) > MAX_FILES:
         raise InvalidInput(f"{len(files):,} files at once; at most {MAX_FILES:,}")
@@ -54,7 +54,7 @@ def gate(files: tuple[str, ...], reading: Mapping[str, Any], options: Mapping[st
 
 def _check(name: str, card: Any, margin: float, reading: Mapping[str, Any], options: Mapping[str, Any]) -> Check:
     """Answer for one file; a file without an answer is a row with the reason."""
-    from planner.cli.fits import answer_of
+    from planner.plan.request import answer_of
 
     try:
         configs = (*reading["configs"], name)

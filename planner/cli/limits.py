@@ -21,12 +21,12 @@ from planner.cli.options import (
 from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
-    from planner.datarun import DataRun
-    from planner.largest import Largest
     from planner.model.spec import ModelSpec
-    from planner.pick import Candidate, HoursOf
-    from planner.report.grid import Caption
-    from planner.request import Plan
+    from planner.plan.datarun import DataRun
+    from planner.plan.largest import Largest
+    from planner.plan.pick import Candidate, HoursOf
+    from planner.plan.request import Plan
+    from planner.plan.rows import Caption
 
 WORDS = {
     "batch": "micro_batch_size", "micro-batch-size": "micro_batch_size", "seq-len": "seq_len", "length": "seq_len",
@@ -94,8 +94,7 @@ def _run(
     """The run whose numbers are raised; data decides its length."""
     from planner.base.errors import Contradiction, InvalidInput
     from planner.cli.data_options import known, take
-    from planner.cli.fits import card_of
-    from planner.request import Request, resolve
+    from planner.plan.request import Request, card_of, resolve
 
     data = take(given)
     if data and "seq_len" in names:
@@ -117,7 +116,7 @@ def _candidates(key: str, model: ModelSpec, up_to: int | None) -> list[int]:
 def _single(plan: Plan, key: str, probability: float, up_to: int | None, style: str) -> int:
 
     from planner.base.units import gib
-    from planner.largest import largest
+    from planner.plan.largest import largest
     from planner.plan.verdict import ANSWERS
 
     model, card = plan.spec, plan.card
@@ -162,8 +161,8 @@ def _why(found: Largest) -> str:
 
 
 def _frontier(plan: Plan, keys: tuple[str, ...], probability: float, up_to: int | None, style: str) -> int:
-    from planner.largest import frontier
-    from planner.report.grid import Caption
+    from planner.plan.largest import frontier
+    from planner.plan.rows import Caption
 
     model, card = plan.spec, plan.card
     assert card is not None
@@ -196,15 +195,16 @@ def _print(
     import sys
 
     from planner.cli.terminal import table_width
+    from planner.plan import rows as plan_rows
     from planner.report import grid as report
 
-    caption = caption or report.Caption((), {})
+    caption = caption or plan_rows.Caption((), {})
     lines = (*caption.lines, *(f"warning: {note}" for note in warnings))
-    caption = report.Caption(lines, {**caption.data, "warnings": list(warnings)})
+    caption = plan_rows.Caption(lines, {**caption.data, "warnings": list(warnings)})
     if style == "csv":
         echo_notes(warnings, err=True)
         arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}
-        report.write_streamed("csv", sys.stdout, columns, [report.Block({}, arrays, len(rows))], caption)
+        report.write_streamed("csv", sys.stdout, columns, [plan_rows.Block({}, arrays, len(rows))], caption)
         return
     width = table_width() if style == "table" else 0
     click.echo(report.whole(style, columns, rows, caption, width).rstrip("\n"))
@@ -245,8 +245,8 @@ def pick(
     \b
     Exit codes: 0 there is one, 1 no candidate will do, 2 could not answer.
     """
-    from planner.pick import Limits
-    from planner.pick import pick as choose
+    from planner.plan.pick import Limits
+    from planner.plan.pick import pick as choose
 
     spec, candidates, amount, run, warnings = _candidates_of(model, gpus, providers, single, (tokens, epochs), given)
     hours_of = _hours_on_data(spec, run, epochs) if run else None
@@ -293,10 +293,10 @@ def _candidates_of(
     from planner.base.units import parse_count
     from planner.calibration import time_words
     from planner.cli.data_options import known, take
-    from planner.cli.table import cards_of
     from planner.facts import calibration_files, catalog
-    from planner.pick import Candidate
-    from planner.request import Request, counted, resolve
+    from planner.plan.pick import Candidate
+    from planner.plan.request import Request, counted, resolve
+    from planner.plan.table import cards_of
 
     calibration = given.pop("calibration", None)
     data, (tokens, epochs) = take(given), much
@@ -334,8 +334,8 @@ TOKENS = "10M"
 
 def _hours_on_data(model: ModelSpec, run: DataRun, epochs: float | None) -> HoursOf:
     """Hours on a candidate, from the distribution of lengths."""
-    from planner.datarun import hours_on
-    from planner.predict import predict_on
+    from planner.plan.datarun import hours_on
+    from planner.plan.predict import predict_on
 
     def hours(candidate: Candidate) -> float:
         return hours_on(run, predict_on(model, candidate.training, candidate.gpu, candidate.chosen), epochs or 1.0)

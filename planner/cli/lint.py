@@ -47,8 +47,8 @@ def lint(
     Exit codes: 0 nothing costs more than 5 %, 1 something does or does not
     start, 2 could not answer.
     """
-    from planner.cli.fits import card_of
     from planner.cli.terminal import tell_unanswered
+    from planner.plan.request import card_of
     from planner.report.lint_view import render
 
     card = card_of(gpu, None)
@@ -64,10 +64,10 @@ def lint(
 def _linted(name: str, model: str | None, card: Gpu | None, reading: dict[str, Any], given: dict[str, Any]) -> Linted:
     """Look at one file; one that cannot be read is a finding with its reason (alone, an error)."""
     from planner.base.errors import InvalidInput, PlannerError, one_line
-    from planner.cli.from_config import job_of, with_job
-    from planner.lint import traps
+    from planner.plan.jobs import job_of, with_job
+    from planner.plan.lint import traps
+    from planner.plan.request import Request, resolve
     from planner.report.lint_view import Linted
-    from planner.request import Request, resolve
 
     try:
         job = job_of((*reading["configs"], name), reading, given)

@@ -40,12 +40,11 @@ def lora(
     Exit codes: 0 an answer, 2 could not answer.
     """
     from planner.base.errors import Contradiction
-    from planner.cli.fits import card_of
     from planner.cli.rival import entrenar
     from planner.course import labs
     from planner.model import adapter
+    from planner.plan.request import Request, card_of, resolve
     from planner.report.lora_report import LoraAnswer, render
-    from planner.request import Request, resolve
 
     if lab == "5.1":
         click.echo(_lab_5_1(data_file), nl=False)
@@ -85,8 +84,9 @@ def _json(value: Any) -> str:
 def _lab_5_1(data_file: str | None) -> str:
     """The learner's DatasetPreparer on a file: rows, first text, split, lengths."""
     from planner.base.errors import Contradiction
-    from planner.cli.data import read, source
+    from planner.cli.data import source
     from planner.course import labs
+    from planner.plan.data import read
     from planner.report.data_report import DataAnswer, statistics
 
     if data_file is None:

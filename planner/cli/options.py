@@ -11,6 +11,7 @@ import click
 from planner import optimizers, quantizations
 from planner.base.errors import unknown
 from planner.base.records import NamedTuple
+from planner.plan.words import LIBRARIES
 from planner.training import CHOICES
 
 FORMATS = ("table", "json", "csv", "markdown")
@@ -77,10 +78,6 @@ def calibration_option(command: _Command) -> _Command:
         "--calibration", metavar="FILE|none",
         help="Coefficients of the times: a calibration (file or id), or none; by default the newest of the card.",
     )(command)  # fmt: skip
-
-
-COST = ("tokens", "rows", "epochs", "mean_tokens", "price", "dbu_table", "dbu_rate")
-"""Parameters that `cost_options` adds."""
 
 
 def cost_options(command: _Command) -> _Command:
@@ -237,8 +234,6 @@ TRAINING: dict[str, tuple[Option, ...]] = {
     ),
 }
 """Sections of the help and their options, in the order of the help."""
-
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def training_options(command: _Command) -> _Command:

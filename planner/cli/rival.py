@@ -16,7 +16,7 @@ def entrenar(spec: ModelSpec, training: TrainingSpec, card: Gpu) -> Rival:
     from planner.base.records import replace
     from planner.course import rivals
     from planner.model.lora import trainable_lora_parameters
-    from planner.predict import predict
+    from planner.plan.predict import predict
     from planner.report.lora_report import Rival
 
     assert training.lora is not None

@@ -9,7 +9,6 @@ import click
 from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
 from planner.cli.options import (
-    COST,
     FORMATS,
     MOST_STEPS,
     Sectioned,
@@ -20,11 +19,12 @@ from planner.cli.options import (
     training_options,
 )
 from planner.cli.terminal import echo_notes
+from planner.plan.words import COST
 
 if TYPE_CHECKING:
     from planner.cost import Price
+    from planner.plan.simulate import Plan
     from planner.report.simulation import Simulation
-    from planner.simulate import Plan
     from planner.training import TrainingSpec
 
 RUN = (
@@ -95,15 +95,15 @@ def simulate(
 
 def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibration: str | None) -> Simulation:
     from planner.cli.data_options import take
-    from planner.cli.fits import answer_of, card_of
-    from planner.cli.money import ESTIMATED, price_of
-    from planner.curves import StepCost
     from planner.model import adapter
     from planner.model.spec import ModelSpec
+    from planner.plan.curves import StepCost
+    from planner.plan.money import ESTIMATED, price_of
+    from planner.plan.request import answer_of, card_of
+    from planner.plan.simulate import Timeline, closed_form
     from planner.plan.verdict import CLOSE
     from planner.report.answer import run_words
     from planner.report.simulation import Simulation
-    from planner.simulate import Timeline, closed_form
 
     wanted = {name: given.pop(name) for name in COST}
     run = {name: given.pop(name) for name in RUN}
@@ -147,7 +147,7 @@ def _price_words(price: Price) -> str:
 
 
 def _plan(run: dict[str, Any], lengths: Any, how: Any, accumulation: int, epochs: float | None, price: Any) -> Plan:
-    from planner.simulate import Plan
+    from planner.plan.simulate import Plan
 
     return Plan(
         lengths=lengths, batching=how, accumulation=accumulation, epochs=3.0 if epochs is None else epochs,
@@ -171,9 +171,9 @@ def _constant(training: TrainingSpec, wanted: dict[str, Any]) -> tuple[Any, Any,
     from itertools import repeat
 
     from planner.base.errors import Contradiction, InvalidInput
-    from planner.cli.money import amount_of
     from planner.dataset.batches import Batching
     from planner.dataset.lengths import Lengths
+    from planner.plan.money import amount_of
 
     if wanted["rows"] is None or wanted["tokens"] is not None:
         raise Contradiction("what is trained? give --data FILE, or --rows N")

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from planner.base.outputs import whole_file
-from planner.cli.data_options import data_options, known, take
-from planner.cli.from_config import ShowKeys, config_options, is_config, show_keys, take_job, take_reading
-from planner.cli.options import COST, TRAINING, Sectioned, Word, calibration_option
+from planner.cli.data_options import data_options, take
+from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
+from planner.cli.options import TRAINING, Sectioned, Word, calibration_option
+from planner.plan.jobs import is_config
+from planner.plan.table import explicit, read_grid, tabulator
 
 if TYPE_CHECKING:
-    from planner.cli.grid import Tabulator, Wanted
-    from planner.device.hardware import Gpu
     from planner.importers import Job
-    from planner.report.grid import Block, Caption
+    from planner.plan.rows import Block, Caption
+    from planner.plan.table import Tabulator, Wanted
 
-MAX_FILE_BYTES = 1 << 20
-MOST_LISTED = 100_000
 STYLES = ("table", "json", "jsonl", "csv", "markdown", "latex", "html", "parquet")
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -141,162 +140,6 @@ def chosen_style(style: str | None, output: str | None) -> str:
     return SUFFIXES[suffix]
 
 
-# --- what is wanted -----------------------------------------------------------------------------------------------
-
-
-def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None = None) -> Tabulator:
-    """Turn lists of words into what is to be tabulated; settings without a list are the job's, where there is one.
-
-    Raises:
-        PlannerError: unknown names or values.
-    """
-    from planner.base.errors import InvalidInput
-    from planner.cli.fits import percent_of, with_margin
-    from planner.cli.grid import Run, Tabulator, Wanted, card_prices, parse_values
-    from planner.cli.money import amount_of, amount_on_data, price_of
-    from planner.facts import calibration_files
-
-    models = _names(lists.get("model", ()))
-    if not models:
-        raise InvalidInput("no model; name at least one, for example meta-llama/Llama-3.1-8B")
-    names, sizes = _names(lists.get("gpu", ())), _names(lists.get("vram", ()))
-    cards = (*(cards_of(names) if names or not sizes else ()), *map(card_with, sizes))
-    margin = percent_of(str(costs.get("margin") or "0"))
-    cards = tuple(with_margin(card, margin)[0] or card for card in cards)
-    values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu", "vram")}
-    wanted = {**dict.fromkeys(COST), **costs}
-    chosen = calibration_files.select_each(cards, costs.get("calibration"))
-    cards = tuple(chosen[card.gpu_id].card(card) for card in cards)
-    prices = card_prices(cards, lambda card: price_of(card, wanted))
-    data = costs.get("data")
-    if data:
-        amount = amount_on_data(wanted)
-        return Tabulator(Wanted(models, cards, values, job), Run(amount, prices, chosen, margin, data), known())
-    run = Run(amount_of(wanted), prices, chosen, margin)
-    return Tabulator(Wanted(models, cards, values, job), run, known())
-
-
-def _names(texts: Sequence[Any]) -> tuple[str, ...]:
-    parts = [part.strip() for text in texts for part in str(text).split(",")]
-    return tuple(dict.fromkeys(part for part in parts if part))
-
-
-def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
-    """Return the cards that were named.
-
-    Raises:
-        PlannerError: an unknown card, or none.
-    """
-    from planner.base.errors import InvalidInput
-    from planner.facts import catalog
-
-    if not names:
-        raise InvalidInput("no GPU; name cards with --gpu rtx-4090,a100-80gb, or --gpu all")
-    found: list[Gpu] = []
-    for name in names:
-        found += [g for g in catalog.gpus() if g.vendor == "NVIDIA"] if name == "all" else [catalog.gpu(name)]
-    return tuple({card.gpu_id: card for card in found}.values())
-
-
-def card_with(size: str) -> Gpu:
-    """A card of the user's own with this much memory, under a name of its own."""
-    from planner.base.records import replace
-    from planner.base.units import gib
-    from planner.cli.fits import card_of
-
-    card = card_of(None, size)
-    assert card is not None
-    return replace(card, gpu_id=f"{gib(card.memory_bytes)} GiB")
-
-
-def read_grid(path: str) -> dict[str, list[Any]]:
-    """Read lists from a YAML file: settings under their names or the names of their options.
-
-    Raises:
-        PlannerError: it is not such a file.
-    """
-    from planner.base.errors import InvalidInput, MissingDependency, one_line
-
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependency("--grid needs PyYAML; pip install 'loraplan[tables]'") from error
-    text = _bounded(path)
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.events.AliasEvent):  # few bytes can stand for many
-                raise InvalidInput(f"{one_line(path)!r}: aliases (*name) are not read; write the values out")
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{one_line(path)!r} is no YAML: {one_line(str(error), 200)}") from None
-    if not isinstance(data, dict):
-        raise InvalidInput(f"{one_line(path)!r} must map names to lists, for example gpu: [rtx-4090, l4]")
-    return {key_of(name): value if isinstance(value, list) else [value] for name, value in data.items()}
-
-
-def key_of(name: object) -> str:
-    """The setting that a name means: its key, or the name of its option.
-
-    Raises:
-        UnknownName: it means none.
-    """
-    from planner.base.errors import unknown
-
-    word = str(name).strip().lower().lstrip("-")
-    known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu", "vram": "vram"}
-    for options in TRAINING.values():
-        for option in options:
-            known[option.key] = option.key
-            known.update({flag.partition("/")[0].lstrip("-"): option.key for flag in option.flags})
-    found = known.get(word) or known.get(word.replace("_", "-"))
-    if found is None:
-        raise unknown("name", name, known)
-    return found
-
-
-def _bounded(path: str) -> str:
-    from planner.base.bounded import read_bounded
-
-    return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
-
-
-def explicit(
-    path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None
-) -> list[Tabulator]:
-    """One small table per row of a CSV file; what a row leaves open the options say, then the job.
-
-    Raises:
-        PlannerError: an unknown column or value, with its line.
-    """
-    import csv
-    import io
-
-    from planner.base.errors import InvalidInput, PlannerError, one_line
-
-    try:
-        reader = csv.DictReader(io.StringIO(_bounded(path), newline=""), strict=True)
-        keys = {name: key_of(name) for name in reader.fieldnames or ()}
-        listed = list(itertools.islice(reader, MOST_LISTED))
-    except csv.Error as error:
-        raise InvalidInput(f"{one_line(path)!r} is no CSV file: {one_line(str(error))}") from None
-    made = []
-    shared = known()
-    if len(listed) >= MOST_LISTED:
-        raise InvalidInput(f"{one_line(path)!r} has {MOST_LISTED:,} rows or more; split it")
-    for number, row in enumerate(listed, start=2):
-        given = {keys[name]: [text] for name, text in row.items() if name in keys and text}
-        try:
-            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs, job)
-        except PlannerError as error:
-            raise type(error)(f"{one_line(path, 60)} line {number}: {error}") from None
-        one.known = shared
-        one.exact = True
-        made.append(one)
-    if not made:
-        raise InvalidInput(f"{one_line(path)!r} has no rows")
-    return made
-
-
 # --- what is printed ----------------------------------------------------------------------------------------------
 
 
@@ -315,15 +158,16 @@ class View(NamedTuple):
     def print(self, made: Sequence[Tabulator]) -> int:
         """Evaluate, select, write; return the exit code."""
         from planner.base.errors import InvalidInput, one_line
+        from planner.plan import rows as plan_rows
         from planner.report import grid as report
 
         columns = columns_of([one.wanted for one in made], made[0].run.budget)
-        conditions = [report.condition(text, columns) for text in self.where]
+        conditions = [plan_rows.condition(text, columns) for text in self.where]
         made_blocks = _with_progress(made)
         first = next(made_blocks, None)
         if first is None:  # nothing has an answer: say why instead of an empty table
             raise InvalidInput(next((reason for one in made for reason in one.problems.reasons), "no rows"))
-        blocks = (report.select(b, conditions) for b in itertools.chain([first], made_blocks))
+        blocks = (plan_rows.select(b, conditions) for b in itertools.chain([first], made_blocks))
         reorders = self.sort or self.top or self.pareto or self.pivot
         if self.style in report.STREAMED and not reorders:
             count = self._stream(blocks, columns, caption_of(made, final=False))
@@ -333,9 +177,9 @@ class View(NamedTuple):
             count = len(rows)
             caption = caption_of(made, final=True)
             if self.pivot:
-                down, across, show = (report.column_of(word, columns) for word in (*self.pivot, self.show))
-                headings, turned = report.pivot(rows, columns, down, across, show)
-                _, verdicts = report.pivot(rows, columns, down, across, "verdict")
+                down, across, show = (plan_rows.column_of(word, columns) for word in (*self.pivot, self.show))
+                headings, turned = plan_rows.pivot(rows, columns, down, across, show)
+                _, verdicts = plan_rows.pivot(rows, columns, down, across, "verdict")
                 self._write_matrix(headings, turned, verdicts, caption, show)
             else:
                 self._write(columns, rows, caption)
@@ -358,15 +202,18 @@ class View(NamedTuple):
 
     def _rows(self, rows: Iterator[tuple[Any, ...]], columns: Sequence[str]) -> list[tuple[Any, ...]]:
         from planner.base.errors import InvalidInput
+        from planner.plan import rows as plan_rows
         from planner.report import grid as report
 
         found: Any = rows
         if self.pareto:
-            found = report.pareto(found, [columns.index(report.column_of(w, columns)) for w in self.pareto.split(",")])
+            found = plan_rows.pareto(
+                found, [columns.index(plan_rows.column_of(w, columns)) for w in self.pareto.split(",")]
+            )
         if self.sort:
             keys = [w.strip() for w in self.sort.split(",")]
-            numbers = [(columns.index(report.column_of(w.lstrip("-"), columns)), w.startswith("-")) for w in keys]
-            return report.kept_sorted(found, numbers, self.top or 0)
+            numbers = [(columns.index(plan_rows.column_of(w.lstrip("-"), columns)), w.startswith("-")) for w in keys]
+            return plan_rows.kept_sorted(found, numbers, self.top or 0)
         held: list[tuple[Any, ...]] = []
         for row in found:
             if self.top and len(held) >= self.top:
@@ -394,10 +241,11 @@ class View(NamedTuple):
         caption: Caption, show: str,
     ) -> None:  # fmt: skip
         """Write a pivot; where people read it, figures in every column but the first, marked by their verdict."""
+        from planner.plan import rows as plan_rows
         from planner.report import grid as report
 
         if self.style not in report.STREAMED and self.style != "json":
-            kind = report.SHOWN.get(show, report.Shown(show))
+            kind = plan_rows.SHOWN.get(show, plan_rows.Shown(show))
             present = {verdict for row in verdicts for verdict in row[1:]}
             used = [] if show == "verdict" else [word for word in report.MARKS if word in present]
             legend = ", ".join(f"{report.MARKS[word]} {word}" for word in used)
@@ -409,11 +257,12 @@ class View(NamedTuple):
         self._write(columns, rows, caption)
 
     def _write(self, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], caption: Caption) -> None:
+        from planner.plan import rows as plan_rows
         from planner.report import grid as report
 
         if self.style in report.STREAMED:
             arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}
-            self._stream(iter([report.Block({}, arrays, len(rows))]), columns, caption)
+            self._stream(iter([plan_rows.Block({}, arrays, len(rows))]), columns, caption)
             return
         width = 0
         if self.output is None and self.style == "table":
@@ -430,7 +279,7 @@ class View(NamedTuple):
 
 def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
     """Columns of a table: model, card, the settings that were given, the numbers, the results."""
-    from planner.report.grid import RESULTS
+    from planner.plan.rows import RESULTS
     from planner.sweep import NUMBERS
 
     settings = dict.fromkeys(key for one in wanted for key in one.values if key not in NUMBERS)
@@ -442,9 +291,9 @@ def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     """Version, calibration, prices and their days, and the settings that all rows share."""
     from planner import __version__
     from planner.calibration import time_words
-    from planner.cli.money import ESTIMATED
+    from planner.plan.money import ESTIMATED
+    from planner.plan.rows import Caption
     from planner.report.answer import value_words
-    from planner.report.grid import Caption
 
     prices = [price for one in made for price in one.run.prices.values() if price is not None]
     days = sorted({price.date for price in prices if price.date})

@@ -10,9 +10,9 @@ from planner.cli.options import Word, calibration_option, format_option
 
 if TYPE_CHECKING:
     from planner.dataset.orders import Orders
-    from planner.predict import Prediction
+    from planner.plan.predict import Prediction
+    from planner.plan.published_rows import RowLengths
     from planner.training import TrainingSpec
-    from planner.validation import RowLengths
 
 
 @click.command()
@@ -56,9 +56,9 @@ def validate(
     """
     from pathlib import Path
 
-    from planner import validation
     from planner.cli.terminal import progress
     from planner.facts import catalog, measurements
+    from planner.plan import validation
     from planner.report import validation_report
 
     path = file if file is not None else catalog.data_path("measurements", "published.csv")
@@ -88,7 +88,7 @@ class _Glue:
     """What turns a row's options into a prediction; models and cards are read once."""
 
     def __init__(self, calibration: str | None = None) -> None:
-        from planner.request import Known
+        from planner.plan.request import Known
 
         self.calibration = calibration
         self.known = Known(offline=True)
@@ -100,7 +100,7 @@ class _Glue:
         Raises:
             PlannerError: the row's model, card or settings are not known.
         """
-        from planner.request import Request, resolve
+        from planner.plan.request import Request, resolve
 
         given = dict(options)
         stack = given.pop("stack")

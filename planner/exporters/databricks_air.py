@@ -15,8 +15,8 @@ from planner.exporters import script
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import comment, json_file, yaml
 from planner.facts import catalog
+from planner.plan.predict import Prediction, predict
 from planner.plan.verdict import FITS
-from planner.predict import Prediction, predict
 
 ENVIRONMENT_VERSION = 6
 DEPENDENCIES = ("trl==1.16.0", "peft>=0.21", "bitsandbytes>=0.50")

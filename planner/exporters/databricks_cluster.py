@@ -17,8 +17,9 @@ from planner.exporters import script
 from planner.exporters.recipe import Artifact, Export, Recipe
 from planner.exporters.text import json_file
 from planner.facts import catalog
+from planner.plan.notes import lacks_bf16
+from planner.plan.predict import Prediction, predict
 from planner.plan.verdict import FITS
-from planner.predict import Prediction, lacks_bf16, predict
 
 RUNTIME = "15.4.x-gpu-ml-scala2.12"
 """A GPU ML runtime; Photon does not run on GPU nodes."""

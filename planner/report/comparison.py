@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from planner.base.errors import one_line
 from planner.base.units import GiB
-from planner.predict import Prediction
+from planner.plan.predict import Prediction
 from planner.report.answer import value_words
 from planner.stacks import Resolved
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from planner.base.errors import one_line
 from planner.base.units import GiB, gib
 from planner.device.hardware import Gpu
+from planner.plan.answer import Answer
+from planner.plan.request import counted
 from planner.plan.verdict import ANSWERS, CLOSE, FITS, NO, Verdict
-from planner.report.answer import Answer, run_words
+from planner.report.answer import run_words
 from planner.report.tables import escape, json_text, table, wrapped
-from planner.request import counted
 
 HEADERS = ("file", "verdict", "peak GiB", "up to", "left", "run")
 

@@ -10,7 +10,7 @@ from planner.base.outputs import whole_file
 
 if TYPE_CHECKING:
     from planner.dataset.scan import Scan
-    from planner.simulate import Timeline
+    from planner.plan.simulate import Timeline
 
 KINDS = (".png", ".svg", ".pdf")
 

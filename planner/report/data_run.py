@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.base.errors import one_line
-from planner.datarun import DataRun
+from planner.plan.datarun import DataRun
 from planner.report.tables import wrapped
 
 _WORDS = {

@@ -6,21 +6,13 @@ from typing import Any
 
 from planner.base.units import GiB, gib
 from planner.memory.walk import CATEGORIES
+from planner.plan.answer import Answer, components, context_name
+from planner.plan.intervals import Range
+from planner.plan.search import Change
 from planner.plan.verdict import ANSWERS
-from planner.predict import Range
-from planner.report.answer import (
-    Answer,
-    card_words,
-    components,
-    context_name,
-    peak_words,
-    run_words,
-    value_words,
-    via_words,
-)
+from planner.report.answer import card_words, peak_words, run_words, value_words, via_words
 from planner.report.tables import csv_text, escape, json_text, markdown
 from planner.report.time_text import PARTS, parts_of, run_block, run_data, time_data
-from planner.search import Change
 
 SCHEMA_VERSION = 1
 COUNTERS = ("allocated", "reserved", "device")

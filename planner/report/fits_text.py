@@ -7,17 +7,10 @@ from collections.abc import Iterator
 from planner.base.errors import one_line
 from planner.base.units import gib
 from planner.device.hardware import CPU
+from planner.plan.answer import Answer, components
+from planner.plan.intervals import Range
 from planner.plan.verdict import ANSWERS, CLOSE, FITS, NO
-from planner.predict import Range
-from planner.report.answer import (
-    Answer,
-    card_words,
-    components,
-    peak_words,
-    run_words,
-    value_words,
-    via_words,
-)
+from planner.report.answer import card_words, peak_words, run_words, value_words, via_words
 from planner.report.tables import aligned, wrapped
 from planner.report.time_text import ledger_block, step_block
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from planner import __version__
 from planner.base.errors import one_line
 from planner.base.units import gib
+from planner.plan.rows import Caption
 from planner.report.answer import value_words
 from planner.report.comparison import Compared, sentences, shown_rows, warnings
 from planner.report.figures import Picture
-from planner.report.grid import Caption, html_page, html_table
+from planner.report.grid import html_page, html_table
 
 
 def page(items: Sequence[Compared], pictures: Sequence[Picture], title: str) -> str:

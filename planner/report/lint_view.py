@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from planner.base.errors import one_line
 from planner.base.units import gib
 from planner.importers.writing import line_for
-from planner.lint import Trap
+from planner.plan.lint import Trap
 from planner.report.config_checks import command
 from planner.report.tables import json_text, table, wrapped
 from planner.stacks import Setting
 
 if TYPE_CHECKING:
     from planner.importers import Job
-    from planner.predict import Prediction
+    from planner.plan.predict import Prediction
 
 _REMEDIES = {
     "kbit_preparation": "drop the call of prepare_model_for_kbit_training",

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from planner.base.errors import one_line
 from planner.base.units import gib, seconds
+from planner.plan.simulate import DISK_BYTES_PER_S, Step, Timeline, Totals
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
-from planner.simulate import DISK_BYTES_PER_S, Step, Timeline, Totals
 
 SCHEMA_VERSION = 1
 SYNTHETIC = "synthetic_loss and synthetic_grad_norm are an illustration drawn from the seed, not a prediction"

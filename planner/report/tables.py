@@ -6,23 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from planner.base.errors import one_line
+from planner.plan.rows import plain
 
 _ACTIVE = ("=", "+", "-", "@", "\t", "\r")
 """First characters that make a spreadsheet read a cell as a formula."""
-
-
-def plain(value: Any) -> str:
-    """Print one cell for people: fractions with two decimals, nothing for None, no control characters."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        text = f"{value:,.2f}"
-        return "0.00" if text == "-0.00" else text
-    return one_line(str(value), 500)
 
 
 def aligned(headers: Sequence[str], rows: Iterable[Sequence[Any]], limit: int = 0) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.base.errors import one_line
 from planner.base.units import seconds
-from planner.report.answer import Answer
+from planner.plan.answer import Answer
 from planner.report.tables import aligned, wrapped
 from planner.timing import Seconds, StepTime
 

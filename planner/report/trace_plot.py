@@ -8,8 +8,8 @@ from typing import Any
 
 from planner.base.units import GiB
 from planner.memory.walk import CATEGORIES
+from planner.plan.traced import TracedSegment
 from planner.report.trace_view import TraceView, depth_words, peak_words, run_words
-from planner.traced import TracedSegment
 
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||", "***", "OO")
 """Patterns, so that owners are told apart without colour."""

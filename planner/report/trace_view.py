@@ -10,9 +10,9 @@ from planner.device.cuda_rules import Architecture
 from planner.device.hardware import Gpu
 from planner.facts.sources import LoadedConfig
 from planner.memory.walk import CATEGORIES, MemoryBreakdown
+from planner.plan.traced import Traced, TracedSegment
 from planner.report.answer import moment_words, training_words
 from planner.stacks import Resolved
-from planner.traced import Traced, TracedSegment
 from planner.training import TrainingSpec
 
 

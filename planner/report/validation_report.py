@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from planner.base.errors import one_line
+from planner.plan.validation import Comparison, Report
 from planner.plan.verdict import CLOSE
 from planner.report.tables import csv_text, json_text, table, wrapped
-from planner.validation import Comparison, Report
 
 _GROUP = ("source", "quantity", "n", "mean_abs_pct", "median_abs_pct", "worst_under_pct", "worst_over_pct", "coverage")
 _GROUP_HEADERS = ("source", "quantity", "n", "mean %", "median %", "under %", "over %", "inside %")

@@ -19,7 +19,7 @@ import click
 
 import planner
 from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName, one_line, require
-from planner.cli import trace_cache
+from planner.plan import trace_cache
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 

@@ -15,10 +15,12 @@ from planner.device.hardware import Gpu
 from planner.memory import walk
 from planner.model.spec import ModelSpec
 from planner.optimizers import OPTIMIZERS, Optimizer
+from planner.plan.intervals import Range, uncertainty
+from planner.plan.predict import Prediction, predict
 from planner.plan.verdict import FITS, verdict_of
-from planner.predict import Prediction, Range, architecture, predict, uncertainty
 from planner.quantizations import QUANTIZATIONS
 from planner.step import program
+from planner.step.architecture import architecture
 from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
 
 MAX_PREDICTIONS = 40

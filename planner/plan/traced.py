@@ -16,8 +16,10 @@ from planner.device.hardware import CONTEXT_BYTES, Gpu
 from planner.memory import allocator
 from planner.memory.walk import MemoryBreakdown, Moment, SegmentPeak
 from planner.model.spec import ModelSpec, UnreadModel
+from planner.plan.intervals import allocator_ranges, with_whole_blocks
+from planner.plan.notes import training_warnings
+from planner.plan.predict import Prediction
 from planner.plan.verdict import verdict_of
-from planner.predict import Prediction, allocator_ranges, training_warnings, with_whole_blocks
 from planner.training import TrainingSpec
 
 _LAYER = re.compile(r"layer\.(\d+) (forward|backward)")
@@ -165,7 +167,7 @@ def predict_traced(
     model: ModelSpec | None = None,
     warnings: tuple[str, ...] = (),
 ) -> Prediction:
-    """Return what planner.predict would, from the trace's events instead of the program's.
+    """Return what planner.plan.predict would, from the trace's events instead of the program's.
 
     `model` is what the registry knows of the family, if anything. The tracer adds gradients out of place, which a
     run on CUDA does not: where a peak lies in such a sum the trace is high by one tensor of the residual stream.

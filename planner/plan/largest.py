@@ -17,8 +17,9 @@ from planner.base.errors import InvalidInput
 from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
+from planner.plan.intervals import uncertainty
+from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import CLOSE, FITS, VERDICTS, Verdict
-from planner.predict import Prediction, predict_on, uncertainty
 from planner.training import TrainingSpec
 
 KEYS = ("micro_batch_size", "seq_len", "r")

@@ -9,23 +9,27 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner import cost, predict, sweep
+from planner import cost, sweep
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
 from planner.base.records import replace
 from planner.calibration import Coefficients, Selection
+from planner.cli.data_options import known
 from planner.cli.options import TRAINING
 from planner.device.hardware import Gpu
-from planner.flags import flag_of
 from planner.model.spec import ModelSpec
+from planner.plan import notes as plan_notes
+from planner.plan import predict
+from planner.plan.flags import flag_of
+from planner.plan.request import Data, Known, Plan, Request, resolve
+from planner.plan.rows import Block
 from planner.plan.verdict import VERDICTS
-from planner.report.grid import Block
-from planner.request import Data, Known, Plan, Request, resolve
+from planner.plan.words import COST
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
 
 if TYPE_CHECKING:
-    from planner.datarun import DataRun
     from planner.importers import Job
+    from planner.plan.datarun import DataRun
 
 EXACT_ROWS = 24
 DATA_ROWS = 500
@@ -272,7 +276,7 @@ class Tabulator:
             choices = dict(zip(self.choices, values, strict=True))
             groups: dict[bool, list[Gpu]] = {}
             for card in self.wanted.cards:
-                groups.setdefault(predict.lacks_bf16(card), []).append(card)
+                groups.setdefault(plan_notes.lacks_bf16(card), []).append(card)
             for cards in groups.values():
                 try:
                     first = self._plan_of(name, choices, cards[0])
@@ -421,7 +425,7 @@ class Tabulator:
         """Hours and USD of the whole run: on data by its lengths, else by the amount."""
         price, training, amount = self.run.prices.get(card.gpu_id), found.training, self.run.amount
         if data is not None:
-            from planner.datarun import planned
+            from planner.plan.datarun import planned
 
             return planned(data, found, epochs=amount.epochs, price=price)[1]
         assert found.time is not None
@@ -456,6 +460,164 @@ def _plain(value: Any) -> Any:
 def card_prices(cards: Sequence[Gpu], price_of: Callable[[Gpu], cost.Price | None]) -> dict[str, cost.Price | None]:
     """The price of each card, by its id."""
     return {card.gpu_id: price_of(card) for card in cards}
+
+
+MAX_FILE_BYTES = 1 << 20
+
+MOST_LISTED = 100_000
+
+
+def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None = None) -> Tabulator:
+    """Turn lists of words into what is to be tabulated; settings without a list are the job's, where there is one.
+
+    Raises:
+        PlannerError: unknown names or values.
+    """
+    from planner.base.errors import InvalidInput
+    from planner.facts import calibration_files
+    from planner.plan.money import amount_of, amount_on_data, price_of
+    from planner.plan.request import percent_of, with_margin
+    from planner.plan.table import Run, Tabulator, Wanted, card_prices, parse_values
+
+    models = _names(lists.get("model", ()))
+    if not models:
+        raise InvalidInput("no model; name at least one, for example meta-llama/Llama-3.1-8B")
+    names, sizes = _names(lists.get("gpu", ())), _names(lists.get("vram", ()))
+    cards = (*(cards_of(names) if names or not sizes else ()), *map(card_with, sizes))
+    margin = percent_of(str(costs.get("margin") or "0"))
+    cards = tuple(with_margin(card, margin)[0] or card for card in cards)
+    values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu", "vram")}
+    wanted = {**dict.fromkeys(COST), **costs}
+    chosen = calibration_files.select_each(cards, costs.get("calibration"))
+    cards = tuple(chosen[card.gpu_id].card(card) for card in cards)
+    prices = card_prices(cards, lambda card: price_of(card, wanted))
+    data = costs.get("data")
+    if data:
+        amount = amount_on_data(wanted)
+        return Tabulator(Wanted(models, cards, values, job), Run(amount, prices, chosen, margin, data), known())
+    run = Run(amount_of(wanted), prices, chosen, margin)
+    return Tabulator(Wanted(models, cards, values, job), run, known())
+
+
+def _names(texts: Sequence[Any]) -> tuple[str, ...]:
+    parts = [part.strip() for text in texts for part in str(text).split(",")]
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
+    """Return the cards that were named.
+
+    Raises:
+        PlannerError: an unknown card, or none.
+    """
+    from planner.base.errors import InvalidInput
+    from planner.facts import catalog
+
+    if not names:
+        raise InvalidInput("no GPU; name cards with --gpu rtx-4090,a100-80gb, or --gpu all")
+    found: list[Gpu] = []
+    for name in names:
+        found += [g for g in catalog.gpus() if g.vendor == "NVIDIA"] if name == "all" else [catalog.gpu(name)]
+    return tuple({card.gpu_id: card for card in found}.values())
+
+
+def card_with(size: str) -> Gpu:
+    """A card of the user's own with this much memory, under a name of its own."""
+    from planner.base.records import replace
+    from planner.base.units import gib
+    from planner.plan.request import card_of
+
+    card = card_of(None, size)
+    assert card is not None
+    return replace(card, gpu_id=f"{gib(card.memory_bytes)} GiB")
+
+
+def read_grid(path: str) -> dict[str, list[Any]]:
+    """Read lists from a YAML file: settings under their names or the names of their options.
+
+    Raises:
+        PlannerError: it is not such a file.
+    """
+    from planner.base.errors import InvalidInput, MissingDependency, one_line
+
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependency("--grid needs PyYAML; pip install 'loraplan[tables]'") from error
+    text = _bounded(path)
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.events.AliasEvent):  # few bytes can stand for many
+                raise InvalidInput(f"{one_line(path)!r}: aliases (*name) are not read; write the values out")
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{one_line(path)!r} is no YAML: {one_line(str(error), 200)}") from None
+    if not isinstance(data, dict):
+        raise InvalidInput(f"{one_line(path)!r} must map names to lists, for example gpu: [rtx-4090, l4]")
+    return {key_of(name): value if isinstance(value, list) else [value] for name, value in data.items()}
+
+
+def key_of(name: object) -> str:
+    """The setting that a name means: its key, or the name of its option.
+
+    Raises:
+        UnknownName: it means none.
+    """
+    from planner.base.errors import unknown
+
+    word = str(name).strip().lower().lstrip("-")
+    known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu", "vram": "vram"}
+    for options in TRAINING.values():
+        for option in options:
+            known[option.key] = option.key
+            known.update({flag.partition("/")[0].lstrip("-"): option.key for flag in option.flags})
+    found = known.get(word) or known.get(word.replace("_", "-"))
+    if found is None:
+        raise unknown("name", name, known)
+    return found
+
+
+def _bounded(path: str) -> str:
+    from planner.base.bounded import read_bounded
+
+    return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
+
+
+def explicit(
+    path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None
+) -> list[Tabulator]:
+    """One small table per row of a CSV file; what a row leaves open the options say, then the job.
+
+    Raises:
+        PlannerError: an unknown column or value, with its line.
+    """
+    import csv
+    import io
+
+    from planner.base.errors import InvalidInput, PlannerError, one_line
+
+    try:
+        reader = csv.DictReader(io.StringIO(_bounded(path), newline=""), strict=True)
+        keys = {name: key_of(name) for name in reader.fieldnames or ()}
+        listed = list(itertools.islice(reader, MOST_LISTED))
+    except csv.Error as error:
+        raise InvalidInput(f"{one_line(path)!r} is no CSV file: {one_line(str(error))}") from None
+    made = []
+    shared = known()
+    if len(listed) >= MOST_LISTED:
+        raise InvalidInput(f"{one_line(path)!r} has {MOST_LISTED:,} rows or more; split it")
+    for number, row in enumerate(listed, start=2):
+        given = {keys[name]: [text] for name, text in row.items() if name in keys and text}
+        try:
+            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs, job)
+        except PlannerError as error:
+            raise type(error)(f"{one_line(path, 60)} line {number}: {error}") from None
+        one.known = shared
+        one.exact = True
+        made.append(one)
+    if not made:
+        raise InvalidInput(f"{one_line(path)!r} has no rows")
+    return made
 
 
 __all__ = ["EXACT_ROWS", "Run", "Tabulator", "UnknownName", "Wanted", "card_prices", "parse_values", "replace"]

@@ -12,10 +12,10 @@ from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.units import MiB, parse_count
 from planner.device.hardware import Gpu
 from planner.facts import catalog
-from planner.predict import Prediction
+from planner.plan.predict import Prediction
 
 if TYPE_CHECKING:
-    from planner.datarun import DataRun
+    from planner.plan.datarun import DataRun
 
 MAX_TABLE_BYTES = MiB
 
@@ -93,7 +93,7 @@ def data_plan(
     estimated = (ESTIMATED,) if run.found.token_error else ()
     if prediction.gpu is None or prediction.time is None:
         return run, None, (*estimated, "no hours and no cost: the card's rates are not known")
-    from planner.datarun import planned
+    from planner.plan.datarun import planned
 
     price = price_of(prediction.gpu, wanted)
     done, made = planned(run, prediction, epochs=amount.epochs, price=price)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from planner import schedule
 from planner.base.errors import InvalidInput
 from planner.base.records import record
-from planner.curves import StepCost
 from planner.dataset.batches import Batching, epoch, expected_cost, positions, seen_lengths
 from planner.dataset.lengths import Lengths
+from planner.plan.curves import StepCost
 from planner.schedule import Schedule, Steps
 
 DISK_BYTES_PER_S = 5e8

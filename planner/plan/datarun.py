@@ -5,13 +5,13 @@ from __future__ import annotations
 from planner import cost
 from planner.base.errors import InvalidInput
 from planner.base.records import record, replace
-from planner.curves import StepCost
 from planner.dataset.batches import Batching, Padding, longest_batch, seen_lengths
 from planner.dataset.lengths import Lengths
 from planner.dataset.orders import Orders, orders
 from planner.dataset.scan import Scan
-from planner.predict import Prediction
-from planner.simulate import Plan, Totals, closed_form
+from planner.plan.curves import StepCost
+from planner.plan.predict import Prediction
+from planner.plan.simulate import Plan, Totals, closed_form
 from planner.timing import Seconds
 
 

@@ -10,8 +10,9 @@ from planner import timing
 from planner.base.errors import InvalidInput
 from planner.base.records import replace
 from planner.model.spec import ModelSpec
-from planner.predict import Prediction, architecture, predict
+from planner.plan.predict import Prediction, predict
 from planner.step import program
+from planner.step.architecture import architecture
 
 POINTS = 16
 """Lengths at which a full batch is predicted; smaller batches and memory take fewer."""

@@ -10,8 +10,8 @@ from planner.base.units import gib
 from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
+from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import FITS, NO, VERDICTS, Verdict
-from planner.predict import Prediction, predict_on
 from planner.training import TrainingSpec
 
 Goal = Literal["usd", "time"]

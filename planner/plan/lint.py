@@ -15,7 +15,8 @@ from planner.base.units import GiB
 from planner.model import lora
 from planner.model.spec import ModelSpec
 from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
-from planner.predict import Prediction, lacks_bf16, predict
+from planner.plan.notes import lacks_bf16
+from planner.plan.predict import Prediction, predict
 from planner.quantizations import QUANTIZATIONS
 from planner.stacks import Setting
 from planner.training import QuantizationSpec, TrainingSpec

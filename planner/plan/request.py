@@ -16,18 +16,23 @@ from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.facts import calibration_files, sources
 from planner.facts.sources import LoadedConfig
-from planner.flags import flag_of
 from planner.model import families, lora
 from planner.model.spec import ModelSpec
-from planner.predict import Prediction, lacks_bf16, predict, training_warnings
-from planner.settled import NOTHING, Settled, settle, without_idle
+from planner.plan.flags import flag_of
+from planner.plan.notes import lacks_bf16, training_warnings
+from planner.plan.predict import Prediction, predict
+from planner.plan.settled import NOTHING, Settled, settle, without_idle
 from planner.stacks import Resolved, Setting
 from planner.training import LoraSpec, TrainingSpec, Versions
 
 if TYPE_CHECKING:  # a run without data or config reads neither
-    from planner.datarun import DataRun
     from planner.dataset.orders import Orders
     from planner.dataset.scan import Scan, Source
+    from planner.device.cuda_rules import Architecture
+    from planner.plan.answer import Answer
+    from planner.plan.datarun import DataRun
+    from planner.plan.search import Change
+    from planner.plan.traced import Traced
 
 LIBRARIES = tuple(field.name for field in fields(Versions))
 """Options that name a release of a library."""
@@ -67,8 +72,8 @@ class Known:
         Raises:
             PlannerError: data that cannot be read.
         """
-        from planner.datarun import on_data
         from planner.dataset.scan import scan
+        from planner.plan.datarun import on_data
 
         key = (what, batch, limit, padding)
         if what not in self.scans:
@@ -215,10 +220,10 @@ def data_run(wanted: Data | None, model: ModelSpec, stack: str, given: dict[str,
     if wanted is None or not wanted.files:
         return None
     from planner.base.errors import unknown
-    from planner.datarun import needs_mask
     from planner.dataset.scan import Source
     from planner.dataset.templates import NAMES
     from planner.dataset.tokens import family_of
+    from planner.plan.datarun import needs_mask
 
     template = wanted.template or "auto"
     if template not in NAMES:
@@ -472,3 +477,212 @@ def parse_slices(text: str | None) -> list[int] | None:
     if not all(part.isascii() and part.isdigit() and len(part) < 3 for part in parts):
         raise InvalidInput(f"--target-slices is {one_line(text)!r}; write part numbers, for example 0,2")
     return [int(part) for part in parts]
+
+
+class Tracing(NamedTuple):
+    """How long a trace may run, and whether an answer of an earlier one will do."""
+
+    time_limit_s: float
+    use_cache: bool
+
+
+def answer_of(
+    model: str,
+    card: Gpu | None,
+    margin: float,
+    given: dict[str, Any],
+    search: bool,
+    tracing: Tracing | None = None,
+    calibration: str | None = None,
+    data: Data | None = None,
+) -> Answer:
+    """Answer for one run; `given` holds what the training options gave.
+
+    Raises:
+        PlannerError: the run cannot be planned.
+    """
+    from planner.cli.data_options import known
+    from planner.plan.answer import Answer
+    from planner.plan.request import Request, resolve, training_settings
+    from planner.plan.verdict import FITS
+
+    card, kept = with_margin(card, margin)
+    if tracing is not None:
+        if data:
+            from planner.base.errors import Contradiction
+
+            raise Contradiction("--data is planned by loraplan's own program; drop --via trace")
+        stack = training_settings(given)
+        return traced_answer(model, card, stack, given, tracing.time_limit_s, tracing.use_cache, kept)
+    plan = resolve(Request(model, given, card=card, calibration=calibration, data=data), known() if data else None)
+    prediction = plan.predict()
+    found: tuple[Change, ...] = ()
+    if search and prediction.verdict not in (FITS, None):
+        from planner.facts import catalog
+        from planner.plan.search import nearest_changes
+
+        found = nearest_changes(prediction, catalog.gpus())
+    return Answer(
+        prediction, plan.loaded.loaded, plan.resolved, found, kept, stack_origin=plan.stack_origin, data=plan.data
+    )
+
+
+def _with_cost(answer: Answer, wanted: dict[str, Any]) -> Answer:
+    """Add the whole run's hours and price, if a run was given."""
+    if answer.data is not None:
+        from planner.plan.money import data_plan
+
+        data, made, remarks = data_plan(answer.prediction, answer.data, wanted)
+        return answer._replace(data=data, run=made, notes=remarks)
+    if all(value is None for value in wanted.values()):
+        return answer
+    from planner.plan.money import amount_of, run_plan
+
+    amount = amount_of(wanted)
+    plan, notes = run_plan(answer.prediction, amount, wanted)
+    return answer._replace(run=plan, mean_tokens=amount.mean_tokens, notes=notes)
+
+
+def with_margin(card: Gpu | None, percent: float) -> tuple[Gpu | None, int]:
+    """The card with a share of its memory taken, and that share in bytes."""
+    if card is None or not percent:
+        return card, 0
+    from planner.base.records import replace
+
+    kept = int(card.memory_bytes * percent / 100)
+    return replace(card, used_by_others_bytes=card.used_by_others_bytes + kept), kept
+
+
+def card_of(gpu: str | None, vram: str | None) -> Gpu | None:
+    """Return the card that was named, if one was.
+
+    Raises:
+        PlannerError: unknown names, sizes that are none, or both at once.
+    """
+    if gpu is not None and vram is not None:
+        from planner.base.errors import Contradiction
+
+        raise Contradiction("--gpu and --vram name two cards at once; give one of them")
+    if vram is not None:
+        from planner.base.units import gib, parse_bytes
+        from planner.device.hardware import Gpu
+
+        size = parse_bytes(vram)
+        return Gpu(gpu_id="custom", name=f"a card with {gib(size)} GiB", memory_bytes=size, memory_basis="user")
+    if gpu is None:
+        return None
+    if gpu.partition(":")[0].lower() == "local":
+        from planner.facts.local_gpu import local_gpu
+
+        return local_gpu(gpu.partition(":")[2])
+    if gpu.lower() == "cpu":
+        from planner.device import processor
+
+        return processor.as_gpu(processor.facts())
+    from planner.facts import catalog
+
+    return catalog.gpu(gpu)
+
+
+def percent_of(text: str) -> float:
+    """Return a share given in percent.
+
+    Raises:
+        InvalidInput: not a number from 0 to below 100.
+    """
+    from planner.base.errors import InvalidInput, one_line
+
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 100:
+        raise InvalidInput(f"--margin is {one_line(text)!r}; write a percentage from 0 to below 100, for example 10")
+    return value
+
+
+def traced_answer(
+    model: str, card: Gpu | None, stack: str | None, given: dict[str, Any], limit_s: float, cached: bool, kept: int
+) -> Answer:
+    """Answer `loraplan fits --via trace`: every layer is traced, because the allocator is replayed.
+
+    Raises:
+        PlannerError: no answer.
+    """
+    from planner.plan.answer import Answer
+    from planner.plan.request import stack_origin
+    from planner.plan.traced import predict_traced
+    from planner.step.architecture import architecture
+
+    loaded, spec, notes, resolved, training = _prepare(model, stack, given, card)
+    arch = architecture(card, training)
+    traced = _run(loaded.config, loaded.model_id, training, arch, "full", limit_s, cached, events=True)
+    notes += _other_releases(given, traced)
+    prediction = predict_traced(traced, training, card, model=spec, warnings=notes)
+    return Answer(prediction, loaded, resolved, (), kept, stack_origin=stack_origin(given, stack))
+
+
+def _prepare(
+    model: str, stack: str | None, given: dict[str, Any], card: Gpu | None
+) -> tuple[LoadedConfig, ModelSpec | None, tuple[str, ...], Resolved, TrainingSpec]:
+    """Read the model's config, the family's structure if one is registered, and the settings."""
+    from planner.base.errors import UnknownName
+    from planner.facts import sources
+    from planner.plan.request import configure, notes_of, read_model
+
+    loaded = sources.load_config(model)
+    spec, notes = None, loaded.warnings
+    try:
+        known = read_model(loaded, derive=False)
+    except UnknownName:  # not a family of the registry: transformers may know it
+        pass
+    else:
+        spec, notes = known.spec, known.warnings
+    resolved, training = configure(spec, stack or "custom", given, card=card)
+    return loaded, spec, notes_of(given, notes, card), resolved, training
+
+
+def _layers(text: str) -> str | int:
+    from planner.base.errors import InvalidInput, one_line
+
+    word = text.strip().lower()
+    if word in ("auto", "full"):
+        return word
+    if word.isascii() and word.isdigit() and 0 < int(word) < 10_000:
+        return int(word)
+    raise InvalidInput(f"--layers is {one_line(text)!r}; write auto, full or a number of layers from 1")
+
+
+def _cut(config: Any, spec: ModelSpec | None, layers: str | int) -> tuple[Any, ModelSpec | None]:
+    """Cut the program's model to as many layers as the trace runs."""
+    from planner.base.errors import InvalidInput
+
+    if not isinstance(layers, int) or spec is None:
+        return config, spec
+    if layers > spec.num_layers:
+        raise InvalidInput(f"--layers is {layers}; the model has {spec.num_layers}")
+    return config, spec.first_layers(layers)
+
+
+def _run(
+    config: Any, model_id: str, training: TrainingSpec, arch: Architecture, layers: str | int, limit_s: float,
+    cached: bool, events: bool = False,
+) -> Traced:  # fmt: skip
+    from planner.plan import traced, tracing
+
+    asked = traced.request(config, training, arch, layers, events=events)
+    return traced.read(tracing.ask(asked, limit_s=limit_s, cached=cached), model_id)
+
+
+def _other_releases(given: dict[str, Any], traced: Traced) -> tuple[str, ...]:
+    """Say so where the releases asked for are not the installed ones, which are what is traced."""
+    from planner.training import Versions
+
+    asked, usual = given.get("versions") or Versions(), Versions()
+    installed = {name: release.split("+")[0] for name, release in traced.versions}
+    notes = []
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        release = ".".join(map(str, getattr(asked, name)))
+        if getattr(asked, name) != getattr(usual, name) and not f"{installed.get(name)}.".startswith(f"{release}."):
+            notes.append(f"the trace ran {name} {installed.get(name)}, which is installed, not {release}")
+    return tuple(notes)
