@@ -12,7 +12,7 @@ from planner.plan.rows import Caption
 from planner.report.answer import value_words
 from planner.report.comparison import Compared, sentences, shown_rows, warnings
 from planner.report.figures import Picture
-from planner.report.grid import html_page, html_table
+from planner.report.pages import html_page, html_table
 
 
 def page(items: Sequence[Compared], pictures: Sequence[Picture], title: str) -> str:
