@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import cost, stacks
+from planner import stacks
 from planner.base.errors import PlannerError
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
@@ -25,6 +25,7 @@ from planner.plan.intervals import uncertainty
 from planner.plan.largest import allowed_verdicts, fit_probability, largest, with_number
 from planner.plan.pick import Candidate, Limits, pick
 from planner.plan.predict import predict
+from planner.runs import cost
 from planner.training import TrainingSpec
 
 MODELS = (

@@ -21,7 +21,6 @@ ROOMS: tuple[str, ...] = (
     "loss_kinds",
     "optimizers",
     "quantizations",
-    "schedule",
     "device",
     "training",
     "calibration",
@@ -30,11 +29,11 @@ ROOMS: tuple[str, ...] = (
     "memory",
     "sweep_memory",
     "timing",
-    "cost",
     "formulas",
     "sweep_time",
     "facts",
     "stacks",
+    "runs",
     "importers",
     "course",
     "sweep",
@@ -82,7 +81,7 @@ HEAVY = (
 
 UNUSED = (
     "array", "dataclasses", "gettext", "http", "locale", "pathlib", "random", "struct", "tempfile", "urllib",
-    "planner.config_checks", "planner.cost", "planner.dataset", "planner.facts.gguf_config", "planner.facts.headers",
+    "planner.config_checks", "planner.runs.cost", "planner.dataset", "planner.facts.gguf_config", "planner.facts.headers",
     "planner.importers", "planner.plan.search", "planner.sweep", "planner.step.litgpt",
 )  # fmt: skip
 """What bare `fits` with a model of the catalogue has no use for and must not load, unless click or Python did."""

@@ -25,7 +25,7 @@ from planner.model import families
 from planner.plan.curves import StepCost, grid
 from planner.plan.predict import predict
 from planner.plan.simulate import LOWEST_LOSS, START_LOSS, Plan, Timeline, closed_form, synthetic_loss
-from planner.schedule import SHAPES, Schedule, count_steps, warmup_of, warnings
+from planner.runs.schedule import SHAPES, Schedule, count_steps, warmup_of, warnings
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 NAME = "Qwen/Qwen2.5-0.5B"

@@ -288,7 +288,6 @@ def _candidates_of(
     Raises:
         PlannerError: unknown names, or no candidate at all.
     """
-    from planner import cost
     from planner.base.errors import Contradiction, InvalidInput, unknown
     from planner.base.units import parse_count
     from planner.calibration import time_words
@@ -297,6 +296,7 @@ def _candidates_of(
     from planner.plan.pick import Candidate
     from planner.plan.request import Request, counted, resolve
     from planner.plan.table import cards_of
+    from planner.runs import cost
 
     calibration = given.pop("calibration", None)
     data, (tokens, epochs) = take(given), much

@@ -22,9 +22,9 @@ from planner.cli.terminal import echo_notes
 from planner.plan.words import COST
 
 if TYPE_CHECKING:
-    from planner.cost import Price
     from planner.plan.simulate import Plan
     from planner.report.simulation import Simulation
+    from planner.runs.cost import Price
     from planner.training import TrainingSpec
 
 RUN = (

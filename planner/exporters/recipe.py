@@ -11,7 +11,7 @@ from planner.dataset.batches import Padding
 from planner.model.lora import resolve_targets
 from planner.model.spec import ModelSpec
 from planner.quantizations import QUANTIZATIONS
-from planner.schedule import Shape
+from planner.runs.schedule import Shape
 from planner.training import TrainingSpec
 
 OPTIMIZERS = {name: row.transformers_name for name, row in optimizers.OPTIMIZERS.items()}

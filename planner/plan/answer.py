@@ -11,9 +11,9 @@ from planner.plan.predict import Prediction
 from planner.stacks import Resolved
 
 if TYPE_CHECKING:
-    from planner.cost import RunPlan
     from planner.plan.datarun import DataRun
     from planner.plan.search import Change
+    from planner.runs.cost import RunPlan
 
 
 class Answer(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from planner import cost
 from planner.base.errors import InvalidInput
 from planner.base.records import record, replace
 from planner.dataset.batches import Batching, Padding, longest_batch, seen_lengths
@@ -12,6 +11,7 @@ from planner.dataset.scan import Scan
 from planner.plan.curves import StepCost
 from planner.plan.predict import Prediction
 from planner.plan.simulate import Plan, Totals, closed_form
+from planner.runs import cost
 from planner.timing import Seconds
 
 

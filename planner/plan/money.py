@@ -6,13 +6,13 @@ import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
-from planner import cost
 from planner.base.bounded import read_bounded
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.units import MiB, parse_count
 from planner.device.hardware import Gpu
 from planner.facts import catalog
 from planner.plan.predict import Prediction
+from planner.runs import cost
 
 if TYPE_CHECKING:
     from planner.plan.datarun import DataRun

@@ -12,13 +12,13 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from planner import schedule
 from planner.base.errors import InvalidInput
 from planner.base.records import record
 from planner.dataset.batches import Batching, epoch, expected_cost, positions, seen_lengths
 from planner.dataset.lengths import Lengths
 from planner.plan.curves import StepCost
-from planner.schedule import Schedule, Steps
+from planner.runs import schedule
+from planner.runs.schedule import Schedule, Steps
 
 DISK_BYTES_PER_S = 5e8
 """How fast a checkpoint is written: assumed (a network disk or one SATA SSD)."""

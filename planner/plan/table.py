@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner import cost, sweep
+from planner import sweep
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
 from planner.base.records import replace
 from planner.calibration import Coefficients, Selection
@@ -24,6 +24,7 @@ from planner.plan.request import Data, Known, Plan, Request, resolve
 from planner.plan.rows import Block
 from planner.plan.verdict import VERDICTS
 from planner.plan.words import COST
+from planner.runs import cost
 from planner.stacks import Resolved
 from planner.training import TrainingSpec
 

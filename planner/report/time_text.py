@@ -12,7 +12,7 @@ from planner.report.tables import aligned, wrapped
 from planner.timing import Seconds, StepTime
 
 if TYPE_CHECKING:
-    from planner.cost import RunPlan
+    from planner.runs.cost import RunPlan
 
 PARTS = ("forward", "recomputation", "backward", "optimizer", "overhead")
 
@@ -46,7 +46,7 @@ def parts_of(t: StepTime) -> Iterator[tuple[str, float]]:
 
 def useful_rate(answer: Answer) -> float:
     """Useful tokens per second."""
-    from planner.cost import useful_tokens_per_step
+    from planner.runs.cost import useful_tokens_per_step
 
     p = answer.prediction
     assert p.time is not None

@@ -1,0 +1,1 @@
+"""A whole run: training data, schedule, cost."""
