@@ -37,7 +37,7 @@ def generate(path: Path, rows: int) -> None:
 
 def measure(path: str, tokenizer: str | None) -> None:
     """Scan one file in this process and print what it took."""
-    from planner.dataset.scan import Source, scan
+    from planner.runs.dataset.scan import Source, scan
 
     start, cpu = time.perf_counter(), time.process_time()
     found = scan(Source(paths=(path,), tokenizer=tokenizer))

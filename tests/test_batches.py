@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.dataset.batches import (
+from planner.runs.dataset.batches import (
     PADDINGS,
     Batching,
     Padding,
@@ -21,7 +21,7 @@ from planner.dataset.batches import (
     positions,
     seen_lengths,
 )
-from planner.dataset.lengths import Lengths
+from planner.runs.dataset.lengths import Lengths
 
 
 def data(kind: str, n: int = 5000) -> Lengths:

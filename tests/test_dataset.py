@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, PlannerError, UnknownName
-from planner.dataset import chat, files
-from planner.dataset.rows import RowError, doubts, parse
-from planner.dataset.scan import WRITTEN, Source, Split, scan, write
-from planner.dataset.templates import BUILT_IN, choose
-from planner.dataset.tokens import RATIOS, Estimate, Exact, family_of
+from planner.runs.dataset import chat, files
+from planner.runs.dataset.rows import RowError, doubts, parse
+from planner.runs.dataset.scan import WRITTEN, Source, Split, scan, write
+from planner.runs.dataset.templates import BUILT_IN, choose
+from planner.runs.dataset.tokens import RATIOS, Estimate, Exact, family_of
 
 ALPACA = {"instruction": "Summarize the following text.", "input": "ML is a subset of AI.", "output": "ML learns."}
 BARE = {"instruction": "Say hello.", "input": "", "output": "Hello."}

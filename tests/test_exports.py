@@ -180,9 +180,9 @@ def test_full_fine_tuning_has_no_adapter() -> None:
 
 
 def test_the_script_renders_the_templates_of_the_planner() -> None:
-    """to_text of the script against planner.dataset.templates, for every template and shape that fits."""
-    from planner.dataset.rows import parse
-    from planner.dataset.templates import BUILT_IN
+    """to_text of the script against planner.runs.dataset.templates, for every template and shape that fits."""
+    from planner.runs.dataset.rows import parse
+    from planner.runs.dataset.templates import BUILT_IN
 
     rows = [
         {"instruction": "Do", "input": "this", "output": "done"},

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS: tuple[str, ...] = (
     "amounts",
     "base",
-    "dataset",
     "loss_kinds",
     "optimizers",
     "quantizations",
@@ -81,7 +80,7 @@ HEAVY = (
 
 UNUSED = (
     "array", "dataclasses", "gettext", "http", "locale", "pathlib", "random", "struct", "tempfile", "urllib",
-    "planner.config_checks", "planner.runs.cost", "planner.dataset", "planner.facts.gguf_config", "planner.facts.headers",
+    "planner.config_checks", "planner.runs.cost", "planner.runs.dataset", "planner.facts.gguf_config", "planner.facts.headers",
     "planner.importers", "planner.plan.search", "planner.sweep", "planner.step.litgpt",
 )  # fmt: skip
 """What bare `fits` with a model of the catalogue has no use for and must not load, unless click or Python did."""

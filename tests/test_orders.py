@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from planner.dataset.batches import Batching, epoch
-from planner.dataset.lengths import Lengths
-from planner.dataset.orders import SLOW, TYPICAL, Orders, drawn, growing, orders
 from planner.device import cuda_rules
 from planner.facts import catalog
 from planner.memory import allocator, sequence
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.plan.predict import predict
+from planner.runs.dataset.batches import Batching, epoch
+from planner.runs.dataset.lengths import Lengths
+from planner.runs.dataset.orders import SLOW, TYPICAL, Orders, drawn, growing, orders
 from planner.step import program
 from planner.step.engine import Record
 from planner.training import LoraSpec, TrainingSpec

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from planner.base.errors import InvalidInput
 from planner.cli.main import cli
 from planner.course import rivals
-from planner.dataset.batches import PADDINGS, Batching, Padding
-from planner.dataset.lengths import Lengths
 from planner.facts import catalog
 from planner.model import families
 from planner.plan.curves import StepCost, grid
 from planner.plan.predict import predict
 from planner.plan.simulate import LOWEST_LOSS, START_LOSS, Plan, Timeline, closed_form, synthetic_loss
+from planner.runs.dataset.batches import PADDINGS, Batching, Padding
+from planner.runs.dataset.lengths import Lengths
 from planner.runs.schedule import SHAPES, Schedule, count_steps, warmup_of, warnings
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -12,7 +12,7 @@ from planner.cli.terminal import echo_notes
 from planner.plan.data import read
 
 if TYPE_CHECKING:
-    from planner.dataset.scan import Source
+    from planner.runs.dataset.scan import Source
 
 
 @click.command()
@@ -55,8 +55,8 @@ def data(
     Exit codes: 0 every row is usable, 1 some rows were left out, 2 could not answer.
     """
     from planner.base.errors import InvalidInput
-    from planner.dataset import scan as scanning
     from planner.report.data_report import DataAnswer, render
+    from planner.runs.dataset import scan as scanning
 
     if split is not None and not 0 < split <= 1:
         raise InvalidInput(f"--split is {split}; write the share of rows to train on, above 0 and at most 1")
@@ -103,9 +103,9 @@ def _for_terminal(text: str) -> str:
 def source(paths: tuple[str, ...], template: str, tokenizer: str | None, model: str | None) -> Source:
     """What to read; a model decides whose vocabulary an estimate stands on."""
     from planner.base.errors import unknown
-    from planner.dataset.scan import Source
-    from planner.dataset.templates import NAMES
-    from planner.dataset.tokens import family_of
+    from planner.runs.dataset.scan import Source
+    from planner.runs.dataset.templates import NAMES
+    from planner.runs.dataset.tokens import family_of
 
     if template not in NAMES:
         raise unknown("template", template, NAMES)

@@ -171,9 +171,9 @@ def _constant(training: TrainingSpec, wanted: dict[str, Any]) -> tuple[Any, Any,
     from itertools import repeat
 
     from planner.base.errors import Contradiction, InvalidInput
-    from planner.dataset.batches import Batching
-    from planner.dataset.lengths import Lengths
     from planner.plan.money import amount_of
+    from planner.runs.dataset.batches import Batching
+    from planner.runs.dataset.lengths import Lengths
 
     if wanted["rows"] is None or wanted["tokens"] is not None:
         raise Contradiction("what is trained? give --data FILE, or --rows N")

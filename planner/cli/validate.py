@@ -9,9 +9,9 @@ import click
 from planner.cli.options import Word, calibration_option, format_option
 
 if TYPE_CHECKING:
-    from planner.dataset.orders import Orders
     from planner.plan.predict import Prediction
     from planner.plan.published_rows import RowLengths
+    from planner.runs.dataset.orders import Orders
     from planner.training import TrainingSpec
 
 
@@ -76,8 +76,8 @@ def _orders(lengths: RowLengths | None, training: TrainingSpec) -> Orders | None
     """Orders in which rows of a source's lengths may come, cut to the run's."""
     if lengths is None:
         return None
-    from planner.dataset.batches import Batching
-    from planner.dataset.orders import drawn, orders
+    from planner.runs.dataset.batches import Batching
+    from planner.runs.dataset.orders import drawn, orders
 
     how = Batching(batch=training.micro_batch_size, limit=training.seq_len, padding="longest")
     rows = drawn(lengths.mean, lengths.deviation, lengths.shortest).clipped(how.limit)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from planner import optimizers
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.records import record
-from planner.dataset.batches import Padding
 from planner.model.lora import resolve_targets
 from planner.model.spec import ModelSpec
 from planner.quantizations import QUANTIZATIONS
+from planner.runs.dataset.batches import Padding
 from planner.runs.schedule import Shape
 from planner.training import TrainingSpec
 

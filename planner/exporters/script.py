@@ -35,7 +35,7 @@ _FORMATS = {
     "model": ('return {"messages": messages(row)}',),
     "plain": ('return {"text": row["text"] if row.get("text") else row["prompt"] + answer(row)}',),
 }
-"""Template -> the body of to_text(row); the same texts as planner.dataset.templates renders."""
+"""Template -> the body of to_text(row); the same texts as planner.runs.dataset.templates renders."""
 
 _HELPERS = '''
 

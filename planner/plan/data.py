@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from planner.dataset.scan import Scan, Source
+    from planner.runs.dataset.scan import Scan, Source
 
 
 def read(what: Source) -> Scan:
@@ -13,8 +13,8 @@ def read(what: Source) -> Scan:
     import os
 
     from planner.cli.terminal import byte_progress
-    from planner.dataset.files import kind
-    from planner.dataset.scan import scan
+    from planner.runs.dataset.files import kind
+    from planner.runs.dataset.scan import scan
 
     for path in what.paths:
         kind(path)  # refuses what cannot be read before the bar appears

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from planner.base.errors import InvalidInput
 from planner.base.records import record, replace
-from planner.dataset.batches import Batching, Padding, longest_batch, seen_lengths
-from planner.dataset.lengths import Lengths
-from planner.dataset.orders import Orders, orders
-from planner.dataset.scan import Scan
 from planner.plan.curves import StepCost
 from planner.plan.predict import Prediction
 from planner.plan.simulate import Plan, Totals, closed_form
 from planner.runs import cost
+from planner.runs.dataset.batches import Batching, Padding, longest_batch, seen_lengths
+from planner.runs.dataset.lengths import Lengths
+from planner.runs.dataset.orders import Orders, orders
+from planner.runs.dataset.scan import Scan
 from planner.timing import Seconds
 
 

@@ -16,7 +16,7 @@ from planner.step.engine import Record
 from planner.training import TrainingSpec
 
 if TYPE_CHECKING:
-    from planner.dataset.orders import Orders
+    from planner.runs.dataset.orders import Orders
 
 
 def _neediest(
@@ -61,7 +61,7 @@ def _over_orders(
 
     Expected: the typical order; low: the longest micro batch first, as `equal`; high: the slowly growing orders.
     """
-    from planner.dataset.orders import SLOW, TYPICAL
+    from planner.runs.dataset.orders import SLOW, TYPICAL
 
     arch = architecture(gpu, training)
     peak, small = walk.peak_bytes(record), sequence.small_peak(record, allocator.SMALL_SIZE)

@@ -26,7 +26,7 @@ from planner.step.transfers import PAGED_TRANSFER
 from planner.training import TrainingSpec
 
 if TYPE_CHECKING:  # rows of one length have no order
-    from planner.dataset.orders import Orders
+    from planner.runs.dataset.orders import Orders
 
 Origin = Literal["known", "computed", "assumed", "fitted"]
 

@@ -26,13 +26,13 @@ from planner.stacks import Resolved, Setting
 from planner.training import LoraSpec, TrainingSpec, Versions
 
 if TYPE_CHECKING:  # a run without data or config reads neither
-    from planner.dataset.orders import Orders
-    from planner.dataset.scan import Scan, Source
     from planner.device.cuda_rules import Architecture
     from planner.plan.answer import Answer
     from planner.plan.datarun import DataRun
     from planner.plan.search import Change
     from planner.plan.traced import Traced
+    from planner.runs.dataset.orders import Orders
+    from planner.runs.dataset.scan import Scan, Source
 
 LIBRARIES = tuple(field.name for field in fields(Versions))
 """Options that name a release of a library."""
@@ -72,8 +72,8 @@ class Known:
         Raises:
             PlannerError: data that cannot be read.
         """
-        from planner.dataset.scan import scan
         from planner.plan.datarun import on_data
+        from planner.runs.dataset.scan import scan
 
         key = (what, batch, limit, padding)
         if what not in self.scans:
@@ -220,10 +220,10 @@ def data_run(wanted: Data | None, model: ModelSpec, stack: str, given: dict[str,
     if wanted is None or not wanted.files:
         return None
     from planner.base.errors import unknown
-    from planner.dataset.scan import Source
-    from planner.dataset.templates import NAMES
-    from planner.dataset.tokens import family_of
     from planner.plan.datarun import needs_mask
+    from planner.runs.dataset.scan import Source
+    from planner.runs.dataset.templates import NAMES
+    from planner.runs.dataset.tokens import family_of
 
     template = wanted.template or "auto"
     if template not in NAMES:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from planner.base.errors import InvalidInput
 from planner.base.records import record
-from planner.dataset.batches import Batching, epoch, expected_cost, positions, seen_lengths
-from planner.dataset.lengths import Lengths
 from planner.plan.curves import StepCost
 from planner.runs import schedule
+from planner.runs.dataset.batches import Batching, epoch, expected_cost, positions, seen_lengths
+from planner.runs.dataset.lengths import Lengths
 from planner.runs.schedule import Schedule, Steps
 
 DISK_BYTES_PER_S = 5e8

@@ -9,8 +9,8 @@ from planner.base.errors import InvalidInput, MissingDependency, one_line
 from planner.base.outputs import whole_file
 
 if TYPE_CHECKING:
-    from planner.dataset.scan import Scan
     from planner.plan.simulate import Timeline
+    from planner.runs.dataset.scan import Scan
 
 KINDS = (".png", ".svg", ".pdf")
 

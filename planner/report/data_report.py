@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from planner.base.errors import one_line
-from planner.dataset.batches import PADDINGS, Padded, padded
-from planner.dataset.lengths import PERCENTILES
-from planner.dataset.scan import Scan
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
+from planner.runs.dataset.batches import PADDINGS, Padded, padded
+from planner.runs.dataset.lengths import PERCENTILES
+from planner.runs.dataset.scan import Scan
 
 SCHEMA_VERSION = 1
 _BAR = 40

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from planner.base.errors import unknown
 from planner.base.records import record
-from planner.dataset.lengths import Lengths
+from planner.runs.dataset.lengths import Lengths
 
 Padding = Literal["max", "longest", "grouped", "packed"]
 PADDINGS: tuple[str, ...] = get_args(Padding)

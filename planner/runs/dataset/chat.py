@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from planner.base.errors import InvalidInput, MissingDependency, one_line
-from planner.dataset.rows import Row, RowError
+from planner.runs.dataset.rows import Row, RowError
 
 MAX_FILE = 64 * 2**20
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

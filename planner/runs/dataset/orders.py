@@ -17,8 +17,8 @@ import math
 import random
 
 from planner.base.records import record
-from planner.dataset.batches import Batching, longest_batch
-from planner.dataset.lengths import Lengths
+from planner.runs.dataset.batches import Batching, longest_batch
+from planner.runs.dataset.lengths import Lengths
 
 Order = tuple[tuple[int, int], ...]
 """(number of the micro batch, its padded length): each longer than all before it, the last the longest of all."""

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.base.errors import Contradiction, unknown
-from planner.dataset.rows import Row, RowError
+from planner.runs.dataset.rows import Row, RowError
 
 if TYPE_CHECKING:
-    from planner.dataset.chat import ChatTemplate
+    from planner.runs.dataset.chat import ChatTemplate
 
 Render = Callable[[Row], str]
 

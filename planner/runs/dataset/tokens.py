@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from planner.base.errors import InvalidInput, MissingDependency, one_line
-from planner.dataset import chat
+from planner.runs.dataset import chat
 
 
 class Counter(Protocol):

@@ -13,11 +13,11 @@ from typing import IO, Any, Literal, NamedTuple, get_args
 from planner.base.errors import InvalidInput, one_line
 from planner.base.outputs import whole_file
 from planner.base.records import record
-from planner.dataset import chat, files
-from planner.dataset.lengths import Lengths
-from planner.dataset.rows import Row, RowError, doubts, parse
-from planner.dataset.templates import Template, choose
-from planner.dataset.tokens import Counter, Estimate, Exact, folder_of
+from planner.runs.dataset import chat, files
+from planner.runs.dataset.lengths import Lengths
+from planner.runs.dataset.rows import Row, RowError, doubts, parse
+from planner.runs.dataset.templates import Template, choose
+from planner.runs.dataset.tokens import Counter, Estimate, Exact, folder_of
 
 BATCH = 512
 """Texts tokenized at a time."""
