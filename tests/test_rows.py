@@ -20,8 +20,9 @@ from planner.model.spec import Linear
 from planner.optimizers import OPTIMIZERS, OptimizerRow
 from planner.plan import search
 from planner.quantizations import QUANTIZATIONS, QuantizationRow
-from planner.step import linears, loading, losses, program
+from planner.step import loading, program
 from planner.step.context import Step
+from planner.step.modules import linears, losses
 from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec
 
 TABLES: dict[str, tuple[Rows[Any], type]] = {

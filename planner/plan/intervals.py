@@ -9,7 +9,7 @@ from planner.device.hardware import CPU, Gpu
 from planner.memory import allocator, sequence, walk
 from planner.model.spec import ModelSpec
 from planner.quantizations import QUANTIZATIONS
-from planner.step import linears
+from planner.step.modules import quantized
 from planner.training import TrainingSpec
 
 
@@ -137,7 +137,7 @@ def _own_modules(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str
     four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
     if not dense:
         yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15
-    elif four_bit and training.versions.bitsandbytes < linears.KEEPS_NO_INPUT:
+    elif four_bit and training.versions.bitsandbytes < quantized.KEEPS_NO_INPUT:
         yield "what bitsandbytes before 0.43 kept between litgpt's micro batches is not wholly explained", 0.15
     else:
         yield "litgpt's releases differ", 0.03

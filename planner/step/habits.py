@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from planner.model.spec import Attention, ModelSpec, Norm
     from planner.step.context import Step
     from planner.step.engine import Size, Tensor
-    from planner.step.linears import LayerWeights, LinearWeights
+    from planner.step.modules.weights import LayerWeights, LinearWeights
     from planner.training import LoraSpec, TrainingSpec
 
     Names = tuple[Tensor, ...]
@@ -56,7 +56,7 @@ class Habits:
     load_adapter: Callable[[Step, LinearWeights, LoraSpec], None] | None = None
     """How LoRA's factors lie, where not as PEFT's."""
     norm: Callable[[Step, Norm, Parameters, Tensor, Size], Tensor] | None = None
-    """The final norm, where it is not a module of `planner.step.norms`."""
+    """The final norm, where it is not a module of `planner.step.modules.norms`."""
     scales_in_embedding: bool = False
     """The embedding module multiplies its output itself, before a hook on it."""
     quantizes_subclasses: bool = False

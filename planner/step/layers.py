@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from planner.model.spec import Norm
 from planner.step import ops
-from planner.step.attention import attention
 from planner.step.context import Step
-from planner.step.eager import DROPOUT
 from planner.step.engine import Tensor
-from planner.step.feed_forward import Finish, experts, mlp
-from planner.step.linears import LayerWeights
-from planner.step.norms import norm
+from planner.step.modules.attention import attention
+from planner.step.modules.eager import DROPOUT
+from planner.step.modules.experts import experts
+from planner.step.modules.feed_forward import Finish, mlp
+from planner.step.modules.norms import norm
+from planner.step.modules.weights import LayerWeights
 
 
 def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:

@@ -17,14 +17,16 @@ from planner.model import storage
 from planner.model.lora import Adapted, resolve_targets
 from planner.model.spec import Attention, Layer, Linear, ModelSpec, Norm
 from planner.quantizations import QUANTIZATIONS
-from planner.step import layers, linears, loading, losses, ops, positions
-from planner.step.attention import always_masks, needs_window_mask, runs_eager
+from planner.step import layers, loading, ops
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.eager import DROPOUT
 from planner.step.engine import FP32, INT64, Record, Tensor
-from planner.step.linears import LayerWeights
-from planner.step.norms import norm
+from planner.step.modules import linears, losses, positions
+from planner.step.modules import weights as modules_weights
+from planner.step.modules.attention import always_masks, needs_window_mask, runs_eager
+from planner.step.modules.eager import DROPOUT
+from planner.step.modules.norms import norm
+from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
 from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
 from planner.training import TrainingSpec
@@ -131,7 +133,7 @@ class _Run:
         self.owners: list[tuple[int, int]] = []
         """Per layer (-1 outside): how many of step.parameters belong to it, in creation order."""
         self.embedding: Tensor | None = None
-        self.head: linears.LinearWeights | None = None
+        self.head: modules_weights.LinearWeights | None = None
         self.position_ids: Tensor | None = None
         self.window_mask: Tensor | None = None
         self.rotary: dict[bool, tuple[Tensor, Tensor]] = {}
@@ -304,9 +306,9 @@ class _Run:
             router = f"{spec.router.name}.weight"
             held.router = weight(router, spec.router.num_parameters, spec.router.in_features + spec.router.out_features)
 
-    def _load_head(self, trainable: bool) -> linears.LinearWeights:
+    def _load_head(self, trainable: bool) -> modules_weights.LinearWeights:
         model, step = self.step.model, self.step
-        held = linears.LinearWeights(model.head)
+        held = modules_weights.LinearWeights(model.head)
         if model.tied and not step.train.untied_head:
             held.weight = self.embedding
         elif not trainable and self._quantizes_head():
@@ -346,7 +348,7 @@ class _Run:
             self._save_module(name)
         self._count(-1)
 
-    def _load_adapter(self, held: linears.LinearWeights) -> None:
+    def _load_adapter(self, held: modules_weights.LinearWeights) -> None:
         lora = self.step.train.lora
         assert lora is not None
         if self.step.habits.load_adapter is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from planner.model.spec import Attention
-from planner.step import eager, layers, ops
+from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Tensor
 from planner.step.habits import Habits
-from planner.step.linears import LayerWeights
+from planner.step.modules import eager
+from planner.step.modules.weights import LayerWeights
 
 
 def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from planner.model.spec import Attention
-from planner.step import eager, layers, ops, picking
-from planner.step.attention import attention
+from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Tensor
 from planner.step.habits import Habits
-from planner.step.linears import LayerWeights
+from planner.step.modules import eager, picking
+from planner.step.modules.attention import attention
+from planner.step.modules.weights import LayerWeights
 
 
 def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from planner.step import layers, ops
-from planner.step.attention import attention
 from planner.step.context import Step
 from planner.step.engine import Tensor
 from planner.step.habits import Habits
-from planner.step.linears import LayerWeights
+from planner.step.modules.attention import attention
+from planner.step.modules.weights import LayerWeights
 
 
 def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:

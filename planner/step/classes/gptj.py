@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from planner.base.records import replace
 from planner.model.spec import Attention
-from planner.step import ops, positions
+from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Tensor
 from planner.step.habits import Habits
+from planner.step.modules import positions
 
 
 def _embed_positions(step: Step) -> list[Tensor]:

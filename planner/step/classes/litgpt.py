@@ -15,11 +15,12 @@ from planner.device import cuda_rules
 from planner.model.lora import resolve_targets
 from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.quantizations import QUANTIZATIONS
-from planner.step import attention, feed_forward, linears, losses, ops
+from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.habits import NEVER, Habits
-from planner.step.linears import LayerWeights, LinearWeights
+from planner.step.modules import attention, experts, linears, losses
+from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training import LoraSpec, TrainingSpec
 
 HEAD_CHUNK = 128
@@ -390,7 +391,7 @@ def _mlp(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """GptNeoxMLP, LLaMAMLP or GemmaMLP; experts are approximated by those of transformers."""
     eng, spec = step.eng, held.spec.mlp
     if held.spec.experts is not None:
-        return feed_forward.experts(step, held, held.spec.experts, x)
+        return experts.experts(step, held, held.spec.experts, x)
     assert spec is not None
     arg = x
     if spec.gate is None:

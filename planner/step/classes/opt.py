@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from planner.step import feed_forward, linears
 from planner.step.context import Step
 from planner.step.engine import Tensor
 from planner.step.habits import Habits
-from planner.step.linears import LayerWeights
+from planner.step.modules import feed_forward, linears
+from planner.step.modules.weights import LayerWeights
 
 
 def _inlined_mlp(step: Step, held: LayerWeights, given: list[Tensor]) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from planner.device import cuda_rules
 from planner.model.spec import Attention
-from planner.step import attention, layers, ops, positions
+from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Grads, Node, Size, Tensor
 from planner.step.habits import NEVER, Habits
-from planner.step.linears import LayerWeights
+from planner.step.modules import attention, positions
+from planner.step.modules.weights import LayerWeights
 
 LOGN_POSITIONS = 32767
 """Elements of the logn_tensor buffer that every attention holds."""

@@ -6,7 +6,7 @@ from planner.step import layers
 from planner.step.context import Step
 from planner.step.engine import Tensor
 from planner.step.habits import Habits
-from planner.step.linears import LayerWeights
+from planner.step.modules.weights import LayerWeights
 
 
 def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:

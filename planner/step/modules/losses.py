@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 from planner.base.records import Rows
 from planner.loss_kinds import KERNEL_SETS, LOSSES, Logits
-from planner.step import linears, ops
+from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
-from planner.step.linears import LinearWeights
+from planner.step.modules import linears
+from planner.step.modules.weights import LinearWeights
 from planner.step.polynomials import next_power_of_two
 
 UPCASTS_IN_FORWARD = (4, 46)

@@ -9,12 +9,14 @@ from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.loss_kinds import KERNEL_SETS
 from planner.model.spec import Attention, Norm
-from planner.step import eager, linears, ops, picking, positions
+from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
-from planner.step.feed_forward import Finish
-from planner.step.linears import LayerWeights, LinearWeights
-from planner.step.norms import norm
+from planner.step.modules import eager, fused_lora, linears, picking, positions
+from planner.step.modules.feed_forward import Finish
+from planner.step.modules.latent_attention import _project_mla
+from planner.step.modules.norms import norm
+from planner.step.modules.weights import LayerWeights, LinearWeights
 
 REPEATS_BEFORE = (4, 48)
 """Before: the attention module itself repeats key/value heads to all query heads, under the same names (repeat_kv in
@@ -36,7 +38,9 @@ def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None =
         spec = replace(spec, num_kv_heads=spec.num_heads)
     out, names = _attend(step, spec, q, k, v, x.dtype)
     last = held.linears[spec.output.name]
-    result = linears.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
+    result = (
+        fused_lora.fused_lora(step, [last], out)[0] if _fuses_lora(step, [last]) else linears.forward(step, last, out)
+    )
     if finish is not None:
         result = finish(result)
     del arg, out, named, q, k, v, names  # names of the module's frame
@@ -71,7 +75,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
     sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
     group = [held.linears[p.name] for p in spec.projections]
     if len(group) > 1 and _fuses_lora(step, group):
-        q, k, v = linears.fused_lora(step, group, x)
+        q, k, v = fused_lora.fused_lora(step, group, x)
     elif len(spec.projections) == 1:
         fused = linears.forward(step, held.linears[spec.projections[0].name], x)
         if _caches_keys(step):
@@ -139,42 +143,6 @@ def _projected_norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor
     if spec is None:
         return x
     return norm(step, spec, held.norms[spec.name], x, x.numel // spec.size)
-
-
-def _project_mla(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """DeepSeek multi-head latent attention: compressed q and kv, one shared rotary key head (deepseek_v3)."""
-    eng, spec, t = step.eng, held.spec.attention, step.tokens
-    heads, rope = spec.num_heads, spec.qk_rope_head_dim
-    nope = spec.head_dim - rope
-    v_dim = spec.v_head_dim or spec.head_dim
-    names = [p.name for p in spec.projections]
-    if spec.q_lora_rank:
-        low = linears.forward(step, held.linears[names[0]], x)
-        assert spec.q_a_norm is not None
-        low = norm(step, spec.q_a_norm, held.norms[spec.q_a_norm.name], low, t)
-        q = linears.forward(step, held.linears[names[1]], low)
-        del low
-        names = names[2:]
-    else:
-        q = linears.forward(step, held.linears[names[0]], x)
-        names = names[1:]
-    q_pass, q_rot = ops.split(eng, q, (t * heads * nope, t * heads * rope))
-    del q
-    compressed = linears.forward(step, held.linears[names[0]], x)
-    kv_low, k_rot = ops.split(eng, compressed, (t * spec.kv_lora_rank, t * rope))
-    del compressed
-    assert spec.kv_a_norm is not None
-    kv = linears.forward(
-        step, held.linears[names[1]], norm(step, spec.kv_a_norm, held.norms[spec.kv_a_norm.name], kv_low, t)
-    )
-    del kv_low
-    k_pass, value = ops.split(eng, kv, (t * heads * nope, t * heads * v_dim))
-    del kv
-    q_rot = positions.rotary(step, q_rot, t * heads * rope, 0)
-    k_rot = positions.rotary(step, k_rot, t * rope, 0)
-    q_out = ops.cat_half(eng, q_pass, q_rot, "mla_cat")
-    k_out = ops.cat_half(eng, k_pass, eager.broadcast(step, k_rot, heads), "mla_cat")
-    return q_out, k_out, value
 
 
 def needs_window_mask(step: Step, spec: Attention) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from planner.device import cuda_rules
 from planner.model.spec import Attention
-from planner.step import ops, picking
+from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Shape, Tensor
+from planner.step.modules import picking
 
 DROPOUT = 0.1
 """The p of dropouts a class applies unless its config says 0; only whether it is 0 matters for memory."""
