@@ -21,13 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import stacks, sweep, timing
+from planner import stacks, timing
 from planner.base.errors import PlannerError
 from planner.calibration import priors
 from planner.cli.table import caption_of, columns_of
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
+from planner.plan import sweep
 from planner.plan.table import tabulator
 from planner.report.grid import write_streamed
 from planner.step import architecture, program

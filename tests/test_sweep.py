@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import stacks, sweep
+from planner import stacks
 from planner.base.errors import InvalidInput
+from planner.base.polynomials import Grid, Mixed
 from planner.device import cuda_rules
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
 from planner.model.spec import ModelSpec
-from planner.plan import predict
+from planner.plan import predict, sweep
 from planner.plan.verdict import VERDICTS
 from planner.step import architecture, program
-from planner.step.polynomials import Grid, Mixed
 from planner.training import TrainingSpec
 
 pytestmark = pytest.mark.extra

@@ -17,17 +17,17 @@ from typing import Any, TypeGuard
 import numpy as np
 import pytest
 
-from planner import stacks, sweep
+from planner import stacks
 from planner.base.errors import PlannerError
+from planner.base.polynomials import Grid, Mixed, next_power_of_two, value_of
 from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
 from planner.model.spec import ModelSpec
-from planner.plan import predict
+from planner.plan import predict, sweep
 from planner.step import architecture, program
-from planner.step.polynomials import Grid, Mixed, next_power_of_two, value_of
 from planner.training import CHOICES, TrainingSpec, Versions
 
 PLANNER = Path(predict.__file__).parent
@@ -277,7 +277,7 @@ def test_cells_that_differ_part_into_blocks_that_agree() -> None:
 
 
 def test_the_program_never_asks_whether_a_size_is_a_number() -> None:
-    """What it did with the answer was a way of its own for sweeps; `planner.step.polynomials` is where both meet."""
+    """What it did with the answer was a way of its own for sweeps; `planner.base.polynomials` is where both meet."""
     asking = [
         f"{path.name}:{node.lineno}"
         for path in (PLANNER / "step").glob("*.py")

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from benchmarks import searches
-from planner import stacks, sweep
+from planner import stacks
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.facts import catalog, sources
 from planner.model import families
-from planner.plan import predict
+from planner.plan import predict, sweep
 from planner.plan import rows as plan_rows
 from planner.plan.largest import frontier, largest
 from planner.plan.pick import Candidate, Limits, pick

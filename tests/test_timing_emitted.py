@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from planner import sweep, timing
+from planner import timing
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
-from planner.plan import predict
+from planner.plan import predict, sweep
 from planner.step import architecture, program
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from planner import stacks, sweep
+from planner import stacks
 from planner.device.hardware import Gpu
 from planner.facts import sources
 from planner.facts.measurements import COLUMNS
 from planner.memory import walk
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
-from planner.plan import intervals, largest, predict, search, validation, verdict
+from planner.plan import intervals, largest, predict, search, sweep, validation, verdict
 from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS
 from planner.report import config_checks, grid
 from planner.step import architecture, program

@@ -78,8 +78,8 @@ def _write_figures(folder: Path, made: list[Picture]) -> None:
 
 def speeds_of(items: list[Compared]) -> list[Speed]:
     """Throughput over the micro batch of every configuration whose card's rates are known."""
-    from planner import sweep
     from planner.model.spec import ModelSpec
+    from planner.plan import sweep
     from planner.report.figures import Speed, label_of
 
     found = []

@@ -280,7 +280,7 @@ class View(NamedTuple):
 def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
     """Columns of a table: model, card, the settings that were given, the numbers, the results."""
     from planner.plan.rows import RESULTS
-    from planner.sweep import NUMBERS
+    from planner.plan.sweep import NUMBERS
 
     settings = dict.fromkeys(key for one in wanted for key in one.values if key not in NUMBERS)
     results = [name for name in RESULTS if budget or name not in ("hours", "usd")]

@@ -94,7 +94,7 @@ def rounded(nbytes: int, block: int = BLOCK) -> int:
 
 
 def peak_bytes(record: Record, block: int = BLOCK) -> int:
-    """Return only the peak (planner.sweep_memory: of many configurations). block=1 counts requested bytes."""
+    """Return only the peak (planner.sweep.memory: of many configurations). block=1 counts requested bytes."""
     level = peak = 0
     for segment in record.segments:
         start, inner = level, level

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
-from planner import sweep
 from planner.base.errors import InvalidInput
 from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
+from planner.plan import sweep
 from planner.plan.intervals import uncertainty
 from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import CLOSE, FITS, VERDICTS, Verdict

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from planner import sweep
 from planner.base.units import gib
 from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
+from planner.plan import sweep
 from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import FITS, NO, VERDICTS, Verdict
 from planner.runs import cost

@@ -1,6 +1,6 @@
 """From lists of option values to the rows of a table: the product of choices, each evaluated over all its numbers.
 
-Up to EXACT_ROWS rows are predicted one by one, as `fits` does; larger grids are swept (`planner.sweep`).
+Up to EXACT_ROWS rows are predicted one by one, as `fits` does; larger grids are swept (`planner.plan.sweep`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner import sweep
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
 from planner.base.records import replace
 from planner.calibration import Coefficients, Selection
@@ -18,7 +17,7 @@ from planner.cli.options import TRAINING
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
 from planner.plan import notes as plan_notes
-from planner.plan import predict
+from planner.plan import predict, sweep
 from planner.plan.flags import flag_of
 from planner.plan.request import Data, Known, Plan, Request, resolve
 from planner.plan.rows import Block

@@ -4,7 +4,7 @@ Layers are written against it as PyTorch modules are written against torch. A st
 reference to it goes, as in PyTorch, so the lifetime of a tensor is what the code says: local variables, saved
 tensors of autograd nodes, gradient buffers. (This relies on CPython's reference counting.)
 
-Sizes are bytes or elements: ints, or in a sweep polynomials (planner.step.polynomials) that stand for all cells in
+Sizes are bytes or elements: ints, or in a sweep polynomials (planner.base.polynomials) that stand for all cells in
 which the step has the same structure. The backward order, the in-place accumulation of gradients and the moments at
 which inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
 """

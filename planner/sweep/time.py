@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from planner.base.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
 from planner.calibration import Coefficients
 from planner.device.hardware import Gpu
 from planner.step.engine import Kernel, Layout, Record
-from planner.step.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
 from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER
 from planner.timing import PARTS, Rates, Sums, WholeStep, part_of, shares_of
 from planner.training import TrainingSpec

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from planner.base.errors import InvalidInput
+from planner.base.polynomials import Grid, Monomial, terms_of
 from planner.memory.walk import BLOCK
 from planner.step.engine import Record
-from planner.step.polynomials import Grid, Monomial, terms_of
 
 EXACT = 2**53
 """Whole numbers up to here are exact in float64, in any order of additions."""

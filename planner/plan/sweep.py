@@ -8,7 +8,7 @@ allocator shows is estimated from one replay or assumed (`judge`): unsplit block
 
 Numbers (micro batch, length, rank, accumulation) are axes of one evaluation; each choice (quantization,
 checkpointing, ...) is an evaluation of its own. The program runs once per structure that occurs: see
-`planner.step.polynomials` for how cells part ways, `planner.sweep_memory` and `planner.sweep_time` for the arrays.
+`planner.base.polynomials` for how cells part ways, `planner.sweep.memory` and `planner.sweep.time` for the arrays.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from planner.base.errors import InvalidInput, MissingDependency, unknown
+from planner.base.polynomials import Grid, Mixed
 from planner.base.records import fields, record, replace
 from planner.calibration import Coefficients, priors
 from planner.device import cuda_rules
@@ -31,9 +32,8 @@ from planner.quantizations import QUANTIZATIONS
 from planner.step import program
 from planner.step.architecture import architecture
 from planner.step.engine import Record
-from planner.step.polynomials import Grid, Mixed
-from planner.sweep_memory import Levels
-from planner.sweep_time import CardRates, Clock, kernel_groups, signature
+from planner.sweep.memory import Levels
+from planner.sweep.time import CardRates, Clock, kernel_groups, signature
 from planner.timing import predictable
 from planner.training import TrainingSpec
 
