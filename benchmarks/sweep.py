@@ -21,9 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import stacks, timing
+from planner import stacks
 from planner.base.errors import PlannerError
-from planner.calibration import priors
 from planner.cli.table import caption_of, columns_of
 from planner.facts import catalog, sources
 from planner.memory import walk
@@ -32,6 +31,8 @@ from planner.plan import sweep
 from planner.plan.table import tabulator
 from planner.report.grid import write_streamed
 from planner.step import architecture, program
+from planner.timing import step_time
+from planner.timing.coefficients import priors
 
 MODEL, CARD = "meta-llama/Llama-3.1-8B", "a100-sxm4-80gb"
 MILLION = sweep.Axes(
@@ -76,7 +77,7 @@ def million(sample: int) -> float:
         training = sweep.at(cells, place)
         run = program.run(model, training, architecture.architecture(card, training)).record
         unequal += walk.peak_bytes(run) != cells.allocated_bytes[(0, *place)]
-        seconds = timing.step_time(run, training, card, priors(card)).step_s.expected
+        seconds = step_time.step_time(run, training, card, priors(card)).step_s.expected
         worst = max(worst, abs(cells.step_s[(0, *place)] / seconds - 1))
     each = (time.process_time() - watch.own) / sample
     print(f"{sample:,} of them one by one: {watch}; {unequal} differ in bytes, seconds by at most {worst:.1e}")

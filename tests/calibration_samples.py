@@ -11,11 +11,11 @@ from typing import Any
 from calibrate.fit.measurements import Measurement, Run
 from calibrate.fit.points import point
 from calibrate.measure import grid
-from planner import timing
-from planner.calibration import Coefficients, priors
 from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog
+from planner.timing import step_time
+from planner.timing.coefficients import Coefficients, priors
 
 CPU_FACTS: dict[str, Any] = {
     "kind": "cpu", "name": "Sample CPU @ 2.50GHz", "cores": 4, "threads": 1, "clock_hz": 2.5e9, "vector": "avx512f",
@@ -79,7 +79,7 @@ def synthetic(
 def profiled(burst: Measurement, gpu: Gpu, truth: Coefficients, factor: float) -> dict[str, Any]:
     """Phases and kernels' seconds of a GPU's burst under `truth`, all `factor` times as long."""
     made = point(burst, gpu)
-    parts, _, classes = timing.phase_seconds(made.kernels, made.training, gpu, truth)
+    parts, _, classes = step_time.phase_seconds(made.kernels, made.training, gpu, truth)
     phases = [parts["forward"], parts["backward"] + parts["recomputation"], parts["optimizer"]]
     kernels = {name: float(seconds) * factor for name, seconds in classes.items() if name != "adapters"}
     kernels["matrix products"] += float(classes["adapters"]) * factor

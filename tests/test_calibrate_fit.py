@@ -14,13 +14,13 @@ from calibrate.fit import fit, residuals
 from calibrate.fit import points as fit_points
 from calibrate.fit.measurements import merge
 from calibrate.measure import grid
-from planner import timing
 from planner.base.errors import InvalidInput
-from planner.calibration import Calibration, priors
 from planner.device import processor
 from planner.model import families
 from planner.step import program
 from planner.step.architecture import architecture
+from planner.timing import step_time
+from planner.timing.coefficients import Calibration, priors
 from tests.calibration_samples import (
     CPU,
     CPU_FACTS,
@@ -132,10 +132,10 @@ def test_compressing_kernels_keeps_the_price() -> None:
         item = fit_points.point(measurement(burst, CPU_FACTS, {}), CPU)
         spec = families.build_spec(item.measurement.config, model_id=burst.model)
         whole = program.run(spec, burst.training, architecture(CPU, burst.training)).record
-        full = timing.step_time(whole, burst.training, CPU, priors(CPU))
+        full = step_time.step_time(whole, burst.training, CPU, priors(CPU))
         parts, step_s = item.price(priors(CPU))
         assert step_s == pytest.approx(full.step_s.expected - full.overhead_s, rel=1e-9)
-        for part in timing.PARTS:
+        for part in step_time.PARTS:
             assert parts[part] == pytest.approx(getattr(full, f"{part}_s"), rel=1e-9)
         assert len(item.kernels.kernels) < len(whole.kernels)
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from planner.base.errors import InvalidInput, UnknownName
-from planner.calibration import Calibration, Coefficients, matches, priors, select
 from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import calibration_files, catalog
-from planner.formulas import fingerprint
 from planner.plan.predict import predict, predict_on
+from planner.timing.coefficients import Calibration, Coefficients, matches, priors, select
+from planner.timing.formulas import fingerprint
 from planner.training import LoraSpec, TrainingSpec, Versions
 from tests.calibration_samples import CPU_FACTS
 from tests.test_timing import LLAMA

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from planner.calibration import Coefficient, priors
 from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model import families
 from planner.plan.intervals import uncertainty
+from planner.timing.coefficients import Coefficient, priors
 from planner.training import training_from_dict
 from tests.calibration_samples import CPU_FACTS
 

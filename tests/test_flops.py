@@ -13,10 +13,10 @@ for _library in ("transformers", "peft", "bitsandbytes"):
 
 from calibrate.oracle.cases import shrunk  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
-from planner import timing  # noqa: E402
 from planner.device.cuda_rules import Architecture  # noqa: E402
 from planner.model.families import build_spec  # noqa: E402
 from planner.step import program  # noqa: E402
+from planner.timing import step_time  # noqa: E402
 from planner.training import LoraSpec, TrainingSpec  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -43,7 +43,7 @@ def planned(name: str, config: dict[str, Any], training: TrainingSpec) -> dict[s
     record = program.run(build_spec(config, model_id=name), training, Architecture(), full_depth=True).record
     total = dict.fromkeys(PARTS, 0.0)
     for kernel in record.kernels:
-        part = timing.part_of(record.segments[kernel.segment].phase, kernel.recomputed)
+        part = step_time.part_of(record.segments[kernel.segment].phase, kernel.recomputed)
         if part in total:
             total[part] += kernel.flops * (2 if kernel.op.startswith(("flash", "efficient")) else 1)
     return total

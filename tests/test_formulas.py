@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from planner import calibration, formulas, timing
+from planner.timing import coefficients, formulas, rates, step_time
 
 NOW: Callable[[], str] = formulas.fingerprint.__wrapped__
 
@@ -30,12 +30,12 @@ def test_a_fingerprint_is_short_and_repeats() -> None:
         ("FP32_LANES", {}),
         ("PORTABLE_VECTORS", ()),
         ("_INT8", {"int8_quantize": 0.48, "int8_dequantize": 0.68}),
-        ("LEDGER_CLASS", {**timing.LEDGER_CLASS, "norm": "attention"}),
-        ("LEDGER_CLASS", {**timing.LEDGER_CLASS, "a_new_kind": None}),
+        ("LEDGER_CLASS", {**step_time.LEDGER_CLASS, "norm": "attention"}),
+        ("LEDGER_CLASS", {**step_time.LEDGER_CLASS, "a_new_kind": None}),
     ],
 )
 def test_another_constant_is_another_fingerprint(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(step_time, name, value)
     assert NOW() != formulas.fingerprint()
 
 
@@ -49,34 +49,34 @@ def _scaled(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", ["matmul_s", "_cpu_matmul_s", "attention_s", "product", "host_s", "launched"])
 def test_another_rate_is_another_fingerprint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing.Rates, name, _scaled(getattr(timing.Rates, name)))
+    monkeypatch.setattr(rates.Rates, name, _scaled(getattr(rates.Rates, name)))
     assert NOW() != formulas.fingerprint()
 
 
 def test_another_queue_or_transfer_is_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    def longest(self: timing.Sums) -> Any:
+    def longest(self: step_time.Sums) -> Any:
         """The step's host and device never wait for each other inside of it."""
         return max(sum(self.host.values()), sum(self.device.values()))
 
     with monkeypatch.context() as patched:
-        patched.setattr(timing.Sums, "_queued", longest)
+        patched.setattr(step_time.Sums, "_queued", longest)
         assert NOW() != formulas.fingerprint()
     with monkeypatch.context() as patched:
-        patched.setattr(timing.Sums, "_add_transfers", lambda self: None)
+        patched.setattr(step_time.Sums, "_add_transfers", lambda self: None)
         assert NOW() != formulas.fingerprint()
     with monkeypatch.context() as patched:
-        patched.setattr(timing, "old_dequantize_factor", lambda capability: 1.0)
+        patched.setattr(coefficients, "old_dequantize_factor", lambda capability: 1.0)
         assert NOW() != formulas.fingerprint()
 
 
 @pytest.mark.parametrize("name", ["FORMULA_ERROR", "SHARED_FORMULA", "MEASUREMENT_ERROR", "NINETY_PERCENT"])
 def test_intervals_are_not_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, name, 0.123)
+    monkeypatch.setattr(step_time, name, 0.123)
     assert NOW() == formulas.fingerprint()
 
 
 def test_values_of_priors_are_not_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "HOPPER_INT8", 0.5)
+    monkeypatch.setattr(coefficients, "HOPPER_INT8", 0.5)
     assert NOW() == formulas.fingerprint()
 
 

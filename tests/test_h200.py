@@ -10,11 +10,11 @@ import pytest
 
 from calibrate.fit.measurements import Measurement, read_runs
 from calibrate.fit.points import point, pooled, usable
-from planner import timing
-from planner.calibration import priors
 from planner.facts import calibration_files, catalog
 from planner.model import families
 from planner.plan.predict import predict
+from planner.timing import step_time
+from planner.timing.coefficients import priors
 
 DATA = Path(__file__).parent.parent / "data"
 H200 = catalog.gpu("h200-sxm-141gb")
@@ -72,7 +72,7 @@ def test_seconds_of_kernels_before_any_calibration() -> None:
     errors = []
     for item in {m.key: m for m in measured() if sum(m.kernels_s.values()) > 0.03}.values():
         made = point(item, H200)
-        classes = timing.phase_seconds(made.kernels, made.training, made.gpu, priors(H200))[2]
+        classes = step_time.phase_seconds(made.kernels, made.training, made.gpu, priors(H200))[2]
         errors.append(sum(classes.values()) / sum(item.kernels_s.values()) - 1)
     assert len(errors) >= 35
     assert mean(map(abs, errors)) < 0.06

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from planner.base.errors import InvalidInput
-from planner.calibration import Calibration, Coefficients, priors
 from planner.facts import calibration_files
 from planner.facts.catalog import gpu
 from planner.plan import trace_cache
+from planner.timing.coefficients import Calibration, Coefficients, priors
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("LORAPLAN_DATA", "XDG_DATA_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")

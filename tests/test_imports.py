@@ -15,19 +15,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS: tuple[str, ...] = (
-    "amounts",
     "base",
     "loss_kinds",
     "optimizers",
     "quantizations",
     "device",
     "training",
-    "calibration",
     "model",
     "step",
     "memory",
     "timing",
-    "formulas",
     "sweep",
     "facts",
     "stacks",

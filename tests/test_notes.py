@@ -15,9 +15,9 @@ from typing import Any
 import click
 import pytest
 
-from planner import calibration
 from planner.cli.main import cli
 from planner.facts import calibration_files, catalog
+from planner.timing import coefficients
 
 GEMMA = "google/gemma-3-4b-it"
 TOWER = "vision tower not included"
@@ -230,13 +230,13 @@ def test_the_calibration_of_several_cards_is_worded_in_one_place() -> None:
     h200, chosen = cards[0].gpu_id, calibration_files.select_each(cards)
     assert [chosen[card.gpu_id].borrowed for card in cards] == [False, True, False]
     label = chosen[h200].coefficients.label.removeprefix("calibrated on ")
-    assert calibration.time_words(chosen) == (
+    assert coefficients.time_words(chosen) == (
         f"time calibrated on {h200}; h100-sxm5-80gb not calibrated: dimensionless coefficients borrowed from {label}, "
         "intervals wider, elsewhere from data sheets"
     )
-    assert calibration.time_words({"l4": chosen["l4"]}) == "time from data sheets, not calibrated on these cards"
-    assert calibration.time_words({h200: chosen[h200]}) == f"time calibrated on {h200}"
-    assert chosen["h100-sxm5-80gb"].notes[0].endswith(calibration.borrowed_words(label))
+    assert coefficients.time_words({"l4": chosen["l4"]}) == "time from data sheets, not calibrated on these cards"
+    assert coefficients.time_words({h200: chosen[h200]}) == f"time calibrated on {h200}"
+    assert chosen["h100-sxm5-80gb"].notes[0].endswith(coefficients.borrowed_words(label))
 
 
 def test_a_table_does_not_call_a_borrowed_calibration_its_own(call: Any) -> None:

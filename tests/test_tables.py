@@ -320,8 +320,8 @@ def test_a_replay_that_limits_is_named() -> None:
 
 @pytest.mark.extra
 def test_a_calibration_decides_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from planner.calibration import Coefficients, Selection, priors
     from planner.facts import calibration_files
+    from planner.timing.coefficients import Coefficients, Selection, priors
 
     words = ("max", MODEL, "--gpu", "l4", "--up-to", "2", "--format", "json")
     picks = ("pick", MODEL, "--gpu", "l4", "--format", "json")

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from planner import timing
 from planner.base.errors import InvalidInput
-from planner.calibration import Coefficient, Coefficients, priors
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model import families
 from planner.plan.predict import Prediction, predict
+from planner.timing import rates as timing_rates
+from planner.timing import step_time
+from planner.timing.coefficients import Coefficient, Coefficients, priors
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 A100 = catalog.gpu("a100-sxm4-80gb")
@@ -182,9 +183,9 @@ def test_no_rates_no_time() -> None:
 def test_an_anchor_says_most_about_runs_like_itself() -> None:
     like = (("formulas", 0.1), ("matmul", 0.06))
     unlike = (("formulas", 0.1), ("bandwidth", 0.06))
-    same, other = timing.anchor_factor(like, like, 1.3), timing.anchor_factor(like, unlike, 1.3)
+    same, other = step_time.anchor_factor(like, like, 1.3), step_time.anchor_factor(like, unlike, 1.3)
     assert 1 < other < same < 1.3
-    assert timing.anchor_factor(like, like, 1.0) == 1.0
+    assert step_time.anchor_factor(like, like, 1.0) == 1.0
 
 
 # --- coefficients --------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def test_layouts_of_products_matter_on_a_cpu_without_avx512_only() -> None:
     half = TrainingSpec(method="lora", lora=LoraSpec(r=8), autocast="bf16", base_dtype="bf16")
     for vector, differ in (("avx2", True), ("avx512f", False)):
         gpu = processor.as_gpu({**CPU_FACTS, "vector": vector})
-        rates = timing.Rates(gpu, priors(gpu), half)
+        rates = timing_rates.Rates(gpu, priors(gpu), half)
         forward, backward = (rates.matmul_s(shape, "bf16", layout)[0] for layout in ("nt", "nn"))
         assert (backward > 2 * forward) is differ
         assert rates.matmul_s(shape, "fp32", "nt") == rates.matmul_s(shape, "fp32", "nn")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from planner import timing
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
 from planner.plan import predict, sweep
 from planner.step import architecture, program
+from planner.timing import step_time
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 A100 = catalog.gpu("a100-sxm4-80gb")
@@ -40,7 +40,7 @@ def emitted(settings: TrainingSpec, spec: Any = LLAMA, gpu: Gpu = A100) -> dict[
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for kernel in run.kernels:
         segment = run.segments[kernel.segment]
-        part = timing.part_of(segment.phase, kernel.recomputed)
+        part = step_time.part_of(segment.phase, kernel.recomputed)
         if part is not None:
             amounts = {"bytes": kernel.bytes, "flops": kernel.flops, "launches": kernel.count, "calls": 1}
             for name, amount in amounts.items():

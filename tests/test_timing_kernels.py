@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from planner import timing
 from planner.device.hardware import CPU
+from planner.timing import step_time
 from planner.training import Versions
 from tests.timing_toy import CARD, kernel, rates
 
@@ -67,12 +67,12 @@ def test_a_kernel_costs_what_is_worked_by_hand(row: Row) -> None:
 
 
 def test_every_kind_of_kernel_has_a_row() -> None:
-    assert {row[0] for row in ROWS} == set(timing.LEDGER_CLASS)
+    assert {row[0] for row in ROWS} == set(step_time.LEDGER_CLASS)
 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(KeyError, match="fused_everything"):
-        timing.class_of("fused_everything", 0)
+        step_time.class_of("fused_everything", 0)
 
 
 def test_latency_counts_every_launch() -> None:
@@ -231,19 +231,19 @@ def test_the_hosts_seconds(op: str, part: str, on_gpu: float, on_cpu: float) -> 
     ],
 )
 def test_which_coefficients_a_kernel_follows(op: str, dtype: str, bound: float, shares: dict[str, float]) -> None:
-    assert dict(timing.shares_of(rates(), kernel(op, dtype), bound)) == shares
+    assert dict(step_time.shares_of(rates(), kernel(op, dtype), bound)) == shares
 
 
 def test_which_coefficients_a_product_follows() -> None:
     def follows(card: Any, dtype: str, **values: Any) -> dict[str, float]:
-        return dict(timing.shares_of(rates(card), kernel("matmul", dtype, shape=ONE_TILE, **values), 0.75))
+        return dict(step_time.shares_of(rates(card), kernel("matmul", dtype, shape=ONE_TILE, **values), 0.75))
 
     assert follows(CARD, "bf16") == {"matmul": 0.75, "bandwidth": 0.25}
     assert follows(CARD, "int8") == {"matmul_int8": 0.75, "bandwidth": 0.25}
     assert follows(CARD, "fp32") == {"matmul_fp32": 0.75, "bandwidth": 0.25}
     assert follows(ON_A_CPU, "bf16", layout="nn") == {"matmul": 0.75, "bandwidth": 0.25, "portable_nn": 0.75}
     assert follows(ON_A_CPU, "int8") == {"matmul": 0.75, "bandwidth": 0.25}
-    on_cpu = timing.shares_of(rates(ON_A_CPU), kernel("host_transfer"), 0.0)
+    on_cpu = step_time.shares_of(rates(ON_A_CPU), kernel("host_transfer"), 0.0)
     assert dict(on_cpu) == {"bandwidth": 1.0}
 
 
@@ -268,14 +268,14 @@ def test_which_coefficients_a_product_follows() -> None:
     ],
 )
 def test_classes_of_the_ledger(op: str, in_a_layer: str, outside: str) -> None:
-    assert timing.class_of(op, 3) == in_a_layer
-    assert timing.class_of(op, -1) == outside
+    assert step_time.class_of(op, 3) == in_a_layer
+    assert step_time.class_of(op, -1) == outside
 
 
 def test_parts_of_the_step() -> None:
     for phase in ("load", "state"):
-        assert timing.part_of(phase, recomputed=False) is None
+        assert step_time.part_of(phase, recomputed=False) is None
     for phase, part in (("forward", "forward"), ("loss", "forward"), ("backward", "backward")):
-        assert timing.part_of(phase, recomputed=False) == part
-    assert timing.part_of("optimizer", recomputed=False) == "optimizer"
-    assert timing.part_of("backward", recomputed=True) == "recomputation"
+        assert step_time.part_of(phase, recomputed=False) == part
+    assert step_time.part_of("optimizer", recomputed=False) == "optimizer"
+    assert step_time.part_of("backward", recomputed=True) == "recomputation"

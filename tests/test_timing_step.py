@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from planner import timing
 from planner.device.hardware import CPU
+from planner.timing import step_time
 from tests.timing_toy import CARD, coefficients, kernel, record, training
 
 SLOW_HOST = {"launch_forward": 1.0, "launch_recomputation": 1.0, "launch_backward": 1.0, "launch_optimizer": 1.0,
@@ -28,7 +28,7 @@ PHASES = (("forward", 0, 1), ("backward", 0, 1), ("optimizer", -1, 1))
 def step(
     forward: tuple[float, float], backward: tuple[float, float], optimizer: tuple[float, float], accumulation: int = 1,
     card: Any = CARD,
-) -> timing.StepTime:  # fmt: skip
+) -> step_time.StepTime:  # fmt: skip
     """Three kernels of (device, host) seconds; the optimizer's host also touches its one tensor for a second."""
     run = record(
         seconds("elementwise", *forward, segment=1),
@@ -37,7 +37,7 @@ def step(
         phases=PHASES,
     )
     settings = training(gradient_accumulation_steps=accumulation)
-    return timing.step_time(run, settings, card, coefficients(SLOW_HOST))
+    return step_time.step_time(run, settings, card, coefficients(SLOW_HOST))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_parts_share_the_wait_by_their_launches() -> None:
 
 def test_a_segment_counts_as_often_as_it_stands_for_layers() -> None:
     run = record(seconds("elementwise", 2.0, 1.0, segment=1), phases=(("forward", 0, 7),))
-    found = timing.step_time(run, training(gradient_accumulation_steps=2), CARD, coefficients(SLOW_HOST))
+    found = step_time.step_time(run, training(gradient_accumulation_steps=2), CARD, coefficients(SLOW_HOST))
     assert found.forward_s == pytest.approx(14.0)
     assert found.step_s.expected == pytest.approx(28.5)
     (line,) = found.ledger
@@ -96,19 +96,19 @@ def test_what_bounds_a_step() -> None:
     assert step((3, 4), (3, 1), (3, 1)).bound == "memory bandwidth"  # waits 1 of 10
     busy = record(seconds("indexed", 1.0, 1.0, segment=1), phases=(("forward", 0, 1),))
     busy.kernels[0].elements = 8e9  # 4 s of 2e9 elements a second
-    found = timing.step_time(busy, training(), CARD, coefficients(SLOW_HOST))
+    found = step_time.step_time(busy, training(), CARD, coefficients(SLOW_HOST))
     assert (found.bound, found.ledger[0].bound) == ("compute", "compute")
     copies = record(
         seconds("elementwise", 1.0, 1.0, segment=1), seconds("host_transfer", 2.0, 1.0, segment=1), phases=PHASES
     )
-    assert timing.step_time(copies, training(), CARD, coefficients(SLOW_HOST)).bound == "host transfer"
+    assert step_time.step_time(copies, training(), CARD, coefficients(SLOW_HOST)).bound == "host transfer"
 
 
 def test_bounds_of_perfect_and_of_no_overlap() -> None:
     """Arithmetic 4, traffic 1 + 2, launches 1 + 1: at best 4 s, one after another 9.5 with the framework."""
     run = record(seconds("indexed", 1.0, 1.0, segment=1), seconds("elementwise", 2.0, 1.0, segment=1), phases=PHASES)
     run.kernels[0].elements = 8e9
-    found = timing.step_time(run, training(), CARD, coefficients(SLOW_HOST))
+    found = step_time.step_time(run, training(), CARD, coefficients(SLOW_HOST))
     assert found.perfect_overlap_s == pytest.approx(4.0)
     assert found.no_overlap_s == pytest.approx(9.5)
     assert found.step_s.expected == pytest.approx(6.5)
@@ -117,7 +117,7 @@ def test_bounds_of_perfect_and_of_no_overlap() -> None:
 # --- copies between card and host ----------------------------------------------------------------------------------
 
 
-def layered(op: str, copy: float, repeat: int = 4, accumulation: int = 1) -> timing.StepTime:
+def layered(op: str, copy: float, repeat: int = 4, accumulation: int = 1) -> step_time.StepTime:
     """Layers of 3 s forward, 3 s recomputation and 5 s backward, each with a copy of `copy` s to the host and back."""
     run = record(
         seconds(op, copy, 0.0, segment=1),
@@ -130,7 +130,7 @@ def layered(op: str, copy: float, repeat: int = 4, accumulation: int = 1) -> tim
     )
     settings = training(gradient_accumulation_steps=accumulation)
     values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0})
-    return timing.step_time(run, settings, CARD, values)
+    return step_time.step_time(run, settings, CARD, values)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_managed_memory_moves_where_it_has_no_room(room: float | None, moves: bo
         kernel("paged_transfer", nbytes=1e9, segment=3), phases=PHASES,
     )  # fmt: skip
     values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0})
-    found = timing.step_time(run, training(gradient_accumulation_steps=2), CARD, values, room)
+    found = step_time.step_time(run, training(gradient_accumulation_steps=2), CARD, values, room)
     assert found.step_s.expected == pytest.approx(7.0 + 4.0 * moves, abs=1e-4)
     assert found.optimizer_s == pytest.approx(1.0 + 4.0 * moves, abs=1e-4)
     assert [line.bytes for line in found.ledger if line.name == "host transfer"] == ([1e9] if moves else [])
@@ -182,7 +182,7 @@ def test_managed_memory_moves_where_it_has_no_room(room: float | None, moves: bo
 # --- intervals -----------------------------------------------------------------------------------------------------
 
 
-def interval(formula_error: float | None, origin: str = "assumed") -> timing.StepTime:
+def interval(formula_error: float | None, origin: str = "assumed") -> step_time.StepTime:
     """8 s of memory traffic, 1 s of copies, 1 s of waiting; errors of a fifth, a half and a tenth of each."""
     run = record(
         seconds("elementwise", 8.0, 2.0, segment=1), seconds("host_transfer", 1.0, 8.0, segment=1), phases=PHASES
@@ -190,7 +190,7 @@ def interval(formula_error: float | None, origin: str = "assumed") -> timing.Ste
     errors = {"bandwidth": 0.1, "host_link": 0.125e9, "launch_forward": 0.1, "kernel_latency": 1.0}
     found = coefficients({**SLOW_HOST, "framework_step": 0.0}, errors, origin)
     found.formula_error = formula_error
-    return timing.step_time(run, training(), CARD, found)
+    return step_time.step_time(run, training(), CARD, found)
 
 
 def test_the_interval_is_the_root_of_the_squares_of_what_is_not_sure() -> None:
@@ -216,8 +216,8 @@ def test_an_anchor_shifts_what_two_runs_have_in_common() -> None:
     """Shared: 0.1 * 0.1 * 0.5 of the formulas and 0.2 * 0.3; own: 0.1^2 + 0.2^2 + 0.05^2 of measuring."""
     anchor = (("formulas", 0.1), ("matmul", 0.2))
     target = (("formulas", 0.1), ("matmul", 0.3), ("bandwidth", 0.4))
-    assert timing.anchor_factor(anchor, target, 1.5) == pytest.approx(1.5 ** (0.065 / 0.0525))
-    assert timing.anchor_factor(anchor, (("bandwidth", 0.4),), 1.5) == 1.0
+    assert step_time.anchor_factor(anchor, target, 1.5) == pytest.approx(1.5 ** (0.065 / 0.0525))
+    assert step_time.anchor_factor(anchor, (("bandwidth", 0.4),), 1.5) == 1.0
 
 
 def test_waiting_for_copies_is_as_sure_as_the_link() -> None:
@@ -226,7 +226,7 @@ def test_waiting_for_copies_is_as_sure_as_the_link() -> None:
         seconds("overlapped_transfer", 9.0, 0.0, segment=1), seconds("elementwise", 3.0, 0.0, segment=1), phases=PHASES
     )
     values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0}, {"host_link": 0.125e9})
-    found = timing.step_time(run, training(), CARD, values)
+    found = step_time.step_time(run, training(), CARD, values)
     assert dict(found.uncertainty) == pytest.approx({"formulas": 0.10, "host_link": 0.5 * 6 / 9})
 
 
@@ -237,7 +237,7 @@ def test_the_models_own_flops_leave_recomputation_out() -> None:
         seconds("elementwise", 1.0, 0.0, segment=2), phases=PHASES,
     )  # fmt: skip
     values = coefficients({"kernel_latency": 0.0, "framework_step": 0.0})
-    found = timing.step_time(run, training(gradient_accumulation_steps=2), CARD, values)
+    found = step_time.step_time(run, training(gradient_accumulation_steps=2), CARD, values)
     assert (found.model_flops, found.hardware_flops) == (4e9, 6e9)
     assert found.step_s.expected == pytest.approx(6.0)
     assert found.model_flops_utilization == pytest.approx(4e9 / 6e12)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from planner import timing
-from planner.calibration import priors
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog, sources
 from planner.memory import allocator, sequence, walk
 from planner.model import families
 from planner.step import program
+from planner.timing import step_time
+from planner.timing.coefficients import priors
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 GPU = catalog.gpu("a100-sxm4-80gb")
@@ -55,7 +55,7 @@ def test_units_stand_for_every_layer(name: str, number: int) -> None:
     assert ours.peak_allocated_bytes == theirs.peak_allocated_bytes
     assert ours.ledger == theirs.ledger
     assert ours.moment == theirs.moment
-    seconds = [timing.step_time(run.record, training, GPU, priors(GPU)).step_s.expected for run in (short, whole)]
+    seconds = [step_time.step_time(run.record, training, GPU, priors(GPU)).step_s.expected for run in (short, whole)]
     assert seconds[0] == pytest.approx(seconds[1], rel=1e-9)
     events = [sequence.expand(run.record, 2, allocator.SMALL_SIZE) for run in (short, whole)]
     assert allocator.replay(events[0]).peak_reserved == allocator.replay(events[1]).peak_reserved

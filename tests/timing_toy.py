@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from planner import timing
-from planner.calibration import Coefficient, Coefficients
 from planner.device.hardware import Gpu
 from planner.step.engine import Kernel, Record, Segment
+from planner.timing import rates as timing_rates
+from planner.timing.coefficients import Coefficient, Coefficients
 from planner.training import LoraSpec, TrainingSpec
 
 CARD = Gpu(
@@ -46,9 +46,9 @@ def training(**settings: Any) -> TrainingSpec:
     return TrainingSpec(**{"method": "lora", "lora": LoraSpec(), "seq_len": 300, **settings})
 
 
-def rates(card: Gpu = CARD, **settings: Any) -> timing.Rates:
+def rates(card: Gpu = CARD, **settings: Any) -> timing_rates.Rates:
     """What the toy card reaches."""
-    return timing.Rates(card, coefficients(), training(**settings))
+    return timing_rates.Rates(card, coefficients(), training(**settings))
 
 
 def kernel(op: str, dtype: str = "bf16", **values: Any) -> Kernel:

@@ -18,9 +18,9 @@ from calibrate.fit.measurements import Measurement, Run, merge
 from calibrate.fit.points import Point, pooled, usable
 from calibrate.fit.residuals import context, errors, memory_rows, memory_summary, summary
 from planner.base.errors import InvalidInput, MissingDependency, one_line
-from planner.calibration import Calibration, Coefficient, Coefficients, priors
 from planner.device.hardware import Gpu
-from planner.formulas import fingerprint
+from planner.timing.coefficients import Calibration, Coefficient, Coefficients, priors
+from planner.timing.formulas import fingerprint
 
 NOISE = 0.03
 """Relative error of one burst's time that residuals are measured in."""

@@ -18,12 +18,12 @@ from typing import Any
 
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.base.records import record
-from planner.calibration import STACK
 from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import catalog
 from planner.facts.calibration_files import load_json, migrated
 from planner.model.depth import first_layers
+from planner.timing.coefficients import STACK
 from planner.training import TrainingSpec, training_from_dict
 
 RUN_KIND, RUN_VERSION = "loraplan-run", 1

@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from calibrate.fit.measurements import Measurement, Run
-from planner import timing
 from planner.base.errors import PlannerError, one_line
 from planner.base.records import record
-from planner.calibration import Coefficients
 from planner.device.hardware import Gpu
 from planner.model import families
 from planner.step import program
 from planner.step.architecture import architecture
 from planner.step.engine import Kernel, Record, Segment
+from planner.timing import step_time
+from planner.timing.coefficients import Coefficients
 from planner.training import TrainingSpec
 
 MEASURED_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -40,7 +40,7 @@ class Point:
 
     def price(self, coefficients: Coefficients) -> tuple[dict[str, float], float]:
         """Seconds of the parts and of the step under these coefficients, without a training framework around it."""
-        parts, total, _ = timing.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
+        parts, total, _ = step_time.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
         return parts, float(total) - self.overhead_s(coefficients)
 
     def overhead_s(self, coefficients: Coefficients) -> float:
@@ -51,7 +51,7 @@ class Point:
 
     def predicted(self, coefficients: Coefficients) -> list[float]:
         """Seconds to compare with `measured`."""
-        parts, total, classes = timing.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
+        parts, total, classes = step_time.phase_seconds(self.kernels, self.training, self.gpu, coefficients)
         found = [float(total) - self.overhead_s(coefficients)]
         if self.measurement.phases_s is not None:
             steps = self.training.gradient_accumulation_steps

@@ -15,11 +15,11 @@ from typing import Any
 
 from planner.base.errors import PlannerError
 from planner.base.records import record
-from planner.calibration import Coefficients, priors
 from planner.device.hardware import Gpu
 from planner.facts import catalog
 from planner.model import families
 from planner.plan.predict import predict
+from planner.timing.coefficients import Coefficients, priors
 from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 REPEAT_EVERY = {"cuda": 6, "cpu": 3}

@@ -17,11 +17,11 @@ from calibrate.measure import grid
 from calibrate.measure.burst import timed_steps
 from calibrate.measure.device import Device
 from calibrate.measure.workers import Forking, Workers, fresh_workers, result_of
-from planner import calibration
 from planner.base.errors import InvalidInput, PlannerError
 from planner.base.records import record
 from planner.device.hardware import Gpu
 from planner.facts import calibration_files
+from planner.timing import coefficients as calibration
 
 WARMUP = 2
 STEPS = {"cpu": 10, "cuda": 8}

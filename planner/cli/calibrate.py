@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # a command's help needs none of these
     from calibrate.measure.device import Device
     from calibrate.measure.grid import Burst
     from calibrate.measure.harness import Progress, Settings
-    from planner.calibration import Calibration
     from planner.importers import Job
+    from planner.timing.coefficients import Calibration
 
 EXIT_FAILED = 3
 """Bursts were run and none of them succeeded."""

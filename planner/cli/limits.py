@@ -290,13 +290,13 @@ def _candidates_of(
     """
     from planner.base.errors import Contradiction, InvalidInput, unknown
     from planner.base.units import parse_count
-    from planner.calibration import time_words
     from planner.cli.data_options import known, take
     from planner.facts import calibration_files, catalog
     from planner.plan.pick import Candidate
     from planner.plan.request import Request, counted, resolve
     from planner.plan.table import cards_of
     from planner.runs import cost
+    from planner.timing.coefficients import time_words
 
     calibration = given.pop("calibration", None)
     data, (tokens, epochs) = take(given), much

@@ -290,10 +290,10 @@ def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
 def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
     """Version, calibration, prices and their days, and the settings that all rows share."""
     from planner import __version__
-    from planner.calibration import time_words
     from planner.plan.money import ESTIMATED
     from planner.plan.rows import Caption
     from planner.report.answer import value_words
+    from planner.timing.coefficients import time_words
 
     prices = [price for one in made for price in one.run.prices.values() if price is not None]
     days = sorted({price.date for price in prices if price.date})

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from planner.base.bounded import parse_json, read_bounded
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
-from planner.calibration import (
+from planner.device.hardware import CPU, Gpu
+from planner.facts import catalog
+from planner.timing.coefficients import (
     Calibration,
     Coefficient,
     Coefficients,
@@ -22,10 +24,8 @@ from planner.calibration import (
     matches,
     priors,
 )
-from planner.calibration import select as select_from
-from planner.device.hardware import CPU, Gpu
-from planner.facts import catalog
-from planner.formulas import fingerprint
+from planner.timing.coefficients import select as select_from
+from planner.timing.formulas import fingerprint
 from planner.training import Versions
 
 if TYPE_CHECKING:  # a prediction reads files by their names

@@ -6,13 +6,13 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
-from planner import timing
 from planner.base.errors import InvalidInput
 from planner.base.records import replace
 from planner.model.spec import ModelSpec
 from planner.plan.predict import Prediction, predict
 from planner.step import program
 from planner.step.architecture import architecture
+from planner.timing import step_time
 
 POINTS = 16
 """Lengths at which a full batch is predicted; smaller batches and memory take fewer."""
@@ -115,10 +115,10 @@ class StepCost:
         t = self._time(rows, length)
         return Point(t.forward_s + t.recomputation_s + t.backward_s, t.forward_s)
 
-    def _time(self, rows: int, length: int) -> timing.StepTime:
+    def _time(self, rows: int, length: int) -> step_time.StepTime:
         training = replace(self.training, micro_batch_size=rows, seq_len=length)
         run = program.run(self.model, training, architecture(self.gpu, training))
-        return timing.step_time(run.record, training, self.gpu, self.time.coefficients)
+        return step_time.step_time(run.record, training, self.gpu, self.time.coefficients)
 
     def _device_bytes(self, length: int) -> tuple[float, ...]:
         if length == self.longest:

@@ -12,7 +12,7 @@ from planner.runs.dataset.batches import Batching, Padding, longest_batch, seen_
 from planner.runs.dataset.lengths import Lengths
 from planner.runs.dataset.orders import Orders, orders
 from planner.runs.dataset.scan import Scan
-from planner.timing import Seconds
+from planner.timing.step_time import Seconds
 
 
 @record

@@ -13,13 +13,13 @@ from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 from planner.base.errors import InvalidInput
-from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
 from planner.plan import sweep
 from planner.plan.intervals import uncertainty
 from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import CLOSE, FITS, VERDICTS, Verdict
+from planner.timing.coefficients import Selection
 from planner.training import TrainingSpec
 
 KEYS = ("micro_batch_size", "seq_len", "r")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from planner.base.units import gib
-from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
 from planner.plan import sweep
 from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import FITS, NO, VERDICTS, Verdict
 from planner.runs import cost
+from planner.timing.coefficients import Selection
 from planner.training import TrainingSpec
 
 Goal = Literal["usd", "time"]

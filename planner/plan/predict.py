@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from planner import timing
 from planner.base.records import record
 from planner.base.units import GiB
-from planner.calibration import Coefficients, Selection, priors
 from planner.device.hardware import CONTEXT_BYTES, CPU, Gpu
 from planner.memory import allocator, sequence, walk
 from planner.model.spec import ModelSpec, UnreadModel
@@ -23,6 +21,8 @@ from planner.step import program
 from planner.step.architecture import architecture
 from planner.step.engine import Record
 from planner.step.transfers import PAGED_TRANSFER
+from planner.timing import rates, step_time
+from planner.timing.coefficients import Coefficients, Selection, priors
 from planner.training import TrainingSpec
 
 if TYPE_CHECKING:  # rows of one length have no order
@@ -57,11 +57,11 @@ class Prediction:
     via: Literal["program", "trace"] = "program"
     libraries: tuple[tuple[str, str], ...] = ()
     """Releases that were traced (see planner.plan.traced)."""
-    time: timing.StepTime | None = None
+    time: step_time.StepTime | None = None
     """None without a GPU, or where no source states the card's rates."""
 
     @property
-    def step_s(self) -> timing.Seconds | None:
+    def step_s(self) -> step_time.Seconds | None:
         """Seconds of one optimizer step."""
         return self.time.step_s if self.time else None
 
@@ -154,13 +154,13 @@ def predict_on(
 
 def _time(
     record: Record, training: TrainingSpec, gpu: Gpu | None, coefficients: Coefficients | None
-) -> timing.StepTime | None:
-    if gpu is None or not timing.predictable(gpu):
+) -> step_time.StepTime | None:
+    if gpu is None or not rates.predictable(gpu):
         return None
     room = None
     if any(kernel.op == PAGED_TRANSFER for kernel in record.kernels):
         room = gpu.rooms[1] - walk.peak_bytes(record)
-    return timing.step_time(record, training, gpu, coefficients or priors(gpu), room)
+    return step_time.step_time(record, training, gpu, coefficients or priors(gpu), room)
 
 
 def _with_allocator(

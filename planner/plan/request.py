@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from planner import stacks
 from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.base.records import NamedTuple, fields, replace
-from planner.calibration import Selection
 from planner.device.hardware import Gpu
 from planner.facts import calibration_files, sources
 from planner.facts.sources import LoadedConfig
@@ -23,6 +22,7 @@ from planner.plan.notes import lacks_bf16, training_warnings
 from planner.plan.predict import Prediction, predict
 from planner.plan.settled import NOTHING, Settled, settle, without_idle
 from planner.stacks import Resolved, Setting
+from planner.timing.coefficients import Selection
 from planner.training import LoraSpec, TrainingSpec, Versions
 
 if TYPE_CHECKING:  # a run without data or config reads neither

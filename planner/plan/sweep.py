@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from planner.base.errors import InvalidInput, MissingDependency, unknown
 from planner.base.polynomials import Grid, Mixed
 from planner.base.records import fields, record, replace
-from planner.calibration import Coefficients, priors
 from planner.device import cuda_rules
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
@@ -34,7 +33,8 @@ from planner.step.architecture import architecture
 from planner.step.engine import Record
 from planner.sweep.memory import Levels
 from planner.sweep.time import CardRates, Clock, kernel_groups, signature
-from planner.timing import predictable
+from planner.timing.coefficients import Coefficients, priors
+from planner.timing.rates import predictable
 from planner.training import TrainingSpec
 
 MOST_CELLS = 5_000_000

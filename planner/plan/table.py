@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
 from planner.base.records import replace
-from planner.calibration import Coefficients, Selection
 from planner.cli.data_options import known
 from planner.cli.options import TRAINING
 from planner.device.hardware import Gpu
@@ -25,6 +24,7 @@ from planner.plan.verdict import VERDICTS
 from planner.plan.words import COST
 from planner.runs import cost
 from planner.stacks import Resolved
+from planner.timing.coefficients import Coefficients, Selection
 from planner.training import TrainingSpec
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from planner.base.records import record
 from planner.facts.measurements import COUNTERS, Row
 from planner.plan.published_rows import NotScored, _whole, published_step_s, row_flags, row_options, timed_length
 from planner.plan.verdict import CLOSE, NO, Verdict
-from planner.timing import Terms, anchor_factor
+from planner.timing.step_time import Terms, anchor_factor
 
 SCHEMA_VERSION = 1
 
@@ -128,7 +128,7 @@ def score(
 
     Args:
         anchor: correct times by the first timed row of each card and framework, which is then not scored
-            (`planner.timing.anchor_factor`).
+            (`planner.timing.step_time.anchor_factor`).
         include_loose: also score figures of confidence C (they stay in the list of flagged rows).
     """
     run = _Run(predict, include_loose, anchor)

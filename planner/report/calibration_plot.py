@@ -6,7 +6,7 @@ import io
 import math
 from typing import Any
 
-from planner.calibration import Calibration
+from planner.timing.coefficients import Calibration
 
 
 def draw(c: Calibration, style: str) -> bytes:

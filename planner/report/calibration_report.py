@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from planner.base.errors import one_line
-from planner.calibration import Calibration, Coefficient
 from planner.report.tables import aligned, csv_text, json_text, markdown, wrapped
+from planner.timing.coefficients import Calibration, Coefficient
 
 Rows = list[list[Any]]
 LIST_HEADERS = ("id", "device", "bursts", "held out %", "made", "formula")

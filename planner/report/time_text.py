@@ -9,7 +9,7 @@ from planner.base.errors import one_line
 from planner.base.units import seconds
 from planner.plan.answer import Answer
 from planner.report.tables import aligned, wrapped
-from planner.timing import Seconds, StepTime
+from planner.timing.step_time import Seconds, StepTime
 
 if TYPE_CHECKING:
     from planner.runs.cost import RunPlan

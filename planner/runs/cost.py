@@ -13,7 +13,7 @@ from typing import Any
 from planner.base.errors import Contradiction, InvalidInput
 from planner.base.records import record
 from planner.device.hardware import Gpu, Instance
-from planner.timing import Seconds, StepTime
+from planner.timing.step_time import Seconds, StepTime
 
 Number = Any
 """int or float, or a numpy array in a table."""

@@ -1,4 +1,4 @@
-"""Seconds of a program over all cells of a sweep and several cards: `planner.timing`'s prices on stacked arrays.
+"""Seconds of a program over all cells of a sweep and several cards: `timing.step_time`'s prices on stacked arrays.
 
 Arrays are [cards, pairs, ranks, accumulations], of length 1 where they do not depend on an axis. Kernels whose price
 is proportional to their bytes are added up before they are priced; matrix products of one dtype are priced together,
@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from planner.base.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
-from planner.calibration import Coefficients
 from planner.device.hardware import Gpu
 from planner.step.engine import Kernel, Layout, Record
 from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER
-from planner.timing import PARTS, Rates, Sums, WholeStep, part_of, shares_of
+from planner.timing.coefficients import Coefficients
+from planner.timing.rates import Rates
+from planner.timing.step_time import PARTS, Sums, WholeStep, part_of, shares_of
 from planner.training import TrainingSpec
 
 MOST_ELEMENTS = 1 << 20
@@ -30,7 +31,7 @@ class Error(NamedTuple):
 
 
 class Errors(dict[str, Error]):
-    """By coefficient; `formula_error` as `planner.calibration.Coefficients` has it, per card."""
+    """By coefficient; `formula_error` as `planner.timing.coefficients.Coefficients` has it, per card."""
 
     formula_error: Any = None
 

@@ -1,4 +1,4 @@
-"""A fingerprint of the time model: it changes when `planner.timing` prices a kernel otherwise, and only then.
+"""A fingerprint of the time model: it changes when `planner.timing.step_time` prices a kernel otherwise, and only then.
 
 Coefficients belong to the formulas that they were fitted with. So the formulas price fixed kernels on fixed cards with
 fixed coefficients, and the prices are hashed: the code's behaviour, not its text. What a step's program records
@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from planner import timing
 from planner.base.records import replace
-from planner.calibration import Coefficient, Coefficients, priors
 from planner.device.hardware import CPU, Gpu
 from planner.step.engine import Kernel, Layout, Record, Segment, Shape
+from planner.timing import rates as timing_rates
+from planner.timing import step_time
+from planner.timing.coefficients import Coefficient, Coefficients, priors
 from planner.training import LoraSpec, TrainingSpec, Versions
 
 DIGITS = 9
@@ -63,7 +64,7 @@ def toy_coefficients() -> Coefficients:
 
 def toy_kernels(segment: int = 0, recomputed: bool = False) -> Iterator[Kernel]:
     """Kernels of every kind, of about a second each on the toy cards."""
-    for number, op in enumerate(timing.LEDGER_CLASS):
+    for number, op in enumerate(step_time.LEDGER_CLASS):
         if op in ("lora", "bmm"):
             yield Kernel(op, "bf16", 1e8, 1e8, 2, segment, PRODUCTS[0], recomputed)
         if op in ("matmul", "lora", "bmm"):
@@ -98,14 +99,14 @@ def toy_step() -> Record:
 def _prices(
     kernels: tuple[Kernel, ...], run: Record, card: Gpu, training: TrainingSpec, coefficients: Coefficients
 ) -> Iterator[Any]:
-    rates = timing.Rates(card, coefficients, training)
+    rates = timing_rates.Rates(card, coefficients, training)
     for kernel in kernels:
         price = rates.price(kernel, training.seq_len)
         yield kernel.op, *price, rates.latency_share(kernel), rates.launched(kernel)
-    for part in timing.PARTS:
+    for part in step_time.PARTS:
         for op in ("elementwise", "optimizer", "dequantize", "int8_quantize"):
             yield rates.host_s(op, part, 2.0, 3.0)
-    sums = timing.Sums(rates, training)
+    sums = step_time.Sums(rates, training)
     sums.room = 0.0
     for kernel in run.kernels:
         sums.add(kernel, run)
@@ -114,13 +115,13 @@ def _prices(
     yield tuple(sums.class_s.values())
 
 
-def _queues(rates: timing.Rates, training: TrainingSpec) -> tuple[float, ...]:
+def _queues(rates: timing_rates.Rates, training: TrainingSpec) -> tuple[float, ...]:
     """Steps in which host and device in turn take longest in each phase."""
     found = []
     errors = dict.fromkeys(rates.c, _NO_ERROR)
-    for longest in range(2 ** len(timing.PARTS)):
-        sums = timing.Sums(rates, training)
-        for place, part in enumerate(timing.PARTS):
+    for longest in range(2 ** len(step_time.PARTS)):
+        sums = step_time.Sums(rates, training)
+        for place, part in enumerate(step_time.PARTS):
             sums.device[part], sums.host[part] = (3.0 + place, 1.0) if longest >> place & 1 else (1.0, 2.0 + place)
         found.append(float(sums.whole_step(errors).total))
     return tuple(found)
@@ -140,10 +141,10 @@ def fingerprint() -> str:
     """Eight hexadecimal digits that stand for what the formulas say now."""
     coefficients = toy_coefficients()
     kernels, run = (*toy_kernels(), *toy_products()), toy_step()
-    found: list[Any] = [timing.class_of(op, layer) for op in timing.LEDGER_CLASS for layer in (-1, 0)]
+    found: list[Any] = [step_time.class_of(op, layer) for op in step_time.LEDGER_CLASS for layer in (-1, 0)]
     for card in CARDS:
         for training in TRAININGS if card is CARD else TRAININGS[:1]:
             found += _prices(kernels, run, card, training, coefficients)
     for training in TRAININGS[:2]:
-        found += _queues(timing.Rates(CARD, coefficients, training), training)
+        found += _queues(timing_rates.Rates(CARD, coefficients, training), training)
     return f"{zlib.crc32(chr(10).join(_text(value) for value in found).encode()):08x}"

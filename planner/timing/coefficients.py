@@ -78,7 +78,7 @@ class Calibration:
     device: Mapping[str, Any]
     """Identity of the device as the runs recorded it."""
     formula_version: str
-    """`planner.formulas.fingerprint` of the formulas that it was fitted with."""
+    """`planner.timing.formulas.fingerprint` of the formulas that it was fitted with."""
     created: str
     versions: Mapping[str, str]
     coefficients: Coefficients

@@ -1,0 +1,1 @@
+"""Kernels to seconds: rates, coefficients, the time of a step."""
