@@ -12,7 +12,8 @@ from planner.facts import catalog
 from planner.memory import allocator, sequence
 from planner.model.families import build_spec
 from planner.step import program
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 MODEL = "meta-llama/Llama-3.1-8B"
 ROUNDS = 5

@@ -29,12 +29,12 @@ from torch import nn
 from calibrate.model import fake_model
 from calibrate.oracle import trace
 from calibrate.oracle.step import Step
-from planner import stacks
 from planner.device.cuda_rules import Architecture
 from planner.memory import walk
 from planner.model.families import build_spec
 from planner.step import program
-from planner.training import TrainingSpec
+from planner.training import stacks, versions
+from planner.training.spec import TrainingSpec
 
 RECORD = Path(__file__).parents[1] / "tests" / "litgpt_trace.json"
 
@@ -111,7 +111,7 @@ def cases() -> Iterator[dict[str, Any]]:
 def training_of(case: dict[str, Any]) -> TrainingSpec:
     """The settings of a case: litgpt's habits under those given, with the bitsandbytes that the tracer runs."""
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in case["given"].items()}
-    given["versions"] = stacks.parse_versions({"bitsandbytes": "0.50.2"})
+    given["versions"] = versions.parse_versions({"bitsandbytes": "0.50.2"})
     method = "full" if case["targets"] == "full" else "qlora" if "quantization" in given else "lora"
     return stacks.to_training_spec(stacks.resolve("litgpt", method=method, given=given))
 

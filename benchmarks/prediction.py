@@ -7,10 +7,10 @@ import statistics
 import time
 from dataclasses import replace
 
-from planner import stacks
 from planner.facts import catalog, sources
 from planner.model import families
 from planner.plan.predict import predict
+from planner.training import stacks
 
 MODELS = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B", "google/gemma-2-9b", "deepseek-ai/DeepSeek-V2-Lite")
 

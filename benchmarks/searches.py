@@ -15,7 +15,6 @@ from statistics import NormalDist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import stacks
 from planner.base.errors import PlannerError
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
@@ -26,7 +25,8 @@ from planner.plan.largest import allowed_verdicts, fit_probability, largest, wit
 from planner.plan.pick import Candidate, Limits, pick
 from planner.plan.predict import predict
 from planner.runs import cost
-from planner.training import TrainingSpec
+from planner.training import stacks
+from planner.training.spec import TrainingSpec
 
 MODELS = (
     "meta-llama/Llama-3.2-1B",

@@ -21,7 +21,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from planner import stacks
 from planner.base.errors import PlannerError
 from planner.cli.table import caption_of, columns_of
 from planner.facts import catalog, sources
@@ -33,6 +32,7 @@ from planner.report.grid import write_streamed
 from planner.step import architecture, program
 from planner.timing import step_time
 from planner.timing.coefficients import priors
+from planner.training import stacks
 
 MODEL, CARD = "meta-llama/Llama-3.1-8B", "a100-sxm4-80gb"
 MILLION = sweep.Axes(

@@ -24,7 +24,7 @@ from planner.base.errors import InvalidInput
 from planner.cli.calibrate import parse_duration
 from planner.cli.main import main
 from planner.facts import calibration_files
-from planner.training import training_from_dict
+from planner.training.spec import training_from_dict
 from tests.calibration_samples import CPU_FACTS, CPU_TRUTH, cpu_bursts, synthetic
 
 

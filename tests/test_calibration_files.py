@@ -16,7 +16,7 @@ from planner.facts import calibration_files, catalog
 from planner.plan.predict import predict, predict_on
 from planner.timing.coefficients import Calibration, Coefficients, matches, priors, select
 from planner.timing.formulas import fingerprint
-from planner.training import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
 from tests.calibration_samples import CPU_FACTS
 from tests.test_timing import LLAMA
 

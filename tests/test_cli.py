@@ -14,13 +14,14 @@ from pathlib import Path
 import click
 import pytest
 
-from planner import stacks
 from planner.cli import terminal
 from planner.cli.main import cli, wants_json
 from planner.cli.options import FORMATS, TRAINING
 from planner.facts import catalog, local_gpu
 from planner.plan.flags import flag_of
-from planner.training import CHOICES
+from planner.training import settings as training_settings
+from planner.training import stacks
+from planner.training.choices import CHOICES
 
 ROOT = Path(__file__).parent.parent
 SMALL = "openai-community/gpt2"
@@ -123,7 +124,7 @@ def test_a_card_of_ones_own_is_its_memory(run):
 
 def test_every_key_of_the_stacks_has_a_flag():
     flags = {option.key for options in TRAINING.values() for option in options}
-    assert set(stacks.KEYS) - {"versions"} <= flags
+    assert set(training_settings.KEYS) - {"versions"} <= flags
     assert flag_of("micro_batch_size") == "--micro-batch-size"
     options = [option for section in TRAINING.values() for option in section]
     assert {o.key: flag_of(o.key) for o in options} == {o.key: o.flags[-1].partition("/")[0] for o in options}
@@ -181,7 +182,7 @@ def test_default_targets_that_the_model_lacks_are_replaced_visibly(run):
 
 def test_explain_prints_every_setting_with_its_origin(run):
     text = run("fits", "meta-llama/Llama-3.1-8B", "--gpu", "a100-80gb", "--stack", "axolotl", "--explain").said
-    for key in stacks.KEYS:
+    for key in training_settings.KEYS:
         assert f" {key} = " in text
     assert " r = 32 [stack axolotl" in text
     assert "highest level in each part of the step" in text

@@ -22,7 +22,8 @@ from planner.exporters.recipe import Export, Recipe
 from planner.exporters.text import comment, scalar, yaml
 from planner.facts import catalog
 from planner.model import families
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "Qwen/Qwen2.5-0.5B"

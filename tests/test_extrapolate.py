@@ -15,7 +15,7 @@ for _library in ("transformers", "peft", "bitsandbytes"):
 from calibrate.oracle.extrapolate import extrapolate  # noqa: E402
 from calibrate.oracle.summary import of_trace  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
-from planner.training import training_from_dict  # noqa: E402
+from planner.training.spec import training_from_dict  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

@@ -25,7 +25,8 @@ from planner.step import program
 from planner.step.context import Step
 from planner.step.engine import Record
 from planner.step.optimizers import OptimizerState
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
 
 FILE = Path(__file__).parent / "facts" / "memory.csv"
 

@@ -16,7 +16,7 @@ from planner.facts import catalog, sources
 from planner.model import families
 from planner.plan.intervals import uncertainty
 from planner.timing.coefficients import Coefficient, priors
-from planner.training import training_from_dict
+from planner.training.spec import training_from_dict
 from tests.calibration_samples import CPU_FACTS
 
 FACTS = Path(__file__).parent / "facts" / "timing.csv"

@@ -12,7 +12,7 @@ import pytest
 from planner.model.families import build_spec
 from planner.model.lora import resolve_targets, trainable_lora_parameters
 from planner.model.spec import ModelSpec
-from planner.training import LoraSpec
+from planner.training.spec import LoraSpec
 
 pytestmark = pytest.mark.oracle
 

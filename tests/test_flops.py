@@ -17,7 +17,7 @@ from planner.device.cuda_rules import Architecture  # noqa: E402
 from planner.model.families import build_spec  # noqa: E402
 from planner.step import program  # noqa: E402
 from planner.timing import step_time  # noqa: E402
-from planner.training import LoraSpec, TrainingSpec  # noqa: E402
+from planner.training.spec import LoraSpec, TrainingSpec  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

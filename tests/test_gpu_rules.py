@@ -17,7 +17,7 @@ from planner.device import cuda_rules
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog
 from planner.step.architecture import architecture
-from planner.training import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
 
 DATA = Path(__file__).parent.parent / "data" / "measurements"
 CARDS = ("t4", "a100-sxm4-80gb", "rtx-3090", "rtx-4090", "l4", "h100-sxm", "h200-sxm-141gb", "b200")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from planner import stacks
 from planner.base.errors import InvalidInput, NotPlanned
 from planner.facts import catalog
 from planner.importers import frameworks, read_job, rules, writing
 from planner.importers.document import Document
 from planner.importers.rules import Value
-from planner.training import Versions
+from planner.training import settings, stacks
+from planner.training.spec import Versions
 from tests.training_configs import AXOLOTL, EXAMPLES, SCRIPT_TRL, TRL, Example, notebook
 
 AFTER = AXOLOTL.count("\n") + 1
@@ -245,12 +245,12 @@ def test_tables_and_stacks_agree_on_every_default() -> None:
 
 def test_tables_set_known_options_to_known_values() -> None:
     for framework in frameworks.frameworks():
-        assert framework.options.keys() <= set(stacks.KEYS), framework.name
+        assert framework.options.keys() <= set(settings.KEYS), framework.name
         for option, rows in framework.options.items():
             for row in rows:
                 if "value" in row:
                     value = tuple(row["value"]) if isinstance(row["value"], list) else row["value"]
-                    stacks._checked({option: value})
+                    settings._checked({option: value})
     for words in catalog.framework_tables()["words"]["maps"].values():
         for found in words.values():
             assert isinstance(found, str) or {"value", "note", "effect"} == found.keys()

@@ -12,7 +12,7 @@ from planner.device.hardware import CPU, Gpu
 from planner.facts import sources
 from planner.model import families
 from planner.plan.intervals import Range, allocator_ranges, uncertainty
-from planner.training import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 CONTEXT = (50 * MiB, 100 * MiB, 200 * MiB)
 EVENTS = [(0, 300 * MiB), (1, 500 * MiB), (0, -300 * MiB), (1, -500 * MiB)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from planner import stacks
 from planner.base.errors import Contradiction
 from planner.device.cuda_rules import Architecture
 from planner.memory import walk
@@ -17,7 +16,8 @@ from planner.model.families import build_spec
 from planner.plan.predict import predict
 from planner.step import program
 from planner.step.classes import litgpt
-from planner.training import TrainingSpec
+from planner.training import stacks, versions
+from planner.training.spec import TrainingSpec
 
 CASES = json.loads(Path(__file__).with_name("litgpt_trace.json").read_text())["cases"]
 """Written by benchmarks/litgpt_agreement.py, which runs litgpt itself."""
@@ -30,7 +30,7 @@ def name_of(case: dict[str, Any]) -> str:
 
 def training_of(case: dict[str, Any], bitsandbytes: str = "0.50.2") -> TrainingSpec:
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in case["given"].items()}
-    given["versions"] = stacks.parse_versions({"bitsandbytes": bitsandbytes})
+    given["versions"] = versions.parse_versions({"bitsandbytes": bitsandbytes})
     method = "full" if case["targets"] == "full" else "qlora" if "quantization" in given else "lora"
     return stacks.to_training_spec(stacks.resolve("litgpt", method=method, given=given))
 

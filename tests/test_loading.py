@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from planner import stacks
 from planner.device import cuda_rules
 from planner.facts import catalog
 from planner.memory import sequence
@@ -22,7 +21,9 @@ from planner.step import program
 from planner.step.architecture import architecture
 from planner.step.engine import Record
 from planner.step.loading import READERS, overlap
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
+from planner.training import stacks
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 4000,

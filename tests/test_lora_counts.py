@@ -12,7 +12,7 @@ from planner.base.errors import Contradiction, InvalidInput, PlannerError, Unkno
 from planner.model.families import build_spec, known_families
 from planner.model.lora import KEYWORDS, PEFT_DEFAULT_TARGETS, resolve_targets, trainable_lora_parameters
 from planner.model.spec import ModelSpec
-from planner.training import LoraSpec
+from planner.training.spec import LoraSpec
 
 MODELS = Path(__file__).resolve().parent.parent / "data" / "models"
 ENCODER_DECODERS = {"t5", "mt5"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from planner import stacks
 from planner.device import cuda_rules
 from planner.facts import catalog, sources
 from planner.memory import allocator, sequence, walk
@@ -14,7 +13,10 @@ from planner.model.spec import Linear, ModelSpec
 from planner.plan.predict import predict
 from planner.step import program
 from planner.step.engine import Record
-from planner.training import AttentionKernel, LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training import stacks
+from planner.training.choices import AttentionKernel
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 TABLES = {"code", "state2.code", "offset"}
 """Constant tables every quantized module carries; published sizes leave them out."""

@@ -18,7 +18,8 @@ from planner.memory import walk
 from planner.model.families import known_families
 from planner.model.lora import trainable_lora_parameters
 from planner.step import program
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 pytestmark = pytest.mark.oracle
 
@@ -86,7 +87,7 @@ RUNS = (
 TRACE = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
-from calibrate.oracle.trace import trace; from planner.training import training_from_dict
+from calibrate.oracle.trace import trace; from planner.training.spec import training_from_dict
 config, trainings = json.loads(sys.argv[1])
 print(json.dumps([trace(config, training_from_dict(training)).peak_bytes for training in trainings]))
 """

@@ -20,7 +20,7 @@ from planner.runs.dataset.lengths import Lengths
 from planner.runs.dataset.orders import SLOW, TYPICAL, Orders, drawn, growing, orders
 from planner.step import program
 from planner.step.engine import Record
-from planner.training import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 LAYERS = 3
 

@@ -23,10 +23,12 @@ from planner.memory import walk
 from planner.model.depth import DEPTH_KEYS, lists_layers
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
-from planner.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
 from planner.plan.predict import predict
 from planner.step import program
-from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training.choices import CHOICES
+from planner.training.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 ROOT = Path(__file__).parent.parent
 ARCH = Architecture()
@@ -146,7 +148,7 @@ def test_the_libraries_keep_the_tables_of_a_checkpoint_longer() -> None:
     script = (
         "import json, warnings; warnings.filterwarnings('ignore')\n"
         "from calibrate.oracle.trace import trace\n"
-        "from planner.training import TrainingSpec\n"
+        "from planner.training.spec import TrainingSpec\n"
         f"config = json.loads({json.dumps(json.dumps({**CONFIGS['EleutherAI/pythia-70m'], 'num_hidden_layers': 2}))})\n"
         "for mode in ('none', 'full'):\n"
         "    training = TrainingSpec(method='full', optimizer='adamw-fused', autocast='none', seq_len=64,\n"

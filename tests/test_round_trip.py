@@ -17,7 +17,7 @@ from planner.model import lora
 from planner.model.spec import ModelSpec
 from planner.plan.jobs import job_of, with_job
 from planner.plan.request import configure, load_model, training_settings
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 MODEL = "meta-llama/Llama-3.1-8B"
 NOTHING: dict[str, Any] = {option.key: None for options in TRAINING.values() for option in options}

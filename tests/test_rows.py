@@ -8,22 +8,23 @@ from typing import Any, cast
 
 import pytest
 
-from planner import optimizers, quantizations, stacks
 from planner.base.errors import UnknownName
 from planner.base.records import Rows
 from planner.device import cuda_rules
 from planner.exporters import recipe
-from planner.loss_kinds import KERNEL_SETS, LOSSES, KernelSet, LossRow
 from planner.model import storage
 from planner.model.families import build_spec
 from planner.model.spec import Linear
-from planner.optimizers import OPTIMIZERS, OptimizerRow
 from planner.plan import search
-from planner.quantizations import QUANTIZATIONS, QuantizationRow
 from planner.step import loading, program
 from planner.step.context import Step
 from planner.step.modules import linears, losses
-from planner.training import CHOICES, LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training import optimizers, quantizations, stacks
+from planner.training.choices import CHOICES
+from planner.training.losses import KERNEL_SETS, LOSSES, KernelSet, LossRow
+from planner.training.optimizers import OPTIMIZERS, OptimizerRow
+from planner.training.quantizations import QUANTIZATIONS, QuantizationRow, QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 TABLES: dict[str, tuple[Rows[Any], type]] = {
     "optimizer": (OPTIMIZERS, OptimizerRow),

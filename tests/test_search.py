@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from planner import stacks
 from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model.families import build_spec
 from planner.plan import search
 from planner.plan.predict import predict
 from planner.plan.request import configure, load_model
-from planner.training import TrainingSpec
+from planner.training import stacks
+from planner.training.spec import TrainingSpec
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 

@@ -23,7 +23,8 @@ from planner.facts.sources import load_config
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.plan.predict import predict
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from planner import stacks
 from planner.base.errors import Contradiction, InvalidInput, UnknownName
-from planner.stacks import KEYS, STACKS, parse_versions, resolve, to_training_spec, torch_adamw
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec, Versions
+from planner.training import settings, stacks
+from planner.training.quantizations import QuantizationSpec
+from planner.training.settings import KEYS
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.stacks import STACKS, resolve, to_training_spec, torch_adamw
+from planner.training.versions import parse_versions
 
 METHODS = ("lora", "qlora", "dora", "full")
 NAMES = (
@@ -58,7 +61,7 @@ def test_defaults_name_a_source_and_depend_on_earlier_keys_only(stack: stacks.St
 
 def test_given_wins_over_stack_over_neutral() -> None:
     resolved = resolve("trl", method="lora", given={"r": 64, "lora_alpha": None})
-    assert resolved.settings["r"] == stacks.Setting(64, "given")
+    assert resolved.settings["r"] == settings.Setting(64, "given")
     assert resolved["lora_alpha"] == 32.0
     assert resolved.settings["lora_alpha"].origin.startswith("stack trl: huggingface/trl@")
     assert resolved.settings["group_size"].origin == "loraplan default"
@@ -66,8 +69,8 @@ def test_given_wins_over_stack_over_neutral() -> None:
 
 def test_defaults_used_leaves_out_what_does_not_apply() -> None:
     full = resolve("hf-trainer", method="full", given={}).defaults_used()
-    assert not set(full) & stacks.ADAPTER_KEYS
-    assert not set(full) & stacks.QUANTIZATION_KEYS
+    assert not set(full) & settings.ADAPTER_KEYS
+    assert not set(full) & settings.QUANTIZATION_KEYS
     assert "use_reentrant" not in full  # no checkpointing
     nf4 = resolve("trl", method="qlora", given={"r": 4}).defaults_used()
     assert "group_size" not in nf4
@@ -224,7 +227,9 @@ def test_unknown_stack_and_method() -> None:
 
 
 def test_import_needs_no_numpy() -> None:
-    code = "import sys, planner.stacks; sys.exit(int(bool({'numpy', 'csv', 'json', 'yaml'} & set(sys.modules))))"
+    code = (
+        "import sys, planner.training.stacks; sys.exit(int(bool({'numpy', 'csv', 'json', 'yaml'} & set(sys.modules))))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

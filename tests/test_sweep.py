@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import stacks
 from planner.base.errors import InvalidInput
 from planner.base.polynomials import Grid, Mixed
 from planner.device import cuda_rules
@@ -22,7 +21,8 @@ from planner.model.spec import ModelSpec
 from planner.plan import predict, sweep
 from planner.plan.verdict import VERDICTS
 from planner.step import architecture, program
-from planner.training import TrainingSpec
+from planner.training import stacks
+from planner.training.spec import TrainingSpec
 
 pytestmark = pytest.mark.extra
 

@@ -17,7 +17,6 @@ from typing import Any, TypeGuard
 import numpy as np
 import pytest
 
-from planner import stacks
 from planner.base.errors import PlannerError
 from planner.base.polynomials import Grid, Mixed, next_power_of_two, value_of
 from planner.device import processor
@@ -28,7 +27,9 @@ from planner.model import families
 from planner.model.spec import ModelSpec
 from planner.plan import predict, sweep
 from planner.step import architecture, program
-from planner.training import CHOICES, TrainingSpec, Versions
+from planner.training import stacks, versions
+from planner.training.choices import CHOICES
+from planner.training.spec import TrainingSpec, Versions
 
 PLANNER = Path(predict.__file__).parent
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 500, 512, 1000, 1001, 1024, 1537, 4096)
@@ -154,7 +155,7 @@ def drawn(rng: random.Random, what: str, value: Any) -> tuple[ModelSpec, Trainin
 
 def versions_of(library: str, release: tuple[int, int]) -> Versions:
     """The release, and those of the other libraries that were current with it."""
-    return stacks.parse_versions({library: ".".join(map(str, release))})
+    return versions.parse_versions({library: ".".join(map(str, release))})
 
 
 def some(rng: random.Random, values: tuple[int, ...], number: int) -> tuple[int, ...]:
@@ -224,7 +225,7 @@ def whole(name: str) -> ModelSpec:
 
 
 LLAMA = "meta-llama/Llama-3.1-8B"
-SEPTEMBER_2024 = stacks.parse_versions({"transformers": "4.45"})
+SEPTEMBER_2024 = versions.parse_versions({"transformers": "4.45"})
 UNFUSED = {"gradient_checkpointing": "none", "loss": "fused"}
 ONCE: tuple[tuple[str, str, str, dict[str, Any], dict[str, Any], str], ...] = (
     (LLAMA, "litgpt", "lora", {}, {"micro_batch_size": (1, 2), "seq_len": (1024, 4096)}, "as many chunks as torchtune"),

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from benchmarks import searches
-from planner import stacks
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
 from planner.facts import catalog, sources
@@ -28,6 +27,7 @@ from planner.plan.pick import Candidate, Limits, pick
 from planner.plan.rows import Block, Caption
 from planner.report import comparison, figures, grid, html_report
 from planner.runs import cost
+from planner.training import stacks
 
 MODEL = "Qwen/Qwen2.5-1.5B"
 

@@ -9,7 +9,7 @@ import pytest
 
 from planner.device.hardware import CPU
 from planner.timing import step_time
-from planner.training import Versions
+from planner.training.spec import Versions
 from tests.timing_toy import CARD, kernel, rates
 
 # m, n, k = 256, 128, 1008 fills the largest tile: 2 * 256 * 128 * (1008 + 16) = 67,108,864 FLOPs with the prologue.

@@ -20,7 +20,7 @@ from calibrate.oracle.result import TraceResult  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
 from planner.device import cuda_rules  # noqa: E402
 from planner.device.cuda_rules import Architecture  # noqa: E402
-from planner.training import TrainingSpec, training_from_dict  # noqa: E402
+from planner.training.spec import TrainingSpec, training_from_dict  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

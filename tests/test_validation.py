@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from planner import stacks
 from planner.base.errors import InvalidInput, PlannerError, UnknownName
 from planner.cli.main import cli
 from planner.facts import measurements
@@ -20,7 +19,8 @@ from planner.facts.measurements import COLUMNS, parse_measurements, select
 from planner.plan import published_rows, validation
 from planner.plan.published_rows import NotScored, row_flags, row_options
 from planner.plan.validation import score
-from planner.training import TrainingSpec
+from planner.training import stacks
+from planner.training.spec import TrainingSpec
 
 BASE = {
     "id": "x-1", "source": "x", "model": "org/model", "framework": "peft-loop", "method": "lora",

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from planner import stacks
 from planner.device.hardware import Gpu
 from planner.facts import sources
 from planner.facts.measurements import COLUMNS
@@ -21,7 +20,8 @@ from planner.plan import intervals, largest, predict, search, sweep, validation,
 from planner.plan.verdict import CLOSE, FITS, NO, VERDICTS
 from planner.report import config_checks, grid
 from planner.step import architecture, program
-from planner.training import TrainingSpec
+from planner.training import stacks
+from planner.training.spec import TrainingSpec
 
 PLANNER = Path(verdict.__file__).parent
 

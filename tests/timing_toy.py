@@ -9,7 +9,7 @@ from planner.device.hardware import Gpu
 from planner.step.engine import Kernel, Record, Segment
 from planner.timing import rates as timing_rates
 from planner.timing.coefficients import Coefficient, Coefficients
-from planner.training import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 CARD = Gpu(
     gpu_id="toy", name="toy", memory_bytes=2**34, compute_capability=(8, 0), sm_count=1, bandwidth_bytes_per_s=1e9,

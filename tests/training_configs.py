@@ -15,7 +15,7 @@ class Example(NamedTuple):
     stack: str
     model: str | None
     options: dict[str, Any]
-    """Options of planner.stacks with the value that the file or the framework gives them."""
+    """Options of planner.training.stacks with the value that the file or the framework gives them."""
 
 
 AXOLOTL = """\

@@ -24,7 +24,7 @@ from planner.facts import catalog
 from planner.facts.calibration_files import load_json, migrated
 from planner.model.depth import first_layers
 from planner.timing.coefficients import STACK
-from planner.training import TrainingSpec, training_from_dict
+from planner.training.spec import TrainingSpec, training_from_dict
 
 RUN_KIND, RUN_VERSION = "loraplan-run", 1
 FILE_KIND, FILE_VERSION = "loraplan-measurements", 1

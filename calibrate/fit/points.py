@@ -17,7 +17,7 @@ from planner.step.architecture import architecture
 from planner.step.engine import Kernel, Record, Segment
 from planner.timing import step_time
 from planner.timing.coefficients import Coefficients
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 MEASURED_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("matrix products", ("matrix products", "adapters")),

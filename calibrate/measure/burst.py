@@ -185,7 +185,7 @@ class _Burst:
     def _load(self) -> Any:
         from calibrate.measure.training_step import TrainingStep
         from calibrate.model import fake_model
-        from planner.training import TrainingSpec, training_from_dict
+        from planner.training.spec import TrainingSpec, training_from_dict
 
         training: TrainingSpec = training_from_dict(self.request["training"])
         refuse(training)

@@ -28,9 +28,10 @@ from planner.base.errors import one_line
 from planner.base.units import gib, seconds
 from planner.facts import calibration_files
 from planner.model import families
-from planner.optimizers import by_transformers_name
 from planner.plan.predict import Prediction, predict
-from planner.training import LoraSpec, QuantizationSpec, TrainingSpec
+from planner.training.optimizers import by_transformers_name
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 WARMUP = 3
 """First steps that do not count: kernels are loaded, the optimizer makes its state."""
@@ -136,7 +137,7 @@ class PlannerCallback(TrainerCallback):
         return path
 
     def _print(self, identity: dict[str, Any], request: dict[str, Any], steps: list[float], path: Path) -> None:
-        from planner.training import training_from_dict
+        from planner.training.spec import training_from_dict
 
         middle = sorted(steps)[len(steps) // 2]
         spec = families.build_spec(request["config"], model_id=request["model"])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from calibrate.model.optimizers import make_optimizer
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

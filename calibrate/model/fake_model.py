@@ -19,7 +19,7 @@ from calibrate.model.layer_paths import IN_LAYER
 from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.device import cuda_rules
 from planner.model.depth import first_layers
-from planner.training import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_CONFIG = ("torch_dtype", "dtype", "quantization_config", "architectures", "auto_map", "transformers_version")

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from calibrate.oracle.tracker import Tracker
-from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
-from planner.training import TrainingSpec
+from planner.training.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
+from planner.training.spec import TrainingSpec
 
 
 def make_optimizer(training: TrainingSpec, parameters: list[torch.nn.Parameter], tracker: Tracker | None = None) -> Any:

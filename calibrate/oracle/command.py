@@ -11,7 +11,7 @@ from pathlib import Path
 from calibrate.oracle.result import STEPS, TraceResult
 from calibrate.oracle.trace import quiet, trace
 from planner.device.cuda_rules import Architecture
-from planner.training import training_from_dict
+from planner.training.spec import training_from_dict
 
 
 def _rows(result: TraceResult, phase: str, segment: str, step: int, least: int) -> Iterator[str]:

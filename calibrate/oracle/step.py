@@ -21,7 +21,7 @@ from planner.device.cuda_rules import (
     cublas_workspace_bytes,
     cublaslt_handles,
 )
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 
 class Step(TrainingStep):

@@ -16,7 +16,7 @@ from calibrate.oracle.result import STEPS, TraceResult
 from calibrate.oracle.trace import trace
 from planner.device.cuda_rules import Architecture
 from planner.memory.walk import BLOCK, CATEGORIES
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 Counts = dict[str, int]
 

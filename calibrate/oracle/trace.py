@@ -32,9 +32,9 @@ from calibrate.oracle.step import Step
 from calibrate.oracle.tracker import Tracker
 from planner.base.errors import Contradiction, InvalidInput
 from planner.device.cuda_rules import Architecture
-from planner.loss_kinds import LOSSES
-from planner.quantizations import QUANTIZATIONS
-from planner.training import TrainingSpec
+from planner.training.losses import LOSSES
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import TrainingSpec
 
 
 def trace(

@@ -29,7 +29,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     _say("loading torch, transformers, peft and bitsandbytes")
     from calibrate.oracle import summary
     from calibrate.oracle.trace import quiet, trace
-    from planner.training import training_from_dict
+    from planner.training.spec import training_from_dict
 
     config, training = request["config"], training_from_dict(request["training"])
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request["arch"].items()}

@@ -12,7 +12,7 @@ from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:
     from planner.model.spec import ModelSpec
-    from planner.training import TrainingSpec
+    from planner.training.spec import TrainingSpec
 
 
 @click.command(cls=Sectioned)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from planner import optimizers, quantizations
 from planner.base.errors import unknown
 from planner.base.records import NamedTuple
 from planner.plan.words import LIBRARIES
-from planner.training import CHOICES
+from planner.training import optimizers, quantizations
+from planner.training.choices import CHOICES
+from planner.training.settings import _ATTENTION, _CHECKPOINTING, _DTYPES
 
 FORMATS = ("table", "json", "csv", "markdown")
 
@@ -107,18 +108,12 @@ def trace_options(command: _Command) -> _Command:
     return limit(cache(command))
 
 
-_DTYPES = {
-    "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "no": "none",
-}  # fmt: skip
-_ATTENTION = {"flash_attention_2": "flash2", "flash-attention-2": "flash2", "flash": "flash2", "fa2": "flash2"}
-_CHECKPOINTING = {"true": "full", "on": "full", "false": "none", "off": "none", "unsloth": "offload"}
-
 _FLAG = object()
 """Marks a yes/no option (--x/--no-x)."""
 
 
 class Option(NamedTuple):
-    """A training setting on the command line: flags, the key of `planner.stacks` it sets, its type and its help."""
+    """A training setting on the command line: flags, the key of `training.stacks` it sets, its type and its help."""
 
     flags: tuple[str, ...]
     key: str

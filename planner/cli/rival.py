@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from planner.device.hardware import Gpu
     from planner.model.spec import ModelSpec
     from planner.report.lora_report import Rival
-    from planner.training import TrainingSpec
+    from planner.training.spec import TrainingSpec
 
 
 def entrenar(spec: ModelSpec, training: TrainingSpec, card: Gpu) -> Rival:

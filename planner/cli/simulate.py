@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from planner.plan.simulate import Plan
     from planner.report.simulation import Simulation
     from planner.runs.cost import Price
-    from planner.training import TrainingSpec
+    from planner.training.spec import TrainingSpec
 
 RUN = (
     "learning_rate", "shape", "warmup_steps", "warmup_ratio", "save_steps", "eval_steps", "eval_rows", "drop_last",

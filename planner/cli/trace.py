@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the command's help needs none of these
     from planner.device.cuda_rules import Architecture
     from planner.memory.walk import MemoryBreakdown
     from planner.model.spec import ModelSpec
-    from planner.training import TrainingSpec
+    from planner.training.spec import TrainingSpec
 
 
 @click.command(cls=Sectioned)

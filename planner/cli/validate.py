@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from planner.plan.predict import Prediction
     from planner.plan.published_rows import RowLengths
     from planner.runs.dataset.orders import Orders
-    from planner.training import TrainingSpec
+    from planner.training.spec import TrainingSpec
 
 
 @click.command()

@@ -13,8 +13,8 @@ from planner.course import rivals
 from planner.model.adapter import AdapterFacts, base_weights
 from planner.model.lora import resolve_targets
 from planner.model.spec import ModelSpec
-from planner.quantizations import QUANTIZATIONS
-from planner.training import TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import TrainingSpec
 
 
 @record

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from planner import optimizers
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.records import record
 from planner.model.lora import resolve_targets
 from planner.model.spec import ModelSpec
-from planner.quantizations import QUANTIZATIONS
 from planner.runs.dataset.batches import Padding
 from planner.runs.schedule import Shape
-from planner.training import TrainingSpec
+from planner.training import optimizers
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import TrainingSpec
 
 OPTIMIZERS = {name: row.transformers_name for name, row in optimizers.OPTIMIZERS.items()}
 """Optimizer -> its name in transformers (training_args.py OptimizerNames)."""

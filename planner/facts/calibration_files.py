@@ -26,7 +26,7 @@ from planner.timing.coefficients import (
 )
 from planner.timing.coefficients import select as select_from
 from planner.timing.formulas import fingerprint
-from planner.training import Versions
+from planner.training.spec import Versions
 
 if TYPE_CHECKING:  # a prediction reads files by their names
     from pathlib import Path

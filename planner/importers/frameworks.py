@@ -1,8 +1,8 @@
 """The key maps of the training frameworks, as data/frameworks/*.json states them, and which of them a file is for.
 
 A framework's file says by which keys it is recognised, the default of every key that matters with its source, and for
-each option of `planner.stacks` a list of rows: the first row that holds for a config gives the option's value. A table
-may build on others ("extends"), with a prefix for the sections of scripts (LoraConfig.r is peft's r).
+each option of `planner.training.stacks` a list of rows: the first row that holds for a config gives the option's value.
+A table may build on others ("extends"), with a prefix for the sections of scripts (LoraConfig.r is peft's r).
 """
 
 from __future__ import annotations

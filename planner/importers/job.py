@@ -13,14 +13,14 @@ from planner.importers.document import Document, Entry
 from planner.importers.files import read_document
 from planner.importers.model_names import inside, readable
 from planner.importers.rules import KeyUse, Missing, Reading, Value
-from planner.training import Versions
+from planner.training.spec import Versions
 
 MAX_FILES = 20
 """Files of one job, those that its configs name included."""
 
 
 class Job(NamedTuple):
-    """What the files of one job say, in the words of `planner.stacks`."""
+    """What the files of one job say, in the words of `planner.training.stacks`."""
 
     files: tuple[str, ...]
     stack: str
@@ -31,7 +31,7 @@ class Job(NamedTuple):
     given: Mapping[str, Value]
     """Options that the files state."""
     defaults: Mapping[str, Value]
-    """Options that the frameworks set unasked, as far as their tables know better than `planner.stacks`."""
+    """Options that the frameworks set unasked, as far as their tables know better than `planner.training.stacks`."""
     missing: tuple[Missing, ...]
     """What the estimate lacks; each is a warning."""
     keys: tuple[KeyUse, ...]

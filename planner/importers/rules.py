@@ -14,7 +14,7 @@ from planner.base.errors import InvalidInput, NotPlanned, one_line
 from planner.importers.document import Document, Unread, leaves
 from planner.importers.frameworks import Framework
 from planner.importers.values import option_value
-from planner.training import Versions
+from planner.training.spec import Versions
 
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", "None", "no", [], {})
 """Values by which a key says that its feature is not used."""

@@ -1,4 +1,4 @@
-"""A value of a foreign config as an option of `planner.stacks`: one strict conversion per kind of option."""
+"""A value of a foreign config as an option of `planner.training.stacks`: one strict conversion per kind of option."""
 
 from __future__ import annotations
 

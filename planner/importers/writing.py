@@ -1,4 +1,4 @@
-"""The other way: how a framework writes an option of `planner.stacks`, from the same rows that read it."""
+"""The other way: how a framework writes an option of `planner.training.stacks`, from the same rows that read it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Final, Literal
 from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.base.records import record
 from planner.model.spec import Experts, Layer, Linear, ModelSpec, Norm, Table
-from planner.training import LoraSpec
+from planner.training.spec import LoraSpec
 
 PEFT_DEFAULT_TARGETS: Final[dict[str, tuple[str, ...]]] = {
     "bloom": ("query_key_value",),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from planner.device import cuda_rules
 from planner.model.spec import Linear
-from planner.quantizations import QUANTIZATIONS
-from planner.training import QuantizationSpec
+from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
 
 
 def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, int]]:

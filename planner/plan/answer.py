@@ -8,7 +8,7 @@ from planner.base.records import NamedTuple
 from planner.device.hardware import CPU, Gpu
 from planner.facts.sources import LoadedConfig
 from planner.plan.predict import Prediction
-from planner.stacks import Resolved
+from planner.training.settings import Resolved
 
 if TYPE_CHECKING:
     from planner.plan.datarun import DataRun

@@ -1,4 +1,4 @@
-"""What the keys of `planner.stacks` are called on the command line, for messages that name a setting."""
+"""What the keys of `planner.training.stacks` are called on the command line, for messages that name a setting."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ OTHERWISE = {
 
 
 def flag_of(key: str) -> str:
-    """Return the flag that sets a key of `planner.stacks`."""
+    """Return the flag that sets a key of `planner.training.stacks`."""
     return OTHERWISE.get(key) or f"--{key.replace('_', '-')}"

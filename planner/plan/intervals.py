@@ -8,9 +8,9 @@ from planner.base.records import record, replace
 from planner.device.hardware import CPU, Gpu
 from planner.memory import allocator, sequence, walk
 from planner.model.spec import ModelSpec
-from planner.quantizations import QUANTIZATIONS
 from planner.step.modules import quantized
-from planner.training import TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import TrainingSpec
 
 
 @record

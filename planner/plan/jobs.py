@@ -26,7 +26,7 @@ def job_of(configs: tuple[str, ...], reading: dict[str, Any], rest: dict[str, An
         PlannerError: the files cannot be read, or their job is not planned.
     """
     from planner.importers import read_job
-    from planner.stacks import parse_versions
+    from planner.training.versions import parse_versions
 
     releases = {name: rest[name] for name in LIBRARIES if isinstance(rest.get(name), str) and rest[name]}
     job = read_job(

@@ -20,7 +20,7 @@ from planner.plan.intervals import uncertainty
 from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import CLOSE, FITS, VERDICTS, Verdict
 from planner.timing.coefficients import Selection
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 KEYS = ("micro_batch_size", "seq_len", "r")
 NINETY_PERCENT = NormalDist().inv_cdf(0.95)

@@ -14,12 +14,12 @@ from planner.base.records import replace
 from planner.base.units import GiB
 from planner.model import lora
 from planner.model.spec import ModelSpec
-from planner.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
 from planner.plan.notes import lacks_bf16
 from planner.plan.predict import Prediction, predict
-from planner.quantizations import QUANTIZATIONS
-from planner.stacks import Setting
-from planner.training import QuantizationSpec, TrainingSpec
+from planner.training.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
+from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
+from planner.training.settings import Setting
+from planner.training.spec import TrainingSpec
 
 SERIOUS = 0.05
 """Share of the peak, or of a step's time, from which a trap is more than a remark."""
@@ -31,7 +31,7 @@ class Trap(NamedTuple):
     name: str
     what: str
     option: str
-    """The option of `planner.stacks` that springs it."""
+    """The option of `planner.training.stacks` that springs it."""
     better: Any
     """The option's value that avoids it."""
     nbytes: int = 0

@@ -6,8 +6,8 @@ from typing import Any
 
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
-from planner.quantizations import QUANTIZATIONS
-from planner.training import TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import TrainingSpec
 
 
 def lacks_bf16(gpu: Gpu) -> bool:

@@ -13,7 +13,7 @@ from planner.plan.intervals import Range, allocator_ranges
 from planner.step import program
 from planner.step.architecture import architecture
 from planner.step.engine import Record
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from planner.runs.dataset.orders import Orders

@@ -13,7 +13,7 @@ from planner.plan.predict import Prediction, predict_on
 from planner.plan.verdict import FITS, NO, VERDICTS, Verdict
 from planner.runs import cost
 from planner.timing.coefficients import Selection
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 Goal = Literal["usd", "time"]
 MOST_PREDICTIONS = 50

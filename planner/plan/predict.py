@@ -23,7 +23,7 @@ from planner.step.engine import Record
 from planner.step.transfers import PAGED_TRANSFER
 from planner.timing import rates, step_time
 from planner.timing.coefficients import Coefficients, Selection, priors
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 if TYPE_CHECKING:  # rows of one length have no order
     from planner.runs.dataset.orders import Orders

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from planner import stacks
 from planner.base import config_values
 from planner.base.errors import one_line
 from planner.facts.measurements import ENUMERATIONS, Row
-from planner.optimizers import OPTIMIZERS
-from planner.quantizations import BNB
-from planner.training import Versions
+from planner.training import stacks
+from planner.training import versions as training_versions
+from planner.training.optimizers import OPTIMIZERS
+from planner.training.quantizations import BNB
+from planner.training.spec import Versions
 
 _NOT_MODELLED = {
     "quantization": ("other",), "checkpointing": ("selective",), "attention": ("other",), "optimizer": ("other",),
@@ -61,7 +62,7 @@ class NotScored(Exception):
 
 
 def row_options(row: Row) -> dict[str, Any]:
-    """Map a table row to the option keys of `planner.stacks`, plus "stack" and "row_lengths".
+    """Map a table row to the option keys of `planner.training.stacks`, plus "stack" and "row_lengths".
 
     A filled cell is a given value and wins; an empty one is left to the framework's defaults.
 
@@ -70,7 +71,7 @@ def row_options(row: Row) -> dict[str, Any]:
     """
     _check_modelled(row)
     stack = row["framework"] if row["framework"] in _LISTED else "custom"
-    versions = stacks.parse_versions(_stated(row))
+    versions = training_versions.parse_versions(_stated(row))
     options: dict[str, Any] = {
         "stack": stack,
         "method": row["method"],
@@ -125,7 +126,7 @@ def _assumed_releases(row: Row) -> Iterator[str]:
     if len(left_out) == len(used):
         yield "no library release given: the newest are assumed"
         return
-    versions = stacks.parse_versions({name: row[name] for name in _LIBRARIES})
+    versions = training_versions.parse_versions({name: row[name] for name in _LIBRARIES})
     assumed = ", ".join(f"{name} {'.'.join(map(str, getattr(versions, name)))}" for name in left_out)
     yield f"library releases of the time of those given: {assumed}"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner import stacks
 from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
 from planner.base.records import NamedTuple, fields, replace
 from planner.device.hardware import Gpu
@@ -21,9 +20,12 @@ from planner.plan.flags import flag_of
 from planner.plan.notes import lacks_bf16, training_warnings
 from planner.plan.predict import Prediction, predict
 from planner.plan.settled import NOTHING, Settled, settle, without_idle
-from planner.stacks import Resolved, Setting
 from planner.timing.coefficients import Selection
-from planner.training import LoraSpec, TrainingSpec, Versions
+from planner.training import settings as settings_of_training
+from planner.training import stacks
+from planner.training import versions as training_versions
+from planner.training.settings import Resolved, Setting
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
 
 if TYPE_CHECKING:  # a run without data or config reads neither
     from planner.device.cuda_rules import Architecture
@@ -88,7 +90,7 @@ class Request(NamedTuple):
 
     model: str
     settings: Mapping[str, Any]
-    """Keys of `planner.stacks` (None: not given); `job` holds what config files say."""
+    """Keys of `planner.training.stacks` (None: not given); `job` holds what config files say."""
     stack: str | None = None
     card: Gpu | None = None
     calibration: str | Selection | None = None
@@ -211,8 +213,8 @@ def _calibration(card: Gpu | None, choice: str | Selection | None, versions: Ver
 def data_run(wanted: Data | None, model: ModelSpec, stack: str, given: dict[str, Any], known: Known) -> DataRun | None:
     """Read the data and set `seq_len` (and the padding mask) in `given` to what its longest batch needs.
 
-    `given` holds keys of `planner.stacks`; its seq_len, or the stack's own, is where rows are cut. Returns None when
-    no data was named.
+    `given` holds keys of `planner.training.stacks`; its seq_len, or the stack's own, is where rows are cut. Returns
+    None when no data was named.
 
     Raises:
         PlannerError: data that cannot be read, or a setting that is none.
@@ -311,14 +313,14 @@ def infer_method(given: Mapping[str, Any]) -> str:
 
 
 def training_settings(given: dict[str, Any]) -> str | None:
-    """Turn what the training options gave into the keys of `planner.stacks`, in place; return the stack named.
+    """Turn what the training options gave into the keys of `planner.training.stacks`, in place; return the stack named.
 
     Raises:
         InvalidInput: a release or part number that is none.
     """
     releases = {name: given.pop(name) for name in LIBRARIES}
     if any(releases.values()):
-        given["versions"] = stacks.parse_versions({name: text for name, text in releases.items() if text})
+        given["versions"] = training_versions.parse_versions({name: text for name, text in releases.items() if text})
     given["target_slices"] = parse_slices(given["target_slices"])
     if given["skip_modules"] == "none":
         given["skip_modules"] = ()
@@ -417,7 +419,7 @@ def _refuse_idle(resolved: Resolved, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if value is None or value is False or key in ("method", "quantization") or resolved.applies(key):
             continue
-        if key in stacks.ADAPTER_KEYS:
+        if key in settings_of_training.ADAPTER_KEYS:
             why = "method full has no adapter; drop it, or choose --method lora or qlora"
         elif key == "use_reentrant":
             why = "there is no checkpointing; drop it, or add --checkpointing full"
@@ -676,7 +678,7 @@ def _run(
 
 def _other_releases(given: dict[str, Any], traced: Traced) -> tuple[str, ...]:
     """Say so where the releases asked for are not the installed ones, which are what is traced."""
-    from planner.training import Versions
+    from planner.training.spec import Versions
 
     asked, usual = given.get("versions") or Versions(), Versions()
     installed = {name: release.split("+")[0] for name, release in traced.versions}

@@ -14,14 +14,15 @@ from planner.base.records import replace
 from planner.device.hardware import Gpu
 from planner.memory import walk
 from planner.model.spec import ModelSpec
-from planner.optimizers import OPTIMIZERS, Optimizer
 from planner.plan.intervals import Range, uncertainty
 from planner.plan.predict import Prediction, predict
 from planner.plan.verdict import FITS, verdict_of
-from planner.quantizations import QUANTIZATIONS
 from planner.step import program
 from planner.step.architecture import architecture
-from planner.training import LoraSpec, Method, QuantizationSpec, TrainingSpec
+from planner.training.choices import Method
+from planner.training.optimizers import OPTIMIZERS, Optimizer
+from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec
 
 MAX_PREDICTIONS = 40
 MAX_CARDS = 3
@@ -40,7 +41,7 @@ class Change(NamedTuple):
     option: str
     """The same as options of the command line."""
     settings: Settings
-    """Changed keys of `planner.stacks` with their new values."""
+    """Changed keys of `planner.training.stacks` with their new values."""
     gpu: Gpu | None
     """The larger card, when the card is what changes."""
     allocated: Range

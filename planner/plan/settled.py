@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from planner import stacks
 from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.records import NamedTuple
 from planner.model import lora
 from planner.model.spec import ModelSpec
+from planner.training import settings
 
 if TYPE_CHECKING:
     from planner.importers import Job
 
-_METHOD_KEYS = frozenset({"method", "quantization", *stacks.QUANTIZATION_KEYS})
+_METHOD_KEYS = frozenset({"method", "quantization", *settings.QUANTIZATION_KEYS})
 _FUSED_QKV = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "W_pack")
 _QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _FUSED_PARTS = {
@@ -65,13 +65,13 @@ def _overruled(user: Mapping[str, Any]) -> set[str]:
     if "method" in user or "quantization" in user:
         dropped |= _METHOD_KEYS
         if user.get("method") == "qlora" and "quantization" not in user:
-            dropped -= {"quantization", *stacks.QUANTIZATION_KEYS}
+            dropped -= {"quantization", *settings.QUANTIZATION_KEYS}
     if user.get("method") == "dora":
         dropped.add("use_dora")
     return dropped
 
 
-def without_idle(settled: Settled, resolved: stacks.Resolved) -> Settled:
+def without_idle(settled: Settled, resolved: settings.Resolved) -> Settled:
     """Drop what the run has no use for: a file may state a rank and train without an adapter."""
     return Settled(
         {key: value for key, value in settled.stated.items() if resolved.applies(key)},

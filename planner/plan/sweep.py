@@ -27,7 +27,6 @@ from planner.model.spec import ModelSpec
 from planner.plan import verdict
 from planner.plan.intervals import FRAGMENTATION, uncertainty
 from planner.plan.predict import predict
-from planner.quantizations import QUANTIZATIONS
 from planner.step import program
 from planner.step.architecture import architecture
 from planner.step.engine import Record
@@ -35,7 +34,8 @@ from planner.sweep.memory import Levels
 from planner.sweep.time import CardRates, Clock, kernel_groups, signature
 from planner.timing.coefficients import Coefficients, priors
 from planner.timing.rates import predictable
-from planner.training import TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import TrainingSpec
 
 MOST_CELLS = 5_000_000
 """Cells of one evaluation; larger grids are evaluated piece by piece."""

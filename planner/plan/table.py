@@ -23,9 +23,9 @@ from planner.plan.rows import Block
 from planner.plan.verdict import VERDICTS
 from planner.plan.words import COST
 from planner.runs import cost
-from planner.stacks import Resolved
 from planner.timing.coefficients import Coefficients, Selection
-from planner.training import TrainingSpec
+from planner.training.settings import Resolved
+from planner.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -56,7 +56,7 @@ class Wanted(NamedTuple):
     models: tuple[str, ...]
     cards: tuple[Gpu, ...]
     values: Mapping[str, tuple[Any, ...]]
-    """Key of planner.stacks -> its values."""
+    """Key of planner.training.stacks -> its values."""
     job: Job | None = None
     """What a training config says about everything else."""
 

@@ -20,7 +20,7 @@ from planner.plan.intervals import allocator_ranges, with_whole_blocks
 from planner.plan.notes import training_warnings
 from planner.plan.predict import Prediction
 from planner.plan.verdict import verdict_of
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 _LAYER = re.compile(r"layer\.(\d+) (forward|backward)")
 _PHASES = {"head": "loss", "embedding": "embedding", "loss": "loss", "head backward": "head backward"}

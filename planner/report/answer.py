@@ -9,7 +9,7 @@ from planner.base.errors import one_line
 from planner.base.units import gib
 from planner.memory.walk import Moment
 from planner.plan.answer import Answer
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 
 def model_name(answer: Answer) -> str:

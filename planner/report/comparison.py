@@ -9,7 +9,7 @@ from planner.base.errors import one_line
 from planner.base.units import GiB
 from planner.plan.predict import Prediction
 from planner.report.answer import value_words
-from planner.stacks import Resolved
+from planner.training.settings import Resolved
 
 SMALL_BYTES = 10 * 2**20
 SMALL_SHARE = 0.01

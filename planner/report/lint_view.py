@@ -11,7 +11,7 @@ from planner.importers.writing import line_for
 from planner.plan.lint import Trap
 from planner.report.config_checks import command
 from planner.report.tables import json_text, table, wrapped
-from planner.stacks import Setting
+from planner.training.settings import Setting
 
 if TYPE_CHECKING:
     from planner.importers import Job

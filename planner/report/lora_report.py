@@ -11,7 +11,7 @@ from planner.course.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
 from planner.model.adapter import AdapterFacts
 from planner.plan.verdict import FITS, NO
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 SCHEMA_VERSION = 1
 

@@ -12,8 +12,8 @@ from planner.facts.sources import LoadedConfig
 from planner.memory.walk import CATEGORIES, MemoryBreakdown
 from planner.plan.traced import Traced, TracedSegment
 from planner.report.answer import moment_words, training_words
-from planner.stacks import Resolved
-from planner.training import TrainingSpec
+from planner.training.settings import Resolved
+from planner.training.spec import TrainingSpec
 
 
 class TraceView(NamedTuple):

@@ -6,7 +6,7 @@ from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.device.hardware import CPU, Gpu
 from planner.step import loading
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 
 def architecture(gpu: Gpu | None, training: TrainingSpec) -> cuda_rules.Architecture:

@@ -6,7 +6,7 @@ from planner.device import cuda_rules
 from planner.model.spec import ModelSpec
 from planner.step.engine import FP32, Engine, Size, Tensor
 from planner.step.habits import Habits
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 
 class Step:

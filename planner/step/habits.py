@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from planner.step.context import Step
     from planner.step.engine import Size, Tensor
     from planner.step.modules.weights import LayerWeights, LinearWeights
-    from planner.training import LoraSpec, TrainingSpec
+    from planner.training.spec import LoraSpec, TrainingSpec
 
     Names = tuple[Tensor, ...]
     """What the module's frame still names while its last product runs."""

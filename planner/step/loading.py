@@ -12,9 +12,9 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 from planner.model import storage as model_storage
-from planner.quantizations import QUANTIZATIONS
 from planner.step.context import Step
 from planner.step.engine import ITEMSIZE, Size
+from planner.training.quantizations import QUANTIZATIONS
 
 READERS = 4
 """Threads that read weights (transformers core_model_loading.py GLOBAL_WORKERS; fewer where there are fewer cores)."""

@@ -1,6 +1,6 @@
 """Optimizer state and the optimizer step: bytes per parameter tensor, and what the step allocates on the way.
 
-What tells one optimizer from another is its row in `planner.optimizers`.
+What tells one optimizer from another is its row in `planner.training.optimizers`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,16 @@ from __future__ import annotations
 import typing
 
 from planner.base.errors import unknown
-from planner.optimizers import BNB_8BIT_BLOCK, BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS, OPTIMIZERS, StateLayout
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor
 from planner.step.transfers import PAGED_TRANSFER
+from planner.training.optimizers import (
+    BNB_8BIT_BLOCK,
+    BNB_MIN_8BIT_ELEMENTS,
+    BNB_PAGED_ELEMENTS,
+    OPTIMIZERS,
+    StateLayout,
+)
 
 TENSORS_PER_LAUNCH = 30
 """Tensors that one multi-tensor kernel takes (ATen/native/cuda/MultiTensorApply.cuh depth_to_max_tensors, 5 lists)."""

@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.device import cuda_rules
-from planner.loss_kinds import LOSSES
 from planner.model import storage
 from planner.model.lora import Adapted, resolve_targets
 from planner.model.spec import Attention, Layer, Linear, ModelSpec, Norm
-from planner.quantizations import QUANTIZATIONS
 from planner.step import layers, loading, ops
 from planner.step.classes import registry
 from planner.step.context import Step
@@ -29,7 +27,9 @@ from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
 from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
-from planner.training import TrainingSpec
+from planner.training.losses import LOSSES
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import TrainingSpec
 
 EMULATED_RUN = 4
 """Layers emulated of a run of equal ones: first, second, third (which stands for the middle) and last."""

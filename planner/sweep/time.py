@@ -17,7 +17,7 @@ from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER
 from planner.timing.coefficients import Coefficients
 from planner.timing.rates import Rates
 from planner.timing.step_time import PARTS, Sums, WholeStep, part_of, shares_of
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 MOST_ELEMENTS = 1 << 20
 """Elements of one stack of prices: its temporaries then stay in the cache or at least small."""

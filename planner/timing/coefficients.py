@@ -14,7 +14,7 @@ from typing import Any, Literal
 from planner.base.errors import InvalidInput
 from planner.base.records import NamedTuple, record, replace
 from planner.device.hardware import CPU, Gpu
-from planner.training import Versions
+from planner.training.spec import Versions
 
 Origin = Literal["microbenchmark", "library source", "assumed", "fitted", "borrowed"]
 

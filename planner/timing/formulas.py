@@ -18,7 +18,7 @@ from planner.step.engine import Kernel, Layout, Record, Segment, Shape
 from planner.timing import rates as timing_rates
 from planner.timing import step_time
 from planner.timing.coefficients import Coefficient, Coefficients, priors
-from planner.training import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
 
 DIGITS = 9
 """Significant digits that are hashed: more than sums of floats differ by between machines."""

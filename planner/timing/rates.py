@@ -8,7 +8,7 @@ from planner.step.engine import FP32, ITEMSIZE, Kernel, Layout, Shape
 from planner.step.transfers import TRANSFERS
 from planner.timing.arrays import Number, ceil, minimum
 from planner.timing.coefficients import Coefficients, old_dequantize_factor
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
 """Output tiles a product may be cut into (CUTLASS and cuBLAS ship these for 16-bit operands)."""

@@ -17,7 +17,7 @@ from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER, TRANSFER
 from planner.timing.arrays import Number, is_more, maximum, mostly, some
 from planner.timing.coefficients import Coefficients
 from planner.timing.rates import _FUSED, Rates, _Price
-from planner.training import TrainingSpec
+from planner.training.spec import TrainingSpec
 
 PARTS = ("forward", "recomputation", "backward", "optimizer")
 CLASSES = (

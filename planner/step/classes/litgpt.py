@@ -14,14 +14,14 @@ from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.model.lora import resolve_targets
 from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
-from planner.quantizations import QUANTIZATIONS
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.habits import NEVER, Habits
 from planner.step.modules import attention, experts, linears, losses
 from planner.step.modules.weights import LayerWeights, LinearWeights
-from planner.training import LoraSpec, TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import LoraSpec, TrainingSpec
 
 HEAD_CHUNK = 128
 """Positions of a chunk of the head and of the loss (finetune/lora.py lm_head_chunk_size, utils.py chunk_size)."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from planner.base.records import replace
 from planner.device import cuda_rules
-from planner.loss_kinds import KERNEL_SETS
 from planner.model.spec import Attention, Norm
 from planner.step import ops
 from planner.step.context import Step
@@ -17,6 +16,7 @@ from planner.step.modules.feed_forward import Finish
 from planner.step.modules.latent_attention import _project_mla
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights, LinearWeights
+from planner.training.losses import KERNEL_SETS
 
 REPEATS_BEFORE = (4, 48)
 """Before: the attention module itself repeats key/value heads to all query heads, under the same names (repeat_kv in

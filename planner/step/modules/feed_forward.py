@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from planner.loss_kinds import KERNEL_SETS
 from planner.model.spec import Mlp
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import Engine, Grads, Node, Tensor
 from planner.step.modules import linears
 from planner.step.modules.weights import LayerWeights
+from planner.training.losses import KERNEL_SETS
 
 Finish = Callable[[Tensor], Tensor]
 """What a module does with its result before it returns: adds the residual, in classes that hand it in."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from planner.device import cuda_rules
-from planner.quantizations import QUANTIZATIONS
 from planner.step.context import Step
 from planner.step.engine import FP16, Grads, Node, Tensor
 from planner.step.modules.weights import LinearWeights
+from planner.training.quantizations import QUANTIZATIONS
 
 
 def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor]:

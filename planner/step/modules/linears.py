@@ -12,13 +12,13 @@ from collections.abc import Callable
 from planner.base.records import Rows
 from planner.model.spec import Linear
 from planner.model.storage import is_quantized
-from planner.quantizations import QUANTIZATIONS, Storing
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP16, Size, Tensor
 from planner.step.modules.quantized import _forward_4bit, _forward_8bit, _forward_gptq, _quantized
 from planner.step.modules.weights import LinearWeights
-from planner.training import LoraSpec
+from planner.training.quantizations import QUANTIZATIONS, Storing
+from planner.training.spec import LoraSpec
 
 
 def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:

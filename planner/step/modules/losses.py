@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 from planner.base.polynomials import next_power_of_two
 from planner.base.records import Rows
-from planner.loss_kinds import KERNEL_SETS, LOSSES, Logits
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.modules import linears
 from planner.step.modules.weights import LinearWeights
+from planner.training.losses import KERNEL_SETS, LOSSES, Logits
 
 UPCASTS_IN_FORWARD = (4, 46)
 """Before: the model's forward replaces the logits by their fp32 copy (models/llama/modeling_llama.py v4.45.2)."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from planner.loss_kinds import KERNEL_SETS
 from planner.model.spec import Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Size, Tensor
+from planner.training.losses import KERNEL_SETS
 
 
 def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor, rows: Size) -> Tensor:

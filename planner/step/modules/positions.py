@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from planner.loss_kinds import KERNEL_SETS
 from planner.model.spec import Attention
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Size, Tensor
+from planner.training.losses import KERNEL_SETS
 
 
 def tables_per_layer(step: Step) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from planner.device import cuda_rules
 from planner.model.spec import Linear
 from planner.model.storage import quantized_bytes
-from planner.quantizations import QUANTIZATIONS
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Storage, Tensor
 from planner.step.modules.weights import LinearWeights
-from planner.training import QuantizationSpec
+from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
 
 FUSED_4BIT = (0, 50)
 """bitsandbytes release whose forward is one gemm_4bit operation (autograd/_functions.py)."""

@@ -1,54 +1,20 @@
 """TrainingSpec: how a model is trained. Values use Hugging Face, PEFT and bitsandbytes words.
 
-Defaults here are only the neutral ones; what a framework does unasked lives in `planner.stacks`.
+Defaults here are only the neutral ones; what a framework does unasked lives in `planner.training.stacks`.
 """
 
 from __future__ import annotations
 
-import typing
 from typing import Any, Literal
 
-from planner.base.errors import Contradiction, InvalidInput, one_line, unknown
+from planner.base.errors import Contradiction, InvalidInput, unknown
 from planner.base.records import field, fields, record
-from planner.loss_kinds import KERNEL_SETS, LOSSES, Kernels, Loss
-from planner.optimizers import OPTIMIZERS, Optimizer
-from planner.quantizations import QUANTIZATIONS, Quantization
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-Method = Literal["full", "lora", "qlora", "dora"]
-Checkpointing = Literal["none", "full", "offload"]
-AttentionKernel = Literal["eager", "sdpa", "flash2"]
+from planner.training.choices import AttentionKernel, Checkpointing, Dtype, Method, _positive, choice
+from planner.training.losses import KERNEL_SETS, LOSSES, Kernels, Loss
+from planner.training.optimizers import OPTIMIZERS, Optimizer
+from planner.training.quantizations import QUANTIZATIONS, Quantization, QuantizationSpec
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": typing.get_args(Dtype),
-    "method": typing.get_args(Method),
-    "quantization": tuple(QUANTIZATIONS),
-    "checkpointing": typing.get_args(Checkpointing),
-    "attention": typing.get_args(AttentionKernel),
-    "loss": tuple(LOSSES),
-    "optimizer": tuple(OPTIMIZERS),
-    "kernels": tuple(KERNEL_SETS),
-}
-
-
-def choice(what: str, value: str) -> Any:
-    """Return `value` if it is one of the known values of `what`, else raise UnknownName listing them."""
-    if value not in CHOICES[what]:
-        raise unknown(what, value, CHOICES[what])
-    return value
-
-
-def _positive(name: str, value: Any, lowest: int = 1, highest: int = 2**40) -> None:
-    if hasattr(value, "extremes"):  # a polynomial of a sweep is checked by its extremes
-        low, high = value.extremes()
-    elif isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidInput(f"{name} must be a whole number, not {one_line(value)!r}")
-    else:
-        low = high = value
-    if low < lowest or high > highest:
-        raise InvalidInput(f"{name} is {low if low < lowest else high}; must be between {lowest} and {highest}")
 
 
 @record
@@ -75,27 +41,6 @@ class LoraSpec:
         if not self.target_modules:
             raise InvalidInput("no target_modules; name at least one, for example all-linear")
         choice("dtype", self.dtype)
-
-
-@record
-class QuantizationSpec:
-    """How the frozen base weights are stored."""
-
-    kind: Quantization = "none"
-    double_quant: bool = False
-    quantized_modules: Literal["linears", "adapted-only", "none"] = "linears"
-    skip_modules: tuple[str, ...] = ("lm_head",)
-    """Modules left unquantized; bitsandbytes' default is the output embedding and what it is tied to."""
-    group_size: int = 128
-    """GPTQ and AWQ: weights that share one scale and zero point."""
-    compute_dtype: Dtype = "bf16"
-
-    def __post_init__(self) -> None:
-        choice("quantization", self.kind)
-        choice("dtype", self.compute_dtype)
-        _positive("group_size", self.group_size, highest=2**20)
-        if self.double_quant and not QUANTIZATIONS[self.kind].packed_4bit:
-            raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")
 
 
 @record
@@ -233,8 +178,5 @@ def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
     return TrainingSpec(**nested)
 
 
-__all__ = [
-    "CHOICES", "DTYPE_BYTES", "KERNEL_SETS", "LOSSES", "OPTIMIZERS", "QUANTIZATIONS", "AttentionKernel",
-    "Checkpointing", "Dtype", "Kernels", "LoraSpec", "Loss", "Method", "Optimizer", "Quantization", "QuantizationSpec",
-    "TrainingSpec", "Versions", "choice", "training_from_dict",
-]  # fmt: skip
+__all__ = ["DTYPE_BYTES", "KERNEL_SETS", "LOSSES", "OPTIMIZERS", "QUANTIZATIONS", "Kernels", "LoraSpec", "Loss",
+"Optimizer", "Quantization", "TrainingSpec", "Versions", "training_from_dict"]  # fmt: skip
