@@ -2,7 +2,7 @@
 
 Downloads the wheels named below into a temporary folder without their dependencies (their pins exclude each other and
 this project's), imports the classes that read a config, and lets them read what `planner.exporters` writes. Also writes
-tests/framework_fields.json, against which the test suite checks keys on every run.
+tests/exporters/framework_fields.json, against which the test suite checks keys on every run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 AXOLOTL = ("axolotl==0.19.0",), ("addict", "pydantic")
 LLAMA_FACTORY = ("llamafactory==0.9.5",), ("omegaconf", "transformers==5.6.0")
-FIELDS = ROOT / "tests" / "framework_fields.json"
+FIELDS = ROOT / "tests" / "exporters" / "framework_fields.json"
 
 CHECK_AXOLOTL = """
 import json, sys, yaml
@@ -64,7 +64,7 @@ def install(folder: Path, what: tuple[tuple[str, ...], tuple[str, ...]]) -> dict
 
 def configs(folder: Path) -> dict[str, list[str]]:
     """Write the YAML of every method and padding for every framework."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "exporters")]
     from test_exports import TRAININGS, recipe
 
     from planner.exporters import frameworks

@@ -8,7 +8,7 @@ folder of their own and name it:
 
 Every case runs litgpt's GPT with its LoRA layers, its chunked loss and, quantized, bitsandbytes' Linear4bit and
 StableEmbedding, as finetune/lora.py and finetune/full.py put them together, under the tracer's fake tensors.
-`--write` puts the traced peaks into tests/litgpt_trace.json.
+`--write` puts the traced peaks into tests/step/litgpt_trace.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from planner.step import program
 from planner.training import stacks, versions
 from planner.training.spec import TrainingSpec
 
-RECORD = Path(__file__).parents[1] / "tests" / "litgpt_trace.json"
+RECORD = Path(__file__).parents[1] / "tests" / "step" / "litgpt_trace.json"
 
 _DIMS = {"n_layer": 4, "n_embd": 512, "n_head": 8, "block_size": 4096, "bias": False, "parallel_residual": False}
 _HF = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "tie_word_embeddings": False}

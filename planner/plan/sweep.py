@@ -1,7 +1,7 @@
 """sweep(model, training, cards, axes): memory and time of many configurations at once.
 
 Live memory (what is allocated, without what unsplit blocks have beyond their requests) and time are in every cell those
-of `predict`: bytes to the byte, seconds to 1e-9 (tests/test_sweep_equals_predict.py). What only a replay of the
+of `predict`: bytes to the byte, seconds to 1e-9 (tests/sweep/test_sweep_equals_predict.py). What only a replay of the
 allocator shows is estimated from one replay or assumed (`judge`): unsplit blocks (on an H200 nothing for large jobs,
 2.8 % for a small one), reserved and device memory, and a verdict that hangs on them. Few cells are replayed one by one
 (`replayed`) and are `predict`'s in everything.
@@ -115,8 +115,8 @@ ASSUMED_SURPLUS = {"none": Surplus(0.07, 0.25, "assumed"), "": Surplus(0.30, 1.0
 own allocator (0.01 to 0.17 without checkpointing, 0.09 to 1.05 with it, the largest for steps of few tokens): neither
 fitted nor measured on a card."""
 ANCHOR_SPREAD = 2.0
-"""Upper end of the surplus over that of the replayed cell: set by eye from the same replays; tests/test_sweep.py counts
-how often a replay lies above it."""
+"""Upper end of the surplus over that of the replayed cell: set by eye from the same replays; tests/sweep/test_sweep.py
+counts how often a replay lies above it."""
 
 
 class LiveBytes(NamedTuple):

@@ -27,7 +27,7 @@ TYPICAL = 1.0
 """Distance of growing micro batches in -ln(S) in a typical order."""
 SLOW = (2 / 3, 1 / 3)
 """The same in orders that grow in smaller steps and leave more unusable blocks behind: about nine of ten orders reserve
-less than the larger of the two (tests/test_orders.py)."""
+less than the larger of the two (tests/memory/test_orders.py)."""
 _NEAR = 5
 """A step that begins with a row within 2**-5 of the longest is the nearest that is looked for."""
 

@@ -1,0 +1,285 @@
+"""Facts about memory, one row per source statement: tests/facts/memory.csv (function, arguments, expected, source).
+
+`function` is a function or constant of the planner ("module:name"), or a probe of this file that runs one step of a
+toy model and looks at what it allocated. Numbers are worked by hand from the source that the row names, or counted in
+the row's own words; they are never copied from what the planner prints.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.device import cuda_rules
+from planner.memory import sequence, walk
+from planner.model import storage
+from planner.model.families import build_spec
+from planner.model.spec import Linear, ModelSpec
+from planner.step import program
+from planner.step.context import Step
+from planner.step.engine import Record
+from planner.step.optimizers import OptimizerState
+from planner.training.quantizations import QuantizationSpec
+from planner.training.spec import LoraSpec, TrainingSpec, Versions
+
+FILE = Path(__file__).parent.parent / "facts" / "memory.csv"
+
+TOYS: dict[str, dict[str, Any]] = {
+    # 2 layers of 128, 4 heads of 32 (2 for keys), feed-forward 256, vocabulary 1000; rows 2 x 64 = 128 tokens
+    kind: {
+        "model_type": kind, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 32,
+        "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": None,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    }
+    for kind in ("llama", "mistral", "qwen2", "opt", "gemma", "phi3", "cohere", "mixtral", "olmo")
+}  # fmt: skip
+TOYS["gpt_bigcode"] = {
+    "model_type": "gpt_bigcode", "n_embd": 128, "n_head": 4, "n_layer": 2, "n_positions": 256, "vocab_size": 1000,
+    "n_inner": 256, "multi_query": True,
+}  # fmt: skip
+TOYS["windowed"] = {**TOYS["mistral"], "sliding_window": 64}
+TOYS["qwen"] = {
+    "model_type": "qwen", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000,
+    "num_attention_heads": 4, "kv_channels": 32, "seq_length": 256, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def toy(model: str) -> ModelSpec:
+    return build_spec(TOYS[model], model_id="toy")
+
+
+def training(
+    kind: str = "none", releases: dict[str, list[int]] | None = None, quant: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None, **settings: Any,
+) -> TrainingSpec:  # fmt: skip
+    """LoRA of rank 4 on q and v in bf16 without checkpointing, or what the row says otherwise."""
+    full = settings.get("method") == "full"
+    settings = {
+        "method": "lora" if kind == "none" else "qlora", "micro_batch_size": 2, "seq_len": 64, "autocast": "none",
+        "gradient_checkpointing": "none", "optimizer": "sgd", "max_grad_norm": 0.0,
+        "lora": None if full else LoraSpec(**{"r": 4, "target_modules": ("q_proj", "v_proj"), "dtype": "bf16"} | {
+            k: tuple(v) if isinstance(v, list) else v for k, v in (lora or {}).items()
+        }),
+        "quantization": QuantizationSpec(kind=kind, **(quant or {})),  # type: ignore[arg-type]
+        "versions": Versions(**{k: (v[0], v[1]) for k, v in (releases or {}).items()}),
+    } | settings  # fmt: skip
+    return TrainingSpec(**settings)
+
+
+def architecture(capability: list[int] | None = None, releases: dict[str, list[int]] | None = None) -> Any:
+    torch = (releases or {}).get("torch", [2, 13])
+    return cuda_rules.Architecture(
+        capability=tuple(capability or (8, 0)),  # type: ignore[arg-type]
+        torch=(torch[0], torch[1]),
+        cudnn_attention=cuda_rules.prefers_cudnn_attention(tuple(capability or (8, 0)), (torch[0], torch[1])),  # type: ignore[arg-type]
+    )
+
+
+def recorded(model: str = "llama", capability: list[int] | None = None, **settings: Any) -> Record:
+    arch = architecture(capability, settings.get("releases"))
+    return program.run(toy(model), training(**settings), arch, full_depth=True).record
+
+
+def allocated(op: str, phase: str = "", **settings: Any) -> int:
+    """Bytes of all storages that an operation of one step makes, in one phase or in all."""
+    record = recorded(**settings)
+    return sum(
+        int(size)
+        for index, size in record.events
+        if size > 0 and record.ops[index] == op and phase in ("", record.segments[record.segment_of[index]].phase)
+    )
+
+
+def alive(op: str, at: str, **settings: Any) -> int:
+    """Bytes of `op`'s storages that are alive when the first storage of `at` has been made."""
+    record = recorded(**settings)
+    level = 0
+    for index, size in record.events:
+        level += int(size) if record.ops[index] == op else 0
+        if record.ops[index] == at and size > 0:
+            return level
+    raise AssertionError(f"no {at} was made")
+
+
+def made_by_the_loss(**settings: Any) -> list[list[Any]]:
+    """[operation, bytes] of all that the backward makes before it reaches the last layer."""
+    record = recorded(**settings)
+    return [
+        [record.ops[index], int(size)]
+        for index, size in record.events
+        if size > 0
+        and record.segments[record.segment_of[index]].phase in ("backward", "loss")
+        and record.segments[record.segment_of[index]].layer < 0
+        and record.segment_of[index] > _first_backward(record)
+    ]
+
+
+def _first_backward(record: Record) -> int:
+    return next(n for n, segment in enumerate(record.segments) if segment.phase == "backward") - 1
+
+
+def kernels(op: str, **settings: Any) -> list[float]:
+    """[kernels, bytes they move, products' FLOPs] of an operation in one step."""
+    found = [k for k in recorded(**settings).kernels if k.op == op]
+    return [float(sum(k.count for k in found)), float(sum(k.bytes for k in found)), float(sum(k.flops for k in found))]
+
+
+def weights_read(number: int, **settings: Any) -> list[int]:
+    """Bytes of the first weights that come from the checkpoint, in their order."""
+    record = recorded(**settings)
+    sizes = {index: int(size) for index, size in record.events if size > 0}
+    return [sizes[index] for index in record.arrivals[:number]]
+
+
+def readers(**settings: Any) -> int:
+    """Threads that read weights ahead of the one that quantizes them."""
+    return recorded(**settings).readers
+
+
+def peak_of_all_steps(optimizer: str, steps: int) -> int:
+    """Bytes by which the highest level of the first `steps` steps exceeds that with SGD, which has no states."""
+    peaks = []
+    for name in (optimizer, "sgd"):
+        level = peak = 0
+        for _, size in sequence.expand(recorded(optimizer=name), steps):
+            level += int(size)
+            peak = max(peak, level)
+        peaks.append(peak)
+    return peaks[0] - peaks[1]
+
+
+def quantized(kind: str, out: int, into: int, **quant: Any) -> dict[str, int]:
+    """Bytes of each tensor of a quantized weight [out, into]."""
+    spec = Linear(name="x", in_features=into, out_features=out)
+    return dict(storage.quantized_bytes(spec, QuantizationSpec(kind=kind, **quant)))  # type: ignore[arg-type]
+
+
+def _state(optimizer: str, dtype: str, elements: int, factors: int, cpu: bool = False) -> tuple[OptimizerState, Any]:
+    arch = cuda_rules.Architecture.plain() if cpu else architecture()
+    step = Step(toy("llama"), training(optimizer=optimizer), arch)
+    leaf = step.trainable(elements, dtype, "weight", factors)
+    return OptimizerState(step, [(-1, 1)]), leaf
+
+
+def state_bytes(optimizer: str, dtype: str, elements: int, factors: int = 0) -> list[int]:
+    """Bytes of every state tensor of one parameter."""
+    state, leaf = _state(optimizer, dtype, elements, factors)
+    return [int(n) for n in state.state_bytes(leaf)]
+
+
+def optimizer_step(optimizer: str, dtype: str, elements: int, factors: int = 0, cpu: bool = False) -> list[float]:
+    """[kernels, bytes they move] of the step on one parameter; kernels in thirtieths where one takes thirty tensors."""
+    state, leaf = _state(optimizer, dtype, elements, factors, cpu)
+    state._update(leaf)
+    (kernel,) = state.eng.record.kernels
+    return [round(float(kernel.count) * (1 if cpu else 30), 6), float(kernel.bytes)]
+
+
+def sdpa(dtype: str, capability: list[int], torch: list[int], **rest: Any) -> str:
+    """The kernel that scaled_dot_product_attention picks."""
+    arch = architecture(capability, {"torch": torch})
+    named: dict[str, Any] = {"has_mask": False, "head_dim": 128, "v_head_dim": 128} | rest
+    return str(cuda_rules.sdpa_kernel(dtype, arch=arch, **named))
+
+
+PROBES: dict[str, Callable[..., Any]] = {
+    probe.__name__: probe
+    for probe in (
+        allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, readers, quantized, state_bytes,
+        optimizer_step, sdpa,
+    )
+}  # fmt: skip
+
+
+def rows() -> list[dict[str, str]]:
+    with FILE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it; pairs of names and bytes as an object."""
+    if isinstance(value, tuple) and value and all(isinstance(v, tuple) and isinstance(v[0], str) for v in value):
+        return dict(value)
+    return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['function']} {row['arguments']}"[:120])
+def test_fact(row: dict[str, str]) -> None:
+    arguments = json.loads(row["arguments"])
+    if row["function"] in PROBES:
+        found = PROBES[row["function"]](**arguments)
+    else:
+        module, _, name = row["function"].partition(":")
+        found = getattr(importlib.import_module(f"planner.{module}"), name)
+        if callable(found):
+            named = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+            if "arch" in named:
+                named["arch"] = architecture(list(named["arch"]))
+            found = found(**named)
+    assert plain(found) == json.loads(row["expected"]), row["source"]
+
+
+def test_every_fact_names_its_source() -> None:
+    facts = rows()
+    assert len(facts) > 150
+    assert all(len(row["source"]) > 12 for row in facts)
+    assert len({(row["function"], row["arguments"]) for row in facts}) == len(facts)
+
+
+def test_every_release_of_the_step_is_a_fact() -> None:
+    """A new constant (major, minor), or table of such, in planner/step or cuda_rules needs a row."""
+    named = {row["function"] for row in rows()}
+    for path in [*sorted(Path(program.__file__).parent.glob("*.py")), Path(cuda_rules.__file__)]:
+        inside = path.parent.name == "step"
+        module = importlib.import_module(f"planner.{'step.' if inside else ''}{path.stem}")
+        for name, value in vars(module).items():
+            if not name.isupper() or name.startswith("_"):
+                continue
+            releases = value.values() if isinstance(value, dict) else [value]
+            if all(isinstance(v, tuple) and len(v) == 2 and all(isinstance(n, int) for n in v) for v in releases):
+                where = f"{'step.' if inside else ''}{path.stem}:{name}"
+                assert any(fact.endswith(f":{name}") for fact in named), where
+
+
+def test_a_walk_by_hand() -> None:
+    """Load 1000 and 600 B; a layer that stands for 3 keeps 512 each; a workspace of 100 on top in the backward.
+
+    Blocks of 512: weights 1024, adapter 1024, activations 3 x 512; the peak is in the backward, with the workspace and
+    a gradient of 700 (1024).
+    """
+    record = Record()
+    weight = record.allocate(1000, "weight")
+    record.allocate(600, "adapter")
+    record.enter("state")
+    record.allocate(300, "optimizer_state")
+    record.enter("forward", 0, 3)
+    kept = record.allocate(512, "linear")
+    record.enter("loss")
+    logits = record.allocate(512, "lm_head")
+    record.enter("backward")
+    record.release(logits, 512)
+    record.enter("backward", 0, 3)
+    grad = record.allocate(700, "linear_grad")
+    work = record.allocate(100, "flash_attention_workspace")
+    record.release(work, 100)
+    record.release(grad, 700)
+    record.release(kept, 512)
+    record.enter("optimizer")
+    record.release(weight, 1000)
+    record.close()
+    found = walk.breakdown(record)
+    assert found.static_bytes == 1024 + 1024 + 512
+    assert found.peak_allocated_bytes == walk.peak_bytes(record) == 2560 + 3 * 512 + 1024 + 512
+    assert dict(found.ledger) == {
+        "base weights": 1024, "adapters": 1024, "optimizer state": 512, "activations": 3 * 512,
+        "activation gradients": 1024, "workspaces": 512,
+    }  # fmt: skip
+    assert (found.moment.phase, found.moment.op) == ("backward", "flash_attention_workspace")
+    assert walk.peak_bytes(record, block=1) == 1000 + 600 + 300 + 3 * 512 + 700 + 100
