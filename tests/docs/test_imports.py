@@ -45,16 +45,16 @@ CLIMBS: tuple[str, ...] = (
 
 LAZY = {
     "numpy": ("",),
-    "pyarrow": ("report", "dataset", "runs"),
-    "pandas": ("sweep", "plan"),
-    "huggingface_hub": ("sources", "facts"),
-    "yaml": ("cli", "importers", "plan"),
-    "pynvml": ("cli", "local_gpu", "facts"),
-    "calibrate": ("cli", "request", "plan"),
+    "pyarrow": ("report", "runs"),
+    "pandas": ("plan",),
+    "huggingface_hub": ("facts",),
+    "yaml": ("importers", "plan"),
+    "pynvml": ("facts",),
+    "calibrate": ("cli", "plan"),
     "matplotlib": ("report",),
-    "tokenizers": ("dataset", "runs"),
-    "jinja2": ("dataset", "runs"),
-    "orjson": ("dataset", "runs"),
+    "tokenizers": ("runs",),
+    "jinja2": ("runs",),
+    "orjson": ("runs",),
 }
 """What is not in the standard library and may be imported inside a function, and where ("" is everywhere)."""
 
