@@ -12,8 +12,7 @@ from planner.facts import catalog
 from planner.memory import allocator, sequence
 from planner.model.families import build_spec
 from planner.step import program
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 MODEL = "meta-llama/Llama-3.1-8B"
 ROUNDS = 5

@@ -30,8 +30,7 @@ from planner.facts import calibration_files
 from planner.model import families
 from planner.plan.predict import Prediction, predict
 from planner.training.optimizers import by_transformers_name
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 WARMUP = 3
 """First steps that do not count: kernels are loaded, the optimizer makes its state."""

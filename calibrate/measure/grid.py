@@ -20,8 +20,7 @@ from planner.facts import catalog
 from planner.model import families
 from planner.plan.predict import predict
 from planner.timing.coefficients import Coefficients, priors
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 REPEAT_EVERY = {"cuda": 6, "cpu": 3}
 """Every so many bursts an earlier one runs again: what two runs of one burst differ by. A CPU's neighbours on the host

@@ -10,8 +10,7 @@ from typing import Any
 from planner.facts import catalog
 from planner.model.depth import first_layers
 from planner.model.lora import PEFT_DEFAULT_TARGETS
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 MODELS = (
     "HuggingFaceTB/SmolLM2-360M", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-0.6B", "mistralai/Mistral-7B-v0.1",

@@ -19,8 +19,7 @@ from calibrate.oracle.summary import summarise
 from calibrate.oracle.trace import trace
 from planner.device.cuda_rules import Architecture
 from planner.facts import catalog
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -136,7 +136,8 @@ def compared(
 
 def _predicted(label: str, text: str, model: str | None, gpu: str | None, given: dict[str, Any]) -> Compared:
     from planner.base.errors import InvalidInput, one_line
-    from planner.plan.request import Request, card_of, resolve
+    from planner.plan.answering import card_of
+    from planner.plan.request import Request, resolve
     from planner.plan.table import key_of, parse_values
     from planner.report.comparison import Compared
 

@@ -173,7 +173,7 @@ def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, Prediction, floa
     from planner.cli.data_options import take
     from planner.exporters.recipe import Recipe
     from planner.model.spec import ModelSpec
-    from planner.plan.request import answer_of, card_of
+    from planner.plan.answering import answer_of, card_of
     from planner.report.answer import run_words
 
     run = {name: given.pop(name) for name in RUN}

@@ -18,7 +18,7 @@ from planner.cli.options import (
     trace_options,
     training_options,
 )
-from planner.plan.request import Tracing, _with_cost, answer_of, card_of, percent_of
+from planner.plan.answering import Tracing, _with_cost, answer_of, card_of, percent_of
 from planner.plan.words import COST
 
 if TYPE_CHECKING:  # the command's help needs none of these

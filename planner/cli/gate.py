@@ -30,7 +30,7 @@ def gate(files: tuple[str, ...], reading: Mapping[str, Any], options: Mapping[st
 
     0: all fit; 1: one does not fit or is too close to call; 2: one could not be answered and none was refused a fit.
     """
-    from planner.plan.request import card_of, percent_of
+    from planner.plan.answering import card_of, percent_of
 
     if len(files) > MAX_FILES:
         raise InvalidInput(f"{len(files):,} files at once; at most {MAX_FILES:,}")
@@ -54,7 +54,7 @@ def gate(files: tuple[str, ...], reading: Mapping[str, Any], options: Mapping[st
 
 def _check(name: str, card: Any, margin: float, reading: Mapping[str, Any], options: Mapping[str, Any]) -> Check:
     """Answer for one file; a file without an answer is a row with the reason."""
-    from planner.plan.request import answer_of
+    from planner.plan.answering import answer_of
 
     try:
         configs = (*reading["configs"], name)

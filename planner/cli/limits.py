@@ -94,7 +94,8 @@ def _run(
     """The run whose numbers are raised; data decides its length."""
     from planner.base.errors import Contradiction, InvalidInput
     from planner.cli.data_options import known, take
-    from planner.plan.request import Request, card_of, resolve
+    from planner.plan.answering import card_of
+    from planner.plan.request import Request, resolve
 
     data = take(given)
     if data and "seq_len" in names:

@@ -48,7 +48,7 @@ def lint(
     start, 2 could not answer.
     """
     from planner.cli.terminal import tell_unanswered
-    from planner.plan.request import card_of
+    from planner.plan.answering import card_of
     from planner.report.lint_view import render
 
     card = card_of(gpu, None)

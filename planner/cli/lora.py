@@ -43,7 +43,8 @@ def lora(
     from planner.cli.rival import entrenar
     from planner.course import labs
     from planner.model import adapter
-    from planner.plan.request import Request, card_of, resolve
+    from planner.plan.answering import card_of
+    from planner.plan.request import Request, resolve
     from planner.report.lora_report import LoraAnswer, render
 
     if lab == "5.1":

@@ -97,9 +97,9 @@ def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibra
     from planner.cli.data_options import take
     from planner.model import adapter
     from planner.model.spec import ModelSpec
+    from planner.plan.answering import answer_of, card_of
     from planner.plan.curves import StepCost
     from planner.plan.money import ESTIMATED, price_of
-    from planner.plan.request import answer_of, card_of
     from planner.plan.simulate import Timeline, closed_form
     from planner.plan.verdict import CLOSE
     from planner.report.answer import run_words

@@ -9,7 +9,7 @@ import click
 
 from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, format_option, trace_options, training_options
-from planner.plan.request import _cut, _layers, _other_releases, _prepare, _run
+from planner.plan.traced_answer import _cut, _layers, _other_releases, _prepare, _run
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.device.cuda_rules import Architecture
@@ -60,7 +60,8 @@ def trace(
     \b
     Exit codes: 0 traced, 2 could not answer.
     """
-    from planner.plan.request import card_of, training_settings
+    from planner.plan.answering import card_of
+    from planner.plan.request import training_settings
     from planner.report.trace_view import TraceView
     from planner.step.architecture import architecture
 

@@ -56,12 +56,13 @@ def validate(
     """
     from pathlib import Path
 
+    from planner.base import data_files
     from planner.cli.terminal import progress
-    from planner.facts import catalog, measurements
+    from planner.facts import measurements
     from planner.plan import validation
     from planner.report import validation_report
 
-    path = file if file is not None else catalog.data_path("measurements", "published.csv")
+    path = file if file is not None else data_files.data_path("measurements", "published.csv")
     table = measurements.select(measurements.read_measurements(Path(path)), sources, where)
     glue = _Glue(calibration)
     report = validation.score(

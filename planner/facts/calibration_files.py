@@ -10,10 +10,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from planner.base import data_files
 from planner.base.bounded import parse_json, read_bounded
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line
 from planner.device.hardware import CPU, Gpu
-from planner.facts import catalog
 from planner.timing.coefficients import (
     Calibration,
     Coefficient,
@@ -64,7 +64,7 @@ def paths() -> Iterator[Path]:
 
 
 def _paths() -> Iterator[str]:
-    for folder in (catalog.data_path("calibrations"), _user_folder()):
+    for folder in (data_files.data_path("calibrations"), _user_folder()):
         if os.path.isdir(folder):  # Path.is_dir raises where a folder above may not be entered
             names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
             yield from (os.path.join(folder, name) for name in names)
@@ -83,7 +83,7 @@ def known(gpu: Gpu | None = None) -> tuple[list[Calibration], list[str]]:
         notes.append(f"{own} may not be read: calibrations there are not used (LORAPLAN_DATA names another folder)")
     except OSError:
         pass  # there is none
-    shipped = catalog.data_path("calibrations")
+    shipped = data_files.data_path("calibrations")
     for path in _paths():
         folder, name = os.path.split(path)
         if gpu is not None and folder == shipped and name.startswith(SHIPPED_CPU) != (gpu.vendor == CPU):

@@ -6,14 +6,14 @@ take a few milliseconds.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from planner.base.errors import InvalidInput, UnknownName, one_line, unknown
+from planner.base.data_files import _load, data_path
+from planner.base.errors import UnknownName, one_line, unknown
 from planner.base.records import record, replace
 from planner.base.units import GB, MiB
 from planner.device.hardware import Gpu, Instance, context_bytes
@@ -54,11 +54,6 @@ class ModelRecord:
     def is_alias(self) -> bool:
         """True when another model's record answers: sizes hold, context length and stored dtype may differ."""
         return self.requested.lower() != self.model_id.lower()
-
-
-def data_path(*parts: str) -> str:
-    """Return the path of a data file: beside the modules when installed, beside the package in a checkout."""
-    return os.path.join(_data_folder(), *parts)
 
 
 # --- GPUs ---------------------------------------------------------------------------------------------------------
@@ -272,35 +267,3 @@ def framework_tables() -> dict[str, dict[str, Any]]:
     """Return the key maps of the training frameworks by file name (data/frameworks, data/README.md), words included."""
     names = sorted(name for name in os.listdir(data_path("frameworks")) if name.endswith(".json"))
     return {name[:-5]: _load("frameworks", name) for name in names}
-
-
-# --- library releases ---------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def release_dates() -> dict[str, dict[tuple[int, int], str]]:
-    """Return the day (YYYY-MM-DD) of the first release of each (major, minor) by library."""
-    table: dict[str, dict[str, str]] = _load("releases.json")["releases"]
-    return {name: {_release(text): day for text, day in days.items()} for name, days in table.items()}
-
-
-def _release(text: str) -> tuple[int, int]:
-    major, _, minor = text.partition(".")
-    return int(major), int(minor)
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _data_folder() -> str:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for folder in (os.path.join(package, "data"), os.path.join(os.path.dirname(package), "data")):
-        if os.path.isfile(os.path.join(folder, "gpus.json")):
-            return folder
-    raise InvalidInput("the catalogue's data folder is missing from this installation; reinstall loraplan")
-
-
-def _load(*parts: str) -> Any:
-    with open(data_path(*parts), encoding="utf-8") as file:
-        return json.load(file)

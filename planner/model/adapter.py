@@ -14,8 +14,8 @@ from planner.model import lora as adapters
 from planner.model.lora import Adapted
 from planner.model.spec import Linear, ModelSpec
 from planner.model.storage import is_quantized, quantized_bytes
-from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
-from planner.training.spec import DTYPE_BYTES, LoraSpec, TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import DTYPE_BYTES, LoraSpec, QuantizationSpec, TrainingSpec
 
 BLOCK = 64
 """Weights that share one scale (bitsandbytes functional.quantize_4bit's default)."""

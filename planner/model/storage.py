@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from planner.device import cuda_rules
 from planner.model.spec import Linear
-from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import QuantizationSpec
 
 
 def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, int]]:

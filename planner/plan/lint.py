@@ -17,9 +17,9 @@ from planner.model.spec import ModelSpec
 from planner.plan.notes import lacks_bf16
 from planner.plan.predict import Prediction, predict
 from planner.training.optimizers import BNB_PAGED_ELEMENTS, OPTIMIZERS
-from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
+from planner.training.quantizations import QUANTIZATIONS
 from planner.training.settings import Setting
-from planner.training.spec import TrainingSpec
+from planner.training.spec import QuantizationSpec, TrainingSpec
 
 SERIOUS = 0.05
 """Share of the peak, or of a step's time, from which a trap is more than a remark."""

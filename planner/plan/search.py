@@ -21,8 +21,8 @@ from planner.step import program
 from planner.step.architecture import architecture
 from planner.training.choices import Method
 from planner.training.optimizers import OPTIMIZERS, Optimizer
-from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 MAX_PREDICTIONS = 40
 MAX_CARDS = 3

@@ -475,8 +475,8 @@ def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job:
     """
     from planner.base.errors import InvalidInput
     from planner.facts import calibration_files
+    from planner.plan.answering import percent_of, with_margin
     from planner.plan.money import amount_of, amount_on_data, price_of
-    from planner.plan.request import percent_of, with_margin
     from planner.plan.table import Run, Tabulator, Wanted, card_prices, parse_values
 
     models = _names(lists.get("model", ()))
@@ -525,7 +525,7 @@ def card_with(size: str) -> Gpu:
     """A card of the user's own with this much memory, under a name of its own."""
     from planner.base.records import replace
     from planner.base.units import gib
-    from planner.plan.request import card_of
+    from planner.plan.answering import card_of
 
     card = card_of(None, size)
     assert card is not None

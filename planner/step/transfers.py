@@ -1,4 +1,4 @@
-"""Copies between the card and its host: the three kinds of kernels that `timing.step_time` prices by the host's link."""
+"""Copies between the card and its host: three kinds of kernels that `timing.step_time` prices by the host's link."""
 
 from __future__ import annotations
 

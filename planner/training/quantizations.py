@@ -9,9 +9,7 @@ from __future__ import annotations
 import typing
 from typing import Literal
 
-from planner.base.errors import Contradiction
 from planner.base.records import Rows, record
-from planner.training.choices import Dtype, _positive, choice
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "gptq4", "gptq8", "awq4"]
 
@@ -90,24 +88,3 @@ BNB = QUANTIZATIONS.where(lambda row: row.by_bitsandbytes)
 def words() -> dict[str, str]:
     """Every other word that the command line takes for a quantization -> its name."""
     return {word: name for name, row in QUANTIZATIONS.items() for word in row.aliases}
-
-
-@record
-class QuantizationSpec:
-    """How the frozen base weights are stored."""
-
-    kind: Quantization = "none"
-    double_quant: bool = False
-    quantized_modules: Literal["linears", "adapted-only", "none"] = "linears"
-    skip_modules: tuple[str, ...] = ("lm_head",)
-    """Modules left unquantized; bitsandbytes' default is the output embedding and what it is tied to."""
-    group_size: int = 128
-    """GPTQ and AWQ: weights that share one scale and zero point."""
-    compute_dtype: Dtype = "bf16"
-
-    def __post_init__(self) -> None:
-        choice("quantization", self.kind)
-        choice("dtype", self.compute_dtype)
-        _positive("group_size", self.group_size, highest=2**20)
-        if self.double_quant and not QUANTIZATIONS[self.kind].packed_4bit:
-            raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")

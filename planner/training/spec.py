@@ -12,7 +12,7 @@ from planner.base.records import field, fields, record
 from planner.training.choices import AttentionKernel, Checkpointing, Dtype, Method, _positive, choice
 from planner.training.losses import KERNEL_SETS, LOSSES, Kernels, Loss
 from planner.training.optimizers import OPTIMIZERS, Optimizer
-from planner.training.quantizations import QUANTIZATIONS, Quantization, QuantizationSpec
+from planner.training.quantizations import QUANTIZATIONS, Quantization
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -51,6 +51,27 @@ class Versions:
     transformers: tuple[int, int] = (5, 24)
     peft: tuple[int, int] = (0, 21)
     bitsandbytes: tuple[int, int] = (0, 50)
+
+
+@record
+class QuantizationSpec:
+    """How the frozen base weights are stored."""
+
+    kind: Quantization = "none"
+    double_quant: bool = False
+    quantized_modules: Literal["linears", "adapted-only", "none"] = "linears"
+    skip_modules: tuple[str, ...] = ("lm_head",)
+    """Modules left unquantized; bitsandbytes' default is the output embedding and what it is tied to."""
+    group_size: int = 128
+    """GPTQ and AWQ: weights that share one scale and zero point."""
+    compute_dtype: Dtype = "bf16"
+
+    def __post_init__(self) -> None:
+        choice("quantization", self.kind)
+        choice("dtype", self.compute_dtype)
+        _positive("group_size", self.group_size, highest=2**20)
+        if self.double_quant and not QUANTIZATIONS[self.kind].packed_4bit:
+            raise Contradiction(f"double quantization exists for nf4 and fp4 only, not for {self.kind}; drop it")
 
 
 @record

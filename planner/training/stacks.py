@@ -14,9 +14,9 @@ from planner.base.errors import Contradiction, one_line, unknown
 from planner.base.records import NamedTuple, fields
 from planner.training.choices import choice
 from planner.training.optimizers import OPTIMIZERS
-from planner.training.quantizations import BNB, BNB_4BIT, QUANTIZATIONS, QuantizationSpec
+from planner.training.quantizations import BNB, BNB_4BIT, QUANTIZATIONS
 from planner.training.settings import ADAPTER_KEYS, KEYS, Resolved, Setting, _checked
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 GPTQ = QUANTIZATIONS.where(lambda row: row.keeps_column_groups)
 TORCH_ADAMW = OPTIMIZERS.where(lambda row: row.state_layout == "like-parameter")

@@ -21,7 +21,7 @@ def parse_versions(texts: Mapping[str, str]) -> Versions:
     stated = stated_versions(texts)
     if not stated or len(stated) == len(fields(Versions)):
         return Versions(**stated)
-    from planner.facts.releases import contemporary  # a data file that a run with the newest releases does not need
+    from planner.training.releases import contemporary  # a data file that a run with the newest releases does not need
 
     return Versions(**{**contemporary(stated), **stated})
 

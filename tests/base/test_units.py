@@ -13,8 +13,7 @@ from planner.model import families
 from planner.step import program
 from planner.timing import step_time
 from planner.timing.coefficients import priors
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 GPU = catalog.gpu("a100-sxm4-80gb")
 UNITS = {

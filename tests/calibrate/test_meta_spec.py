@@ -18,8 +18,7 @@ from planner.memory import walk
 from planner.model.families import known_families
 from planner.model.lora import trainable_lora_parameters
 from planner.step import program
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 pytestmark = pytest.mark.oracle
 

@@ -17,8 +17,7 @@ from planner.facts.headers import read_gguf
 from planner.model import adapter, families
 from planner.model.spec import ModelSpec
 from planner.plan.predict import predict
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA2_7B = "meta-llama/Llama-2-7b-hf"

@@ -22,8 +22,7 @@ from planner.exporters.recipe import Export, Recipe
 from planner.exporters.text import comment, scalar, yaml
 from planner.facts import catalog
 from planner.model import families
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAME = "Qwen/Qwen2.5-0.5B"

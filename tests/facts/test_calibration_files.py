@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from planner.base import data_files
 from planner.base.errors import InvalidInput, UnknownName
 from planner.device import processor
 from planner.device.hardware import Gpu
@@ -33,7 +34,7 @@ def test_what_ships_is_named_after_its_kind() -> None:
 
 
 H100, A100, T4, L40S = (catalog.gpu(name) for name in ("h100-sxm", "a100-sxm4-80gb", "t4", "l40s"))
-SHIPPED = sorted(Path(catalog.data_path("calibrations")).glob("*.json"))
+SHIPPED = sorted(Path(data_files.data_path("calibrations")).glob("*.json"))
 VERSIONS = {"torch": "2.13.0+cu130", "transformers": "5.24.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"}
 
 

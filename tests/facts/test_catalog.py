@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from planner.base import data_files
 from planner.base.errors import UnknownName
 from planner.base.units import GB, MiB
 from planner.facts import catalog
 
 
 def load(*parts: str) -> Any:
-    with open(catalog.data_path(*parts), encoding="utf-8") as file:
+    with open(data_files.data_path(*parts), encoding="utf-8") as file:
         return json.load(file)
 
 
@@ -203,7 +204,7 @@ def test_model_record(model_id: str) -> None:
 
 def with_vision(model_id: str) -> object:
     """Parameters of the vision tower and the language model, as the data file counts them."""
-    path = Path(catalog.data_path("models", f"{model_id.replace('/', '--')}.json"))
+    path = Path(data_files.data_path("models", f"{model_id.replace('/', '--')}.json"))
     return json.loads(path.read_text(encoding="utf-8"))["counted_parameters_with_vision"]
 
 

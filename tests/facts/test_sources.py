@@ -23,8 +23,7 @@ from planner.facts.sources import load_config
 from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.plan.predict import predict
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from calibrate.oracle.cases import Case, shrunk
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 SIZES: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 8,

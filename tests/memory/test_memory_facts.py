@@ -15,8 +15,7 @@ from planner.step import program
 from planner.step.engine import Record
 from planner.training import stacks
 from planner.training.choices import AttentionKernel
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 TABLES = {"code", "state2.code", "offset"}
 """Constant tables every quantized module carries; published sizes leave them out."""

@@ -11,8 +11,7 @@ from planner.memory import walk
 from planner.model.families import build_spec
 from planner.step import program
 from planner.training import stacks
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 # Peaks in requested bytes of the second step of modeling_qwen.py (zhangningboo/Qwen-7B@1ff2086 on GitHub, a copy of the
 # code published with Qwen/Qwen-7B) under calibrate's fake-tensor trace: torch 2.13.0, peft 0.21.2, bitsandbytes 0.50.2.

@@ -16,8 +16,11 @@ for _library in ("transformers", "peft", "bitsandbytes"):
 from calibrate.oracle import alike, flops, summary  # noqa: E402
 from calibrate.oracle.trace import trace  # noqa: E402
 from planner.model.families import build_spec  # noqa: E402
-from planner.training.quantizations import QuantizationSpec  # noqa: E402
-from planner.training.spec import LoraSpec, TrainingSpec  # noqa: E402
+from planner.training.spec import (  # noqa: E402
+    LoraSpec,
+    QuantizationSpec,
+    TrainingSpec,
+)
 
 pytestmark = pytest.mark.oracle
 

@@ -27,8 +27,7 @@ from planner.plan.predict import predict
 from planner.step import program
 from planner.training.choices import CHOICES
 from planner.training.optimizers import BNB_MIN_8BIT_ELEMENTS, BNB_PAGED_ELEMENTS
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 ROOT = Path(__file__).parent.parent.parent
 ARCH = Architecture()

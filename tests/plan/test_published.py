@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from planner.base import data_files
 from planner.cli.validate import _Glue
-from planner.facts import catalog, measurements
+from planner.facts import measurements
 from planner.plan import validation
 from planner.report import validation_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ROWS = Path(catalog.data_path("measurements", "published.csv"))
+ROWS = Path(data_files.data_path("measurements", "published.csv"))
 PINNED = ROOT / "tests" / "facts" / "accuracy.csv"
 TOLERANCE = 0.02
 """Points of a per cent."""

@@ -23,8 +23,8 @@ from planner.training import optimizers, quantizations, stacks
 from planner.training.choices import CHOICES
 from planner.training.losses import KERNEL_SETS, LOSSES, KernelSet, LossRow
 from planner.training.optimizers import OPTIMIZERS, OptimizerRow
-from planner.training.quantizations import QUANTIZATIONS, QuantizationRow, QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.quantizations import QUANTIZATIONS, QuantizationRow
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 TABLES: dict[str, tuple[Rows[Any], type]] = {
     "optimizer": (OPTIMIZERS, OptimizerRow),

@@ -26,8 +26,7 @@ from planner.plan.simulate import LOWEST_LOSS, START_LOSS, Plan, Timeline, close
 from planner.runs.dataset.batches import PADDINGS, Batching, Padding
 from planner.runs.dataset.lengths import Lengths
 from planner.runs.schedule import SHAPES, Schedule, count_steps, warmup_of, warnings
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 NAME = "Qwen/Qwen2.5-0.5B"
 MODEL = families.build_spec(catalog.model_record(NAME).config, model_id=NAME)  # type: ignore[union-attr]

@@ -25,8 +25,7 @@ from planner.step import program
 from planner.step.context import Step
 from planner.step.engine import Record
 from planner.step.optimizers import OptimizerState
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 FILE = Path(__file__).parent.parent / "facts" / "memory.csv"
 

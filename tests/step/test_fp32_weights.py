@@ -14,8 +14,7 @@ from planner.model.families import build_spec, known_families
 from planner.model.spec import ModelSpec
 from planner.step import program
 from planner.training.choices import Dtype
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import DTYPE_BYTES, LoraSpec, TrainingSpec, Versions
+from planner.training.spec import DTYPE_BYTES, LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 1000,

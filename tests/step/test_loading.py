@@ -22,8 +22,7 @@ from planner.step.architecture import architecture
 from planner.step.engine import Record
 from planner.step.loading import READERS, overlap
 from planner.training import stacks
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "vocab_size": 4000,

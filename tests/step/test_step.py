@@ -14,8 +14,7 @@ from planner.model.spec import ModelSpec
 from planner.step import ops, program
 from planner.step.engine import BF16, Engine, Tensor
 from planner.step.habits import COMMON
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 ARCH = cuda_rules.Architecture()
 NF4 = QuantizationSpec(kind="nf4", double_quant=True)

@@ -27,7 +27,7 @@ from planner.model import families
 from planner.model.spec import ModelSpec
 from planner.plan import predict, sweep
 from planner.step import architecture, program
-from planner.training import stacks, versions
+from planner.training import releases, stacks, versions
 from planner.training.choices import CHOICES
 from planner.training.spec import TrainingSpec, Versions
 
@@ -46,7 +46,7 @@ CELLS = 5
 
 def releases_named() -> list[tuple[str, tuple[int, int]]]:
     """Every release that the source of the step compares with, and the one before it, by library."""
-    dates = catalog.release_dates()
+    dates = releases.release_dates()
     paths = [*(PLANNER / "step").glob("*.py"), *(PLANNER / name for name in ("cuda_rules.py", "model.py", "stacks.py"))]
     pairs = set()
     for path in paths:

@@ -15,8 +15,7 @@ from planner.plan.predict import Prediction, predict
 from planner.timing import rates as timing_rates
 from planner.timing import step_time
 from planner.timing.coefficients import Coefficient, Coefficients, priors
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 A100 = catalog.gpu("a100-sxm4-80gb")
 NF4 = QuantizationSpec(kind="nf4", double_quant=True)

@@ -15,8 +15,7 @@ from planner.model import families
 from planner.plan import predict, sweep
 from planner.step import architecture, program
 from planner.timing import step_time
-from planner.training.quantizations import QuantizationSpec
-from planner.training.spec import LoraSpec, TrainingSpec
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 A100 = catalog.gpu("a100-sxm4-80gb")
 LAYERS, HIDDEN, TOKENS = 16, 2048, 1024

@@ -12,9 +12,8 @@ import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, UnknownName
 from planner.training import settings, stacks
-from planner.training.quantizations import QuantizationSpec
 from planner.training.settings import KEYS
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 from planner.training.stacks import STACKS, resolve, to_training_spec, torch_adamw
 from planner.training.versions import parse_versions
 

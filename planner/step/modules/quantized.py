@@ -9,7 +9,8 @@ from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP16, FP32, ITEMSIZE, Grads, Node, Size, Storage, Tensor
 from planner.step.modules.weights import LinearWeights
-from planner.training.quantizations import QUANTIZATIONS, QuantizationSpec
+from planner.training.quantizations import QUANTIZATIONS
+from planner.training.spec import QuantizationSpec
 
 FUSED_4BIT = (0, 50)
 """bitsandbytes release whose forward is one gemm_4bit operation (autograd/_functions.py)."""
