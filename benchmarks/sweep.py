@@ -27,6 +27,7 @@ from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
 from planner.plan import sweep
+from planner.plan.request import Cost, Request
 from planner.plan.table import tabulator
 from planner.report.grid import write_streamed
 from planner.step import architecture, program
@@ -103,7 +104,7 @@ def table(models: int, cards: int) -> None:
         "gradient_checkpointing": ["none,full"], "quantization": ["none,nf4"],
     }  # fmt: skip
     watch = Stopwatch()
-    made = tabulator(lists, {"tokens": "10M", "rows": None, "epochs": None, "price": None})
+    made = tabulator(lists, Request(cost=Cost(tokens="10M")))
     with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
         columns = columns_of([made.wanted], True)
         rows = write_streamed("csv", file, columns, made.blocks(), caption_of([made], final=False))

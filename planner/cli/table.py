@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from planner.base.outputs import whole_file
-from planner.cli.data_options import data_options, take
-from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
+from planner.cli.asking import data_of, known
+from planner.cli.data_options import data_options
+from planner.cli.from_config import ShowKeys, config_options, files_of, show_keys, take_job
 from planner.cli.options import TRAINING, Sectioned, Word, calibration_option
-from planner.plan.jobs import is_config
-from planner.plan.table import explicit, read_grid, tabulator
+from planner.plan.given import Settings
+from planner.plan.grid import rows_among, tables
+from planner.plan.request import Cost, Request
+from planner.plan.values import OPTIONS
+from planner.plan.words import LIBRARIES
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -86,43 +90,28 @@ def table(
     Exit codes: 0 there are rows, 1 no row is left, 2 could not answer.
     """
     view = View(
-        **{name: rest.pop(name) for name in ("where", "sort", "top", "pareto", "pivot", "show")},
+        **{name: rest[name] for name in ("where", "sort", "top", "pareto", "pivot", "show")},
         style=chosen_style(style, output), output=output,
     )  # fmt: skip
-    costs = {name: rest.pop(name) for name in ("tokens", "rows", "epochs", "mean_tokens", "price", "margin")}
-    costs["calibration"] = rest.pop("calibration")
-    costs["data"] = take(rest)
-    source, job = sources_of(take_reading(rest), rest)
+    cost = Cost(**{name: rest[name] for name in ("tokens", "rows", "epochs", "mean_tokens", "price")})
+    lists = {"model": list(models), "gpu": list(gpus), "vram": list(rest["vram"])}
+    lists |= {name: list(rest[name]) for name in OPTIONS if rest[name]}
+    source, job = sources_of(rest, lists)
     if isinstance(job, ShowKeys):
         return show_keys(job.job, view.style if view.style in ("json", "csv", "markdown") else "table")
-    lists = {
-        "model": list(models),
-        "gpu": list(gpus),
-        "vram": list(rest.pop("vram")),
-        **{k: list(v) for k, v in rest.items() if v},
-    }
-    if grid is not None:
-        lists = {**read_grid(grid), **{k: v for k, v in lists.items() if v}}
-    if job is not None and job.model and not lists["model"]:
-        lists["model"] = [job.model]
-    made = explicit(source, lists, costs, job) if source is not None else [tabulator(lists, costs, job)]
-    return view.print(made)
+    base = Request(job=job, margin=rest["margin"], calibration=rest["calibration"], data=data_of(rest), cost=cost)
+    return view.print(tables(lists, base, grid=grid, rows=source, shared=known()))
 
 
-def sources_of(reading: dict[str, Any], lists: Mapping[str, Sequence[Any]]) -> tuple[str | None, Job | ShowKeys | None]:
+def sources_of(given: dict[str, Any], lists: Mapping[str, list[Any]]) -> tuple[str | None, Job | ShowKeys | None]:
     """What the files of --from are: explicit rows (one CSV file at most), and the job of the training configs.
 
     Raises:
         PlannerError: configs that cannot be read, or two files of rows.
     """
-    from planner.base.errors import Contradiction
-
-    configs = tuple(name for name in reading["configs"] if is_config(name, several=True))
-    rows = [name for name in reading["configs"] if name not in configs]
-    if len(rows) > 1:
-        raise Contradiction("--from names two files of rows; put the rows into one")
-    single = {key: values[0] for key, values in lists.items() if len(values) == 1}
-    return (rows[0] if rows else None), take_job({**reading, "configs": configs}, single)
+    files, rows = rows_among(files_of(given))
+    single = {key: lists[key][0] for key in LIBRARIES if len(lists.get(key, ())) == 1}
+    return rows, take_job(files, Settings(single), given["show_keys"])
 
 
 def chosen_style(style: str | None, output: str | None) -> str:

@@ -10,6 +10,12 @@ OTHERWISE = {
 }  # fmt: skip
 """Keys whose flag is not the key with dashes; a test compares all of them with the commands' options."""
 
+ALSO = {
+    "r": ("r",), "target_modules": ("targets",), "quantization": ("q",), "micro_batch_size": ("batch",),
+    "seq_len": ("seq-len",),
+}  # fmt: skip
+"""Other names of options by key; a test compares them with the commands' options."""
+
 
 def flag_of(key: str) -> str:
     """Return the flag that sets a key of `planner.training.stacks`."""

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from planner import __version__
 from planner.base.errors import one_line
 from planner.base.units import gib
+from planner.plan.compared import Compared
 from planner.plan.rows import Caption
 from planner.report.answer import value_words
-from planner.report.comparison import Compared, sentences, shown_rows, warnings
+from planner.report.comparison import sentences, shown_rows, warnings
 from planner.report.figures import Picture
 from planner.report.pages import html_page, html_table
 

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from planner.base.errors import one_line
 from planner.base.units import gib
 from planner.importers.writing import line_for
+from planner.plan.checks import Linted
 from planner.plan.lint import Trap
 from planner.report.config_checks import command
 from planner.report.tables import json_text, table, wrapped
-from planner.training.settings import Setting
 
 if TYPE_CHECKING:
-    from planner.importers import Job
-    from planner.plan.predict import Prediction
+    pass
 
 _REMEDIES = {
     "kbit_preparation": "drop the call of prepare_model_for_kbit_training",
     "experts": "quantize experts at load (axolotl: quantize_moe_experts: true), or choose a card with more memory",
 }
 """What to do where the framework has no key for the change."""
-
-
-class Linted(NamedTuple):
-    """One file with its traps, or the reason why it could not be looked at."""
-
-    file: str
-    prediction: Prediction | None
-    traps: tuple[Trap, ...] = ()
-    job: Job | None = None
-    settings: Mapping[str, Setting] = {}
-    notes: tuple[str, ...] = ()
-    """What an answer about the file must say: settings that are not modelled, how its model was read."""
-    error: str = ""
 
 
 def render(found: Sequence[Linted], style: str) -> str:
