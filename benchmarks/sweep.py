@@ -22,7 +22,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from planner.base.errors import PlannerError
-from planner.cli.table import caption_of, columns_of
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
@@ -30,6 +29,7 @@ from planner.plan import sweep
 from planner.plan.request import Cost, Request
 from planner.plan.table import tabulator
 from planner.report.grid import write_streamed
+from planner.report.table import caption_of, columns_of
 from planner.step import architecture, program
 from planner.timing import step_time
 from planner.timing.coefficients import priors

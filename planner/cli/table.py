@@ -20,11 +20,12 @@ from planner.plan.grid import rows_among, tables
 from planner.plan.request import Cost, Request
 from planner.plan.values import OPTIONS
 from planner.plan.words import LIBRARIES
+from planner.report.table import caption_of, columns_of, kept, notes_of, warnings_of
 
 if TYPE_CHECKING:
     from planner.importers import Job
     from planner.plan.rows import Block, Caption
-    from planner.plan.table import Tabulator, Wanted
+    from planner.plan.table import Tabulator
 
 STYLES = ("table", "json", "jsonl", "csv", "markdown", "latex", "html", "parquet")
 
@@ -162,7 +163,7 @@ class View(NamedTuple):
             count = self._stream(blocks, columns, caption_of(made, final=False))
             self._tell_notes(made)
         else:
-            rows = self._rows((row for block in blocks for row in block.rows(columns)), columns)
+            rows = kept((row for block in blocks for row in block.rows(columns)), columns, self)
             count = len(rows)
             caption = caption_of(made, final=True)
             if self.pivot:
@@ -188,31 +189,6 @@ class View(NamedTuple):
 
         for line in warnings_of(notes_of(made), sum(one.evaluated for one in made)):
             click.echo(one_line(line, 1000), err=True)
-
-    def _rows(self, rows: Iterator[tuple[Any, ...]], columns: Sequence[str]) -> list[tuple[Any, ...]]:
-        from planner.base.errors import InvalidInput
-        from planner.plan import rows as plan_rows
-        from planner.report import grid as report
-
-        found: Any = rows
-        if self.pareto:
-            found = plan_rows.pareto(
-                found, [columns.index(plan_rows.column_of(w, columns)) for w in self.pareto.split(",")]
-            )
-        if self.sort:
-            keys = [w.strip() for w in self.sort.split(",")]
-            numbers = [(columns.index(plan_rows.column_of(w.lstrip("-"), columns)), w.startswith("-")) for w in keys]
-            return plan_rows.kept_sorted(found, numbers, self.top or 0)
-        held: list[tuple[Any, ...]] = []
-        for row in found:
-            if self.top and len(held) >= self.top:
-                break
-            if len(held) >= report.MOST_SHOWN:
-                raise InvalidInput(
-                    f"more than {report.MOST_SHOWN:,} rows; use csv, jsonl or parquet, or narrow with --where or --top"
-                )
-            held.append(row)
-        return held
 
     def _stream(self, blocks: Iterator[Block], columns: Sequence[str], caption: Caption) -> int:
         from planner.report import grid as report
@@ -264,69 +240,6 @@ class View(NamedTuple):
         else:
             with whole_file(self.output) as file:
                 file.write(text)
-
-
-def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
-    """Columns of a table: model, card, the settings that were given, the numbers, the results."""
-    from planner.plan.rows import RESULTS
-    from planner.plan.sweep import NUMBERS
-
-    settings = dict.fromkeys(key for one in wanted for key in one.values if key not in NUMBERS)
-    results = [name for name in RESULTS if budget or name not in ("hours", "usd")]
-    return ["model", "gpu", *settings, *NUMBERS, *results]
-
-
-def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
-    """Version, calibration, prices and their days, and the settings that all rows share."""
-    from planner import __version__
-    from planner.plan.money import ESTIMATED
-    from planner.plan.rows import Caption
-    from planner.report.answer import value_words
-    from planner.timing.coefficients import time_words
-
-    prices = [price for one in made for price in one.run.prices.values() if price is not None]
-    days = sorted({price.date for price in prices if price.date})
-    shared = dict(made[0].shared)
-    for one in made[1:]:
-        shared = {key: value for key, value in shared.items() if one.shared.get(key) == value}
-    chosen = {name: item for one in made for name, item in one.run.chosen.items()}
-    lines = [f"loraplan {__version__}; {made[0].basis}; {time_words(chosen)}"]
-    if made[0].run.margin:
-        lines.append(f"{made[0].run.margin:g} % of every card is kept free (--margin)")
-    if final and any(scan.token_error for one in made for scan in one.known.scans.values()):
-        lines.append(ESTIMATED)
-    if made[0].run.budget and days:
-        lines.append(f"prices on demand, read {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
-    if final and shared:
-        order = ("stack", "method", "quantization", "gradient_checkpointing", "attention", "loss", "optimizer",
-                 "target_modules", "base_dtype", "autocast")  # fmt: skip
-        words = [f"{key} {value_words(shared[key])}" for key in order if key in shared]
-        lines.append(f"all rows: {'; '.join(words)}")
-    data: dict[str, Any] = {
-        "version": __version__, "basis": made[0].basis, "prices_read": days,
-        "calibrated": sorted(name for name, item in chosen.items() if item.calibration and not item.borrowed),
-        "borrowed": {n: i.calibration.label for n, i in sorted(chosen.items()) if i.calibration and i.borrowed},
-        "shared": {key: value_words(value) for key, value in shared.items()},
-    }  # fmt: skip
-    if final:
-        notes = notes_of(made)
-        data["warnings"] = [{"text": text, "rows": rows} for text, rows in notes.items()]
-        lines += warnings_of(notes, sum(one.evaluated for one in made))
-    return Caption(tuple(lines), data)
-
-
-def notes_of(made: Sequence[Tabulator]) -> dict[str, int]:
-    """Distinct notes of the plans of all rows, with the number of rows that each concerns."""
-    found: dict[str, int] = {}
-    for one in made:
-        for note, rows in one.notes.items():
-            found[note] = found.get(note, 0) + rows
-    return found
-
-
-def warnings_of(notes: Mapping[str, int], rows: int) -> list[str]:
-    """The notes as lines, with how many of the rows they concern."""
-    return [f"warning{f' ({n:,} of {rows:,} rows)' if n < rows else ''}: {note}" for note, n in notes.items()]
 
 
 def _with_progress(made: Sequence[Tabulator]) -> Iterator[Block]:

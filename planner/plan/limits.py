@@ -16,8 +16,8 @@ from planner.plan.request import Known, Plan, Request, counted, resolve
 from planner.runs import cost
 
 if TYPE_CHECKING:
-    from planner.plan.datarun import DataRun
     from planner.device.hardware import Instance
+    from planner.plan.datarun import DataRun
 
 UNITS = {"micro_batch_size": "rows per micro batch", "seq_len": "tokens per row", "r": "LoRA rank"}
 STEPS = {"micro_batch_size": 1, "seq_len": 64, "r": 1}

@@ -28,6 +28,11 @@ def page(items: Sequence[Compared], pictures: Sequence[Picture], title: str) -> 
     return html_page("\n".join(parts), title)
 
 
+def comparison_table(items: Sequence[Compared]) -> str:
+    """Configurations side by side as elements for a page: what each is, the components, the differences in words."""
+    return _summary(items) + _comparison(items)
+
+
 def _text(value: object, limit: int = 1000) -> str:
     return html.escape(one_line(str(value), limit))
 

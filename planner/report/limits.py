@@ -40,6 +40,24 @@ def render_reached(answer: Reached, style: str, width: int = 0) -> str:
     return _laid_out(columns, rows, style, width, Caption((), {}), answer.warnings)
 
 
+def reached_table(answer: Reached) -> tuple[list[str], list[Row], Caption]:
+    """Columns, rows and caption of the largest number, or of the largest pairs."""
+    if answer.found is None:
+        return *frontier_rows(answer), _captioned(Caption((CACHE,), {"basis": CACHE}), answer.warnings)
+    return *number_rows(answer, answer.found), _captioned(Caption((), {}), answer.warnings)
+
+
+def picked_table(answer: Picked) -> tuple[list[str], list[Row], Caption]:
+    """Columns, rows and caption of the machine that was picked and of the others."""
+    return *picked_rows(answer), _captioned(Caption((), {}), answer.warnings)
+
+
+def _captioned(caption: Caption, warnings: Sequence[str]) -> Caption:
+    """The caption with the notes of the plan."""
+    lines = (*caption.lines, *(f"warning: {note}" for note in warnings))
+    return Caption(lines, {**caption.data, "warnings": list(warnings)})
+
+
 def number_rows(answer: Reached, found: Largest) -> tuple[list[str], list[Row]]:
     """The largest number as columns and one row."""
     p, card = found.prediction, answer.card
@@ -136,8 +154,7 @@ def _laid_out(
     columns: list[str], rows: list[Row], style: str, width: int, caption: Caption, warnings: Sequence[str]
 ) -> str:
     """A table with the notes of its plan: below it, under `warnings` in JSON, nowhere in CSV."""
-    lines = (*caption.lines, *(f"warning: {note}" for note in warnings))
-    caption = Caption(lines, {**caption.data, "warnings": list(warnings)})
+    caption = _captioned(caption, warnings)
     if style == "csv":
         out = io.StringIO()
         arrays = {name: [row[n] for row in rows] for n, name in enumerate(columns)}

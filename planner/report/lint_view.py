@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from planner.base.errors import one_line
 from planner.base.units import gib
@@ -12,9 +12,6 @@ from planner.plan.checks import Linted
 from planner.plan.lint import Trap
 from planner.report.config_checks import command
 from planner.report.tables import json_text, table, wrapped
-
-if TYPE_CHECKING:
-    pass
 
 _REMEDIES = {
     "kbit_preparation": "drop the call of prepare_model_for_kbit_training",
@@ -31,15 +28,22 @@ def render(found: Sequence[Linted], style: str) -> str:
         return "".join(_annotations(item) for item in found)
     if style == "table":
         return "\n".join(_text(item) for item in found)
-    headers = ("file", "trap", "cost bytes", "cost seconds", "share", "where", "change", "what")
-    rows = [
+    return table(style, COLUMNS, rows(found))
+
+
+COLUMNS = ("file", "trap", "cost bytes", "cost seconds", "share", "where", "change", "what")
+
+
+def rows(found: Sequence[Linted]) -> list[tuple[Any, ...]]:
+    """A row for every trap, warning and file without an answer; sizes in bytes, times in seconds of a step."""
+    listed: list[tuple[Any, ...]] = [
         (i.file, t.name, t.nbytes, t.seconds, t.share, _where(i, t)[0], _change(i, t), t.what)
         for i in found
         for t in i.traps
     ]
-    rows += [(i.file, "warning", None, None, None, i.file, "", n) for i in found for n in i.notes]  # type: ignore[misc]
-    rows += [(i.file, "error", None, None, None, i.file, "", i.error) for i in found if i.error]  # type: ignore[misc]
-    return table(style, headers, rows)
+    listed += [(i.file, "warning", None, None, None, i.file, "", n) for i in found for n in i.notes]
+    listed += [(i.file, "error", None, None, None, i.file, "", i.error) for i in found if i.error]
+    return listed
 
 
 def cost(trap: Trap) -> str:

@@ -40,7 +40,7 @@ CLIMBS: tuple[str, ...] = ()
 LAZY = {
     "numpy": ("",),
     "pyarrow": ("report", "runs"),
-    "pandas": ("plan",),
+    "pandas": ("plan", "report"),
     "huggingface_hub": ("facts",),
     "yaml": ("importers", "plan"),
     "pynvml": ("facts",),
@@ -73,7 +73,7 @@ MODULE_LINES = 650
 FUNCTION_LINES = 80
 
 PLANNER = sorted((ROOT / "planner").rglob("*.py"))
-SOURCES = [*PLANNER, *sorted((ROOT / "calibrate").rglob("*.py"))]
+SOURCES = [*PLANNER, *sorted((ROOT / "calibrate").rglob("*.py")), *sorted((ROOT / "loraplan").rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:
