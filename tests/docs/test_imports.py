@@ -173,7 +173,7 @@ def test_calibrate_does_not_use_the_command_line() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in SOURCES
-        if path not in PLANNER
+        if path.is_relative_to(ROOT / "calibrate")
         for module, _, line in imports(path)
         if module.startswith(("planner.cli", "planner.report"))
     ]
