@@ -244,3 +244,9 @@ def test_nothing_outside_the_tests_imports_from_them() -> None:
     for path in outside:
         for module, _, line in imports(path):
             assert module.split(".")[0] not in names, f"{path}:{line} imports {module}"
+
+
+def test_tests_share_by_helpers_and_fixtures_only() -> None:
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for module, _, line in imports(path):
+            assert not module.startswith("tests.") or module.startswith("tests.helpers."), f"{path}:{line} {module}"

@@ -13,14 +13,16 @@ from planner.base import data_files
 from planner.base.errors import InvalidInput, UnknownName
 from planner.device import processor
 from planner.device.hardware import Gpu
-from planner.facts import calibration_files, catalog
+from planner.facts import calibration_files, catalog, sources
+from planner.model import families
 from planner.plan.predict import predict, predict_on
 from planner.timing import formulas
 from planner.timing.coefficients import Calibration, Coefficients, matches, priors, select
 from planner.timing.formulas import fingerprint
 from planner.training.spec import LoraSpec, TrainingSpec, Versions
 from tests.helpers.calibration_samples import CPU_FACTS
-from tests.timing.test_timing import LLAMA
+
+LLAMA = families.build_spec(sources.load_config("meta-llama/Llama-2-7b-hf").config, model_id="llama")
 
 
 def test_what_ships_is_named_after_its_kind() -> None:
