@@ -278,8 +278,9 @@ class Sums:
         moved, seconds = self.paged
         if self.room is not None and some(moved):
             moves = (moved / 2 > self.room) * 1.0
-            self.transfers += seconds * moves
-            self.classes["host transfer"][2] += moved * moves
+            self.transfers = self.transfers + seconds * moves
+            line = self.classes["host transfer"]
+            line[2] = line[2] + moved * moves
             self._wait_for_host("optimizer", seconds * moves, 1)
 
     def _wait_for_host(self, part: str, seconds: Number, steps: Number) -> None:
@@ -288,7 +289,8 @@ class Sums:
         whole = seconds * steps
         self.by_coefficient["host_link"] = self.by_coefficient.get("host_link", 0.0) + whole
         self.class_s["host transfer"] = self.class_s["host transfer"] + whole
-        self.classes["host transfer"][0] += whole
+        line = self.classes["host transfer"]
+        line[0] = line[0] + whole  # out of place: in a sweep either may be the wider array
 
     def _queued(self) -> Number:
         """Seconds of a step whose host launches ahead: the slowest way through it.

@@ -234,3 +234,13 @@ def test_bare_fits_loads_only_what_it_uses() -> None:
     loaded = loaded_by(FITS)
     assert "planner.plan.predict" in loaded
     assert not set(UNUSED) & set(loaded)
+
+
+def test_nothing_outside_the_tests_imports_from_them() -> None:
+    names = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
+    outside = [
+        path for folder in ("planner", "calibrate", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*.py")
+    ]
+    for path in outside:
+        for module, _, line in imports(path):
+            assert module.split(".")[0] not in names, f"{path}:{line} imports {module}"

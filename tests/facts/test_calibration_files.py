@@ -15,6 +15,7 @@ from planner.device import processor
 from planner.device.hardware import Gpu
 from planner.facts import calibration_files, catalog
 from planner.plan.predict import predict, predict_on
+from planner.timing import formulas
 from planner.timing.coefficients import Calibration, Coefficients, matches, priors, select
 from planner.timing.formulas import fingerprint
 from planner.training.spec import LoraSpec, TrainingSpec, Versions
@@ -58,7 +59,7 @@ def made(gpu: Gpu = H100, created: str = "2026-01-02", matmul: float = 0.6, **ch
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAPLAN_DATA", str(tmp_path))
-    monkeypatch.setattr(calibration_files.catalog, "data_path", lambda *parts: str(tmp_path / "shipped"))
+    monkeypatch.setattr(calibration_files.data_files, "data_path", lambda *parts: str(tmp_path / "shipped"))
     return tmp_path / "calibrations"
 
 
@@ -175,7 +176,7 @@ def test_no_fingerprint_is_computed_where_no_calibration_concerns_the_card(
     def never() -> str:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(calibration_files, "fingerprint", never)
+    monkeypatch.setattr(formulas, "fingerprint", never)
     assert calibration_files.select(T4).calibration is None
     with pytest.raises(AssertionError, match="computed"):
         calibration_files.select(H100)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,7 @@ def test_a_fingerprint_is_short_and_repeats() -> None:
     ],
 )
 def test_another_constant_is_another_fingerprint(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_time, name, value)
+    monkeypatch.setattr(rates if hasattr(rates, name) else step_time, name, value)
     assert NOW() != formulas.fingerprint()
 
 
@@ -65,7 +64,7 @@ def test_another_queue_or_transfer_is_another_fingerprint(monkeypatch: pytest.Mo
         patched.setattr(step_time.Sums, "_add_transfers", lambda self: None)
         assert NOW() != formulas.fingerprint()
     with monkeypatch.context() as patched:
-        patched.setattr(coefficients, "old_dequantize_factor", lambda capability: 1.0)
+        patched.setattr(rates, "old_dequantize_factor", lambda capability: 1.0)
         assert NOW() != formulas.fingerprint()
 
 
@@ -78,12 +77,3 @@ def test_intervals_are_not_formulas(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_values_of_priors_are_not_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coefficients, "HOPPER_INT8", 0.5)
     assert NOW() == formulas.fingerprint()
-
-
-def test_it_takes_milliseconds() -> None:
-    best = 1.0
-    for _ in range(5):
-        start = time.process_time()
-        NOW()
-        best = min(best, time.process_time() - start)
-    assert best < 0.1
