@@ -25,7 +25,7 @@ _GPT2 = Habits(
     keeps_scores_dtype=True,
     makes_layer_buffer=eager.mask_buffer,
     mask_buffers_before=(5, 2),
-    adds_mask_since=(4, 50),
+    adds_mask_since=(4, 52),  # _update_causal_mask; not in 4.51.3
     upcasts_since=(4, 48),
     slices_hidden_since=(4, 53),
 )
