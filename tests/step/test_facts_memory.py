@@ -25,7 +25,7 @@ from planner.step import program
 from planner.step.classes import registry
 from planner.step.context import Step
 from planner.step.engine import Record, Storage
-from planner.step.habits import COMMON
+from planner.step.habits import ALWAYS, COMMON, NEVER, Habits
 from planner.step.optimizers import OptimizerState
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
@@ -197,11 +197,16 @@ def habit(field: str) -> dict[str, Any] | list[str]:
     return sorted(found) if any(map(callable, found.values())) else found
 
 
+def common_habit(field: str) -> Any:
+    """What most classes do."""
+    return getattr(COMMON, field)
+
+
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
     for probe in (
         allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, readers, quantized, state_bytes,
-        optimizer_step, sdpa, habit,
+        optimizer_step, sdpa, habit, common_habit,
     )
 }  # fmt: skip
 
@@ -260,6 +265,12 @@ def test_every_habit_of_a_class_is_a_fact() -> None:
     """What any class of transformers does otherwise than most needs a row that says which do, and by what source."""
     named = {json.loads(row["arguments"])["field"] for row in rows() if row["function"] == "habit"}
     assert {field for field in vars(COMMON) if habit(field)} == named
+
+
+def test_every_release_that_most_classes_share_is_a_fact() -> None:
+    named = {json.loads(row["arguments"])["field"] for row in rows() if row["function"] == "common_habit"}
+    shared = {field for field in vars(COMMON) if "Release" in str(Habits.__annotations__[field])}
+    assert {field for field in shared if getattr(COMMON, field) not in (ALWAYS, NEVER, (ALWAYS, ALWAYS))} == named
 
 
 def test_a_walk_by_hand() -> None:
