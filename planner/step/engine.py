@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import ReferenceType, ref
 
+from planner.base.records import NamedTuple
+
 Size = Any
 """int, or a Polynomial in a sweep."""
 
@@ -43,6 +45,18 @@ class Storage:
         record = self.record
         if not record.closed:
             record.events.append((self.index, -self.nbytes))
+
+
+Dimensions = tuple[Size, ...]
+"""Shape of a tensor, slowest dimension first."""
+
+
+def elements_of(shape: Dimensions) -> Size:
+    """Elements of a tensor of this shape."""
+    numel = shape[0]
+    for size in shape[1:]:
+        numel = numel * size
+    return numel
 
 
 Shape = tuple[Size, Size, Size, Size]
@@ -122,15 +136,50 @@ class Record:
         self.closed = True
 
 
+class Unit(NamedTuple):
+    """What a strategy gathers, frees, recomputes and steps as one: a decoder layer, or all that is outside them."""
+
+    layer: int
+    """Of the record: an emulated layer or pattern of layers; -1: outside."""
+    sublayer: int = 0
+    """Which layer of a pattern."""
+
+
+OUTSIDE = Unit(-1)
+"""Embeddings, final norm and head."""
+
+
+class Owner(NamedTuple):
+    """Whose a parameter is."""
+
+    unit: Unit
+    module: str
+    """Path of the module inside its decoder layer, or in the model for what is outside ("self_attn.q_proj")."""
+    role: str
+    """Name of the parameter in the module: weight, bias, lora_A, lora_B, ...; of a quantized weight the part."""
+    trainable: bool
+
+
 class Tensor:
-    """A tensor without data: element count, dtype, storage, and its place in the autograd graph."""
+    """A tensor without data: shape, dtype, storage, and its place in the autograd graph.
 
-    __slots__ = ("dtype", "grad", "is_view", "node", "numel", "requires_grad", "slot", "storage")
+    A shape of one number only counts elements: not every module says the shapes of what it makes yet. All parameters
+    have theirs.
+    """
 
-    def __init__(self, storage: Storage, numel: Size, dtype: str) -> None:
+    __slots__ = ("dtype", "grad", "is_view", "node", "numel", "owner", "requires_grad", "shape", "slot", "storage")
+
+    def __init__(self, storage: Storage, shape: Size | Dimensions, dtype: str, numel: Size = None) -> None:
         self.storage = storage
-        self.numel = numel
+        if type(shape) is tuple:
+            self.shape = shape
+            self.numel = elements_of(shape) if numel is None else numel
+        else:
+            self.shape = (shape,)
+            self.numel = shape
         self.dtype = dtype
+        self.owner: Owner | None = None
+        """Of a parameter."""
         self.requires_grad = False
         self.node: Node | None = None
         self.slot = 0
@@ -233,9 +282,10 @@ class Engine:
 
     # --- making tensors ---------------------------------------------------------------------------------------
 
-    def empty(self, numel: Size, dtype: str, op: str) -> Tensor:
+    def empty(self, shape: Size | Dimensions, dtype: str, op: str) -> Tensor:
         """Allocate a tensor."""
-        return Tensor(Storage(self.record, numel * ITEMSIZE[dtype], op), numel, dtype)
+        numel = elements_of(shape) if type(shape) is tuple else shape
+        return Tensor(Storage(self.record, numel * ITEMSIZE[dtype], op), shape, dtype, numel)
 
     def enter(self, phase: str, layer: int = -1) -> None:
         """Begin a segment of the record."""
@@ -246,16 +296,11 @@ class Engine:
         """Allocate bytes inside a kernel; they live as long as the caller keeps the handle."""
         return Storage(self.record, nbytes, op)
 
-    def read(self, numel: Size, dtype: str, op: str) -> Tensor:
+    def read(self, shape: Size | Dimensions, dtype: str, op: str) -> Tensor:
         """Allocate a weight that comes from the checkpoint."""
-        tensor = self.empty(numel, dtype, op)
+        tensor = self.empty(shape, dtype, op)
         self.record.arrivals.append(tensor.storage.index)
         return tensor
-
-    def parameter(self, numel: Size, dtype: str, op: str, trainable: bool = False) -> Tensor:
-        """Allocate a leaf: frozen, or trainable with an AccumulateGrad node."""
-        tensor = self.empty(numel, dtype, op)
-        return self.leaf(tensor, is_parameter=True) if trainable else tensor
 
     def leaf(self, tensor: Tensor, is_parameter: bool = False) -> Tensor:
         """Make `tensor` a leaf that requires grad."""
