@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.device import cuda_rules
 from planner.model.spec import ModelSpec
 from planner.step.engine import FP32, OUTSIDE, Dimensions, Engine, Owner, Size, Tensor, Unit
 from planner.step.habits import Habits
+from planner.step.scopes import Backwards, Handler, Scope
 from planner.training.spec import TrainingSpec
 
 
@@ -14,8 +17,8 @@ class Step:
 
     __slots__ = (
         "alibi", "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "habits",
-        "here", "kept_inputs", "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq",
-        "tokens", "train", "unquantized_dtype", "unused_probabilities", "widened",
+        "handlers", "here", "kept_inputs", "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities",
+        "seq", "tokens", "train", "unquantized_dtype", "unused_probabilities", "widened",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +61,17 @@ class Step:
         self.kept_inputs: dict[int, tuple[int, Size]] = {}
         """(layer, bytes) of every storage that a function keeps as an attribute: it lives as long as the graph."""
         self.backward_began = False
+        self.handlers: Sequence[Handler] = ()
+        """Strategies that act at the borders of units, in the order in which they come first."""
+
+    def handle(self, handlers: Sequence[Handler]) -> None:
+        """Let strategies act at the borders of units."""
+        self.handlers = handlers
+        self.eng.watcher = Backwards(self) if handlers else None
+
+    def unit(self, unit: Unit, x: Tensor) -> Scope:
+        """The scope of a unit that runs on x."""
+        return Scope(self, unit, x)
 
     def owned(self, tensor: Tensor, name: str, trainable: bool = False) -> Tensor:
         """Make `tensor` the parameter `name` ("self_attn.q_proj.weight") of the unit that is being loaded."""

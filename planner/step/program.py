@@ -15,10 +15,10 @@ from planner.device import cuda_rules
 from planner.model import storage
 from planner.model.lora import Adapted, resolve_targets
 from planner.model.spec import Attention, Layer, Linear, ModelSpec, Norm
-from planner.step import layers, loading, ops
+from planner.step import checkpoints, layers, loading, ops
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, OUTSIDE, Record, Tensor, Unit
+from planner.step.engine import FP32, INT64, OUTSIDE, LayerForward, Record, Tensor, Unit
 from planner.step.modules import linears, losses, positions
 from planner.step.modules import weights as modules_weights
 from planner.step.modules.attention import always_masks, needs_window_mask, runs_eager
@@ -26,7 +26,6 @@ from planner.step.modules.eager import DROPOUT
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
-from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
 from planner.training.losses import LOSSES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
@@ -113,6 +112,7 @@ def run(
     step = Step(model, train, arch, habits, accumulates_in_place)
     stack = plan_layers(model, full_depth)
     step.eng.repeats = stack.repeats
+    step.handle(checkpoints.handlers(step))
     collecting = gc.isenabled()
     gc.disable()  # lifetimes are reference counts; the collector only costs time
     try:
@@ -397,7 +397,8 @@ class _Run:
             if unit.layer != eng.layer:
                 eng.enter("forward", unit.layer)
             eng.record.sublayer = unit.sublayer
-            outputs = self._layer(held, hidden)  # the frame holds a layer's whole result until the next one returns
+            # the frame holds a layer's whole result until the next one returns
+            outputs = self._layer(unit, held, hidden)
             hidden = outputs[0]
         eng.record.sublayer = 0
         eng.enter("loss")
@@ -409,46 +410,28 @@ class _Run:
             self._drop_positions()
         return hidden
 
-    def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
+    def _layer(self, unit: Unit, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        step = self.step
         spec = held.spec.attention
         window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
         mask = self.masks.get(self._masks_window(held))
         tables = self.rotary.get(step.habits.tables_by_window and bool(spec.sliding_window))
         arguments = (tables, mask, step.alibi, self.position_ids, window)
-        transfer = self._transfer()
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            if transfer:  # to the host, and back when this runs again
-                eng.kernel(transfer, x.dtype, x.nbytes)
-            step.cos_sin, step.mask, step.alibi = arguments[:3]
-            try:
-                return layers.decoder_layer(step, held, x), step.probabilities
-            finally:  # also when a recomputation stops early
-                step.probabilities = None
-                if step.backward_began:
-                    step.cos_sin = step.mask = step.alibi = None
+            with step.unit(unit, x):
+                step.cos_sin, step.mask, step.alibi = arguments[:3]
+                try:
+                    return layers.decoder_layer(step, held, x), step.probabilities
+                finally:  # also when a recomputation stops early
+                    step.probabilities = None
+                    if step.backward_began:
+                        step.cos_sin = step.mask = step.alibi = None
 
-        if mode == "none":
-            return forward(hidden)
-        if self._reenters() and hidden.requires_grad:
-            return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
-        return eng.checkpoint(forward, hidden, mode == "offload")
-
-    def _transfer(self) -> str:
-        """How a checkpoint's input goes to the host and comes back; "": it stays on the card.
-
-        unsloth copies in a stream of its own, which the layer waits for at its end (forward) or before it is recomputed
-        (unsloth_zoo/gradient_checkpointing.py UnslothCheckpointFunction, two buffers in turn: while one layer's
-        backward runs, the next one's input comes). It leaves the last layer's input and those of up to 2 MiB on the
-        card, which is not modelled. transformers' own offloading (save_on_cpu with pinned memory: asynchronous copies
-        in the current stream) does not overlap; trl's activation_offloading, which can, is priced as if it did not.
-        """
-        train = self.step.train
-        if train.gradient_checkpointing != "offload":
-            return ""
-        aside = train.kernels == "unsloth" and not self.step.arch.on_cpu
-        return OVERLAPPED_TRANSFER if aside else HOST_TRANSFER
+        run: LayerForward = forward
+        for handler in step.handlers:
+            run = handler.wrap(step, run)
+        return run(hidden)
 
     def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The first layer's input, and what the model's frame names until the last layer: embeddings as looked up."""
