@@ -78,8 +78,8 @@ RESULTS = (
     "masked_fill", "matmul_copy", "mean", "minimum", "mla_cat", "mlp", "mul", "neg", "nll_loss_cast", "norm",
     "norm_cast", "norm_input_fp32", "norm_weight", "outputs_to_fp32", "pad", "pow", "probabilities", "query",
     "quick_gelu", "relu", "relu2", "repeat_kv", "residual", "rotary", "router", "rsqrt", "scale", "scores",
-    "scores_fp32", "shift", "sigmoid", "silu", "softmax", "softmax_cast", "split", "subtract", "tanh", "unpad",
-    "xielu",
+    "layer_rotary_tables", "scores_fp32", "shift", "sigmoid", "silu", "softmax", "softmax_cast", "split", "subtract",
+    "tanh", "unpad", "xielu",
 )  # fmt: skip
 """Operations whose results are activations; the label of a gradient that their backward makes ends in "_grad"."""
 

@@ -165,8 +165,16 @@ def quantized(kind: str, out: int, into: int, **quant: Any) -> dict[str, int]:
 def _state(optimizer: str, dtype: str, elements: int, factors: int, cpu: bool = False) -> tuple[OptimizerState, Any]:
     arch = cuda_rules.Architecture.plain() if cpu else architecture()
     step = Step(toy("llama"), training(optimizer=optimizer), arch, COMMON)
-    leaf = step.trainable(elements, dtype, "weight", factors)
-    return OptimizerState(step, [(-1, 1)]), leaf
+    leaf = step.trainable("weight", _shape(elements, factors), dtype, "weight")
+    return OptimizerState(step), leaf
+
+
+def _shape(elements: int, factors: int) -> tuple[int, ...]:
+    """Of a vector, or of the matrix that has so many elements and so many rows and columns together."""
+    if not factors:
+        return (elements,)
+    rows = next(rows for rows in range(1, factors) if rows * (factors - rows) == elements)
+    return rows, factors - rows
 
 
 def state_bytes(optimizer: str, dtype: str, elements: int, factors: int = 0) -> list[int]:

@@ -144,8 +144,8 @@ def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
     widths = spec.parts if len(spec.parts) == len(_QKV) else (spec.out_features,)
     widths = tuple(widths[i] for i in slices) if slices and len(widths) > 1 else widths
     stacked, width = rank * len(widths), sum(widths)
-    a = step.trainable(stacked * spec.in_features, dtype, "adapter", stacked + spec.in_features)
-    b = step.trainable(width * rank, dtype, "adapter", width + rank)
+    a = step.trainable(f"{spec.name}.lora_A", (stacked, spec.in_features), dtype, "adapter")
+    b = step.trainable(f"{spec.name}.lora_B", (width, rank), dtype, "adapter")
     held.lora.append((a, b, stacked, width))
     held.rank = rank
 
