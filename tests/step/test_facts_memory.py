@@ -18,6 +18,7 @@ import pytest
 
 from planner.device import cuda_rules
 from planner.memory import sequence, walk
+from planner.memory.owners import OWNERS
 from planner.model import storage
 from planner.model.families import build_spec
 from planner.model.spec import Linear, ModelSpec
@@ -210,11 +211,16 @@ def common_habit(field: str) -> Any:
     return getattr(COMMON, field)
 
 
+def owners(operations: list[str]) -> dict[str, str]:
+    """Operation -> the line of the ledger that its storages are in, wherever they are made."""
+    return {op: OWNERS[op].category for op in operations}
+
+
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
     for probe in (
         allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, readers, quantized, state_bytes,
-        optimizer_step, sdpa, habit, common_habit,
+        optimizer_step, sdpa, habit, owners, common_habit,
     )
 }  # fmt: skip
 
@@ -262,7 +268,7 @@ def test_every_release_of_the_step_is_a_fact() -> None:
         inside = path.relative_to(folder.parent).with_suffix("").as_posix().replace("/", ".")
         module = importlib.import_module(f"planner.{inside}")
         for name, value in vars(module).items():
-            if not name.isupper() or name.startswith("_") or name in ("NEVER", "ALWAYS"):
+            if not name.isupper() or name.startswith("_") or name in ("NEVER", "ALWAYS", "OUTSIDE"):
                 continue
             releases = value.values() if isinstance(value, dict) else [value]
             if all(isinstance(v, tuple) and len(v) == 2 and all(isinstance(n, int) for n in v) for v in releases):
