@@ -15,7 +15,7 @@ from planner.training import settings
 if TYPE_CHECKING:
     from planner.importers import Job
 
-_METHOD_KEYS = frozenset({"method", "quantization", *settings.QUANTIZATION_KEYS})
+_METHOD_KEYS = frozenset({"method", "quantization", *settings.keys_of("quantization")})
 _FUSED_QKV = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "W_pack")
 _QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _FUSED_PARTS = {
@@ -65,7 +65,7 @@ def _overruled(user: Mapping[str, Any]) -> set[str]:
     if "method" in user or "quantization" in user:
         dropped |= _METHOD_KEYS
         if user.get("method") == "qlora" and "quantization" not in user:
-            dropped -= {"quantization", *settings.QUANTIZATION_KEYS}
+            dropped -= _METHOD_KEYS - {"method"}
     if user.get("method") == "dora":
         dropped.add("use_dora")
     return dropped

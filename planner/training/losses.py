@@ -63,6 +63,8 @@ class KernelSet:
     """unsloth's cross entropy: keeps the logits it was given and writes the gradient over them."""
     upcasts_logits: bool
     """The logits are copied to fp32 whatever the loss is called (fms runs transformers' own forward)."""
+    default_loss: Loss | Literal[""]
+    """The loss of a run with these kernels where nobody names one; empty: as without kernels."""
 
 
 KERNEL_SETS = Rows(
@@ -71,19 +73,19 @@ KERNEL_SETS = Rows(
     (
         ("none", KernelSet(
             fuses_rotary=False, fuses_norms=False, norm_grad_in_place=False, fuses_swiglu=False, fuses_lora=False,
-            loss_grad_in_place=False, upcasts_logits=False,
+            loss_grad_in_place=False, upcasts_logits=False, default_loss="",
         )),
         ("liger", KernelSet(
             fuses_rotary=True, fuses_norms=True, norm_grad_in_place=True, fuses_swiglu=True, fuses_lora=False,
-            loss_grad_in_place=False, upcasts_logits=False,
+            loss_grad_in_place=False, upcasts_logits=False, default_loss="fused",
         )),
         ("unsloth", KernelSet(
             fuses_rotary=True, fuses_norms=True, norm_grad_in_place=False, fuses_swiglu=True, fuses_lora=False,
-            loss_grad_in_place=True, upcasts_logits=False,
+            loss_grad_in_place=True, upcasts_logits=False, default_loss="fused",
         )),
         ("fms-fused", KernelSet(
             fuses_rotary=True, fuses_norms=True, norm_grad_in_place=True, fuses_swiglu=False, fuses_lora=True,
-            loss_grad_in_place=True, upcasts_logits=True,
+            loss_grad_in_place=True, upcasts_logits=True, default_loss="full-logits",
         )),
     ),
 )  # fmt: skip

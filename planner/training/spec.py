@@ -35,7 +35,7 @@ class LoraSpec:
     """Adapt only these parts of a fused projection, as litgpt adapts the q and v slices of one qkv module."""
 
     def __post_init__(self) -> None:
-        _positive("LoRA rank r", self.r)
+        _positive("LoRA rank r", self.r, highest=2**20)
         if not 0 <= self.lora_dropout < 1:
             raise InvalidInput(f"lora_dropout is {self.lora_dropout}; must be at least 0 and below 1")
         if not self.target_modules:

@@ -7,45 +7,27 @@ keeps where it came from, so that `--explain` can print each default that was us
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from planner.base.errors import Contradiction, one_line, unknown
-from planner.base.records import NamedTuple, fields
+from planner.base.records import NamedTuple
 from planner.training.choices import choice
 from planner.training.optimizers import OPTIMIZERS
 from planner.training.quantizations import BNB, BNB_4BIT, QUANTIZATIONS
-from planner.training.settings import ADAPTER_KEYS, KEYS, Resolved, Setting, _checked
+from planner.training.settings import SETTINGS, Default, Resolved, Setting, checked, conditions, neutral, values_of
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 GPTQ = QUANTIZATIONS.where(lambda row: row.keeps_column_groups)
 TORCH_ADAMW = OPTIMIZERS.where(lambda row: row.state_layout == "like-parameter")
 
 
-# Default and Setting are named tuples: a dataclass costs a millisecond of start-up each, and `fits` starts often.
-class Default(NamedTuple):
-    """One default of a framework: the value of `key` where all conditions hold. The first that holds wins."""
-
-    key: str
-    value: object
-    source: str
-    when: tuple[tuple[str, tuple[object, ...]], ...] = ()
-    """Pairs of an earlier key and the values it must have."""
-    before: tuple[str, tuple[int, int]] | None = None
-    """A library and a release: holds for releases before it."""
-
-    def holds(self, known: Mapping[str, Setting]) -> bool:
-        """Whether this default applies, given the settings resolved so far."""
-        if self.before is not None and getattr(known["versions"].value, self.before[0]) >= self.before[1]:
-            return False
-        return all(_is_one_of(known[key].value, allowed) for key, allowed in self.when)
-
-
 class Stack(NamedTuple):
     """A training framework: its defaults, what this table cannot express, and what it was read from."""
 
     name: str
-    defaults: tuple[Default, ...]
+    defaults: tuple[tuple[str, Default], ...]
+    """Setting and default: of those of one setting, the first that holds wins."""
     notes: tuple[str, ...] = ()
     read: str = ""
     """Releases or commits the defaults were read from."""
@@ -62,14 +44,14 @@ def resolve(stack: str, *, method: str, given: Mapping[str, object]) -> Resolved
     """
     if stack not in STACKS:
         raise unknown("stack", stack, STACKS, "(use custom for your own loop)")
-    chosen = {"method": method, **_checked(given)}
+    chosen = {"method": method, **checked(given)}
     if chosen["method"] != method:
         raise Contradiction(f"method is {method} and {one_line(chosen['method'])!r} at once; give it once")
     choice("method", method)
     if method == "dora" and chosen.get("use_dora") is False:
         raise Contradiction("method dora with use_dora false; drop use_dora, or choose method lora")
     known: dict[str, Setting] = {}
-    for key in KEYS:
+    for key in SETTINGS:
         known[key] = Setting(chosen[key], "given") if key in chosen else _default(STACKS[stack], key, known)
     return Resolved(stack=stack, settings=known, notes=STACKS[stack].notes)
 
@@ -84,98 +66,29 @@ def torch_adamw(stack: str, versions: Versions) -> str:
 def to_training_spec(resolved: Resolved) -> TrainingSpec:
     """Build the TrainingSpec of a resolved run; its own checks raise on settings that exclude each other."""
     value = resolved.__getitem__
-    lora = None
-    if value("method") != "full":
-        lora = LoraSpec(
-            dtype=value("adapter_dtype"),
-            **{key: value(key) for key in sorted(ADAPTER_KEYS - {"adapter_dtype"})},
-        )
-    quantized = value("quantization") != "none"
-    quantization = QuantizationSpec(
-        kind=value("quantization"),
-        double_quant=value("double_quant"),
-        quantized_modules=value("quantized_modules") if quantized else "none",
-        skip_modules=value("skip_modules"),
-        group_size=value("group_size"),
-        compute_dtype=value("compute_dtype"),
-    )
-    rest = {f.name for f in fields(TrainingSpec)} & set(KEYS) - {"quantization"}
-    return TrainingSpec(lora=lora, quantization=quantization, **{key: value(key) for key in sorted(rest)})
+    lora = LoraSpec(**values_of("lora", value)) if value("method") != "full" else None
+    stored = values_of("quantization", value)
+    if value("quantization") == "none":
+        stored["quantized_modules"] = "none"
+    return TrainingSpec(lora=lora, quantization=QuantizationSpec(**stored), **values_of("training", value))
 
 
 def _default(stack: Stack, key: str, known: Mapping[str, Setting]) -> Setting:
     """Return the first default of the framework that holds, else the first neutral one."""
-    for entry in stack.defaults:
-        if entry.key == key and entry.holds(known):
+    for name, entry in stack.defaults:
+        if name == key and entry.holds(known):
             return Setting(entry.value, f"stack {stack.name}: {entry.source}")
-    return next(Setting(e.value, "loraplan default") for e in _NEUTRAL if e.key == key and e.holds(known))
+    return Setting(neutral(key, known), "loraplan default")
 
 
-def _is_one_of(value: object, allowed: Sequence[object]) -> bool:
-    # An array (a sweep) never decides a default: one run of the table serves all its cells.
-    return not hasattr(value, "shape") and value in allowed
-
-
-def _d(key: str, value: object, source: str, before: tuple[str, tuple[int, int]] | None = None, **when: Any) -> Default:
+def _d(
+    key: str, value: object, source: str, before: tuple[str, tuple[int, int]] | None = None, **when: Any
+) -> tuple[str, Default]:
     """Write one table row: `_d(key, value, source, earlier_key=value_or_tuple)`."""
-    pairs = tuple((k, v if isinstance(v, tuple) else (v,)) for k, v in when.items())
-    return Default(key, value, source, pairs, before)
+    return key, Default(value, source, conditions(when), before)
 
 
 _BEFORE_V5 = ("transformers", (5, 0))
-
-_NEUTRAL: tuple[Default, ...] = (
-    _d("versions", Versions(), ""),
-    _d("quantization", "nf4", "", method="qlora"),
-    _d("quantization", "none", ""),
-    _d("double_quant", False, ""),
-    _d("base_dtype", "bf16", ""),
-    _d("autocast", "fp16", "", base_dtype="fp16"),
-    _d("autocast", "bf16", ""),
-    _d("compute_dtype", "fp16", "", autocast="fp16"),
-    _d("compute_dtype", "bf16", "", autocast="bf16"),
-    _d("compute_dtype", "fp16", "", base_dtype="fp16"),
-    _d("compute_dtype", "fp32", "", base_dtype="fp32"),
-    _d("compute_dtype", "bf16", ""),
-    _d("adapter_dtype", "fp32", ""),
-    _d("kbit_preparation", False, ""),
-    _d("fp32_norms_only", False, ""),
-    _d("quantized_modules", "linears", ""),
-    _d("skip_modules", ("lm_head",), ""),
-    _d("group_size", 128, ""),
-    _d("r", 8, ""),
-    _d("lora_alpha", 16.0, ""),
-    _d("lora_dropout", 0.0, ""),
-    _d("target_modules", ("all-linear",), ""),
-    _d("target_slices", (), ""),
-    _d("modules_to_save", (), ""),
-    _d("use_dora", True, "", method="dora"),
-    _d("use_dora", False, ""),
-    _d("use_rslora", False, ""),
-    _d("micro_batch_size", 1, ""),
-    _d("seq_len", 2048, ""),
-    _d("gradient_accumulation_steps", 1, ""),
-    _d("gradient_checkpointing", "full", ""),
-    _d("use_reentrant", False, ""),
-    _d("attention", "sdpa", ""),
-    _d("padded", False, ""),
-    _d("kernels", "none", ""),
-    _d("loss", "fused", "", kernels=("liger", "unsloth")),
-    _d("loss", "full-logits", "", kernels="fms-fused"),
-    _d("loss", "full-logits-fp32", ""),
-    _d("optimizer", "adamw", ""),
-    _d("optimizer_in_backward", False, ""),
-    _d("max_grad_norm", 1.0, ""),
-    _d("keeps_outputs", False, ""),
-    _d("outputs_to_fp32", False, ""),
-    _d("compile", False, ""),
-    _d("tf32", False, ""),
-    _d("untied_head", False, ""),
-    _d("longest_first", False, ""),
-    _d("added_tokens", 0, ""),
-    _d("device_map", True, "", quantization=BNB),
-    _d("device_map", False, ""),
-)
 
 _TF = "transformers 5.23 training_args.py"
 _TF4 = "transformers 4.45 to 4.57 training_args.py"

@@ -12,7 +12,7 @@ import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, UnknownName
 from planner.training import settings, stacks
-from planner.training.settings import KEYS
+from planner.training.settings import SETTINGS
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 from planner.training.stacks import STACKS, resolve, to_training_spec, torch_adamw
 from planner.training.versions import parse_versions
@@ -36,25 +36,26 @@ def test_the_listed_frameworks_are_there() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_framework_resolves_every_key_for_every_method(name: str, method: str) -> None:
     resolved = resolve(name, method=method, given={})
-    assert tuple(resolved.settings) == KEYS
+    assert tuple(resolved.settings) == tuple(SETTINGS)
     assert resolved.settings["method"].origin == "given"
     assert isinstance(to_training_spec(resolved), TrainingSpec)
     assert json.loads(json.dumps(resolved.describe())) == resolved.describe()
 
 
 def test_keys_cover_the_training_types() -> None:
-    renamed = {"dtype": "adapter_dtype", "kind": "quantization", "lora": "", "quantization": "quantization"}
-    for cls in (TrainingSpec, LoraSpec, QuantizationSpec):
-        for name in (item.name for item in dataclasses.fields(cls)):
-            assert renamed.get(name, name) in (*KEYS, ""), name
+    filled = {(row.spec, row.field) for row in SETTINGS.values()}
+    specs = {"training": TrainingSpec, "lora": LoraSpec, "quantization": QuantizationSpec}
+    fields = {(spec, item.name) for spec, kind in specs.items() for item in dataclasses.fields(kind)}
+    assert fields - filled == {("training", "lora"), ("training", "quantization")}
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=lambda s: s.name)
 def test_defaults_name_a_source_and_depend_on_earlier_keys_only(stack: stacks.Stack) -> None:
-    for entry in stack.defaults:
+    keys = list(SETTINGS)
+    for setting, entry in stack.defaults:
         assert entry.source, entry
-        assert entry.key in KEYS
-        assert all(KEYS.index(key) < KEYS.index(entry.key) for key, _ in entry.when), entry
+        assert setting in keys
+        assert all(keys.index(key) < keys.index(setting) for key, _ in entry.when), entry
         assert "@" in entry.source or any(ch.isdigit() for ch in entry.source) or "torch" in entry.source, entry
 
 
@@ -68,8 +69,8 @@ def test_given_wins_over_stack_over_neutral() -> None:
 
 def test_defaults_used_leaves_out_what_does_not_apply() -> None:
     full = resolve("hf-trainer", method="full", given={}).defaults_used()
-    assert not set(full) & settings.ADAPTER_KEYS
-    assert not set(full) & settings.QUANTIZATION_KEYS
+    assert not set(full) & settings.keys_of("adapter")
+    assert not set(full) & settings.keys_of("quantization")
     assert "use_reentrant" not in full  # no checkpointing
     nf4 = resolve("trl", method="qlora", given={"r": 4}).defaults_used()
     assert "group_size" not in nf4
