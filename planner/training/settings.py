@@ -124,8 +124,8 @@ class SettingRow:
     help: str
     column: str
     """In the table of published measurements; empty: it has none."""
-    column_words: tuple[str, ...]
-    """Further words that the column may hold."""
+    column_words: Mapping[str, str]
+    """Further words that the column may hold -> the value that is planned for them; empty: such a run is not."""
 
     def why_idle(self, run: Resolved) -> str | None:
         """Why it has no effect in a run, with a remedy; None: it has one."""
@@ -201,7 +201,7 @@ _YES_NO = YesNo()
 _COUNT = Whole(low=1, high=2**20)
 _NAMES = Names()
 _OFF = Default(False)
-_NO_COLUMN: dict[str, Any] = {"column": "", "column_words": ()}
+_NO_COLUMN: dict[str, Any] = {"column": "", "column_words": {}}
 _NO_CHECKPOINTING = Idle(
     lambda run: run["gradient_checkpointing"] == "none",
     "there is no checkpointing; drop it, or add --checkpointing full",
@@ -220,7 +220,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "method": {
         **_ADAPTER, "spec": "training", "field": "method", "belongs_to": "run", "place": 1, "flags": ("--method",),
         "kind": Choice(words=CHOICES["method"], aliases={}), "defaults": (Default("qlora"),), "help": "Default qlora.",
-        "column": "method", "column_words": (),
+        "column": "method", "column_words": {},
     },
     "versions": {
         **_BASE, "field": "versions", "section": "", "place": 0, "flags": (), "kind": Releases(),
@@ -230,23 +230,23 @@ _ROWS: dict[str, dict[str, Any]] = {
         **_BASE, "spec": "quantization", "field": "kind", "place": 1, "flags": ("-q", "--quantization"),
         "kind": Choice(words=CHOICES["quantization"], aliases=quantizations.words()),
         "defaults": (_if("nf4", method="qlora"), Default("none")), "help": "How the frozen base is stored.",
-        "column": "quantization", "column_words": ("other",),
+        "column": "quantization", "column_words": {"other": ""},
     },
     "double_quant": {
         **_QUANTIZED, "field": "double_quant", "place": 2, "flags": ("--double-quant/--no-double-quant",),
         "kind": _YES_NO, "defaults": (_OFF,), "help": "Quantize the 4-bit scales too.",
-        "column": "double_quant", "column_words": (),
+        "column": "double_quant", "column_words": {},
     },
     "base_dtype": {
         **_BASE, "field": "base_dtype", "place": 6, "flags": ("--base-dtype",), "kind": _DTYPE,
         "defaults": (Default("bf16"),), "help": "dtype of unquantized base weights.",
-        "column": "base_dtype", "column_words": (),
+        "column": "base_dtype", "column_words": {},
     },
     "autocast": {
         **_BATCH, "field": "autocast", "place": 11, "flags": ("--autocast",),
         "kind": Choice(words=("none", "bf16", "fp16"), aliases=_DTYPES),
         "defaults": (_if("fp16", base_dtype="fp16"), Default("bf16")), "help": "Mixed precision.",
-        "column": "autocast", "column_words": (),
+        "column": "autocast", "column_words": {},
     },
     "compute_dtype": {
         **_QUANTIZED, "field": "compute_dtype", "place": 7, "flags": ("--compute-dtype",), "kind": _DTYPE,
@@ -254,12 +254,12 @@ _ROWS: dict[str, dict[str, Any]] = {
             _if("fp16", autocast="fp16"), _if("bf16", autocast="bf16"), _if("fp16", base_dtype="fp16"),
             _if("fp32", base_dtype="fp32"), Default("bf16"),
         ),
-        "help": "dtype of dequantized weights.", "column": "compute_dtype", "column_words": (),
+        "help": "dtype of dequantized weights.", "column": "compute_dtype", "column_words": {},
     },
     "adapter_dtype": {
         **_ADAPTER, "field": "dtype", "place": 10, "flags": ("--adapter-dtype",), "kind": _DTYPE,
         "defaults": (Default("fp32"),), "help": "dtype of the adapter weights.",
-        "column": "adapter_dtype", "column_words": (),
+        "column": "adapter_dtype", "column_words": {},
     },
     "kbit_preparation": {
         **_QUANTIZED, "spec": "training", "field": "kbit_preparation", "place": 8,
@@ -274,7 +274,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "quantized_modules": {
         **_QUANTIZED, "field": "quantized_modules", "place": 3, "flags": ("--quantized-modules",),
         "kind": Choice(words=("linears", "adapted-only", "none"), aliases={}), "defaults": (Default("linears"),),
-        "help": "Which linear modules are quantized.", "column": "quantized_modules", "column_words": (),
+        "help": "Which linear modules are quantized.", "column": "quantized_modules", "column_words": {},
     },
     "skip_modules": {
         **_QUANTIZED, "field": "skip_modules", "place": 4, "flags": ("--skip-modules",), "kind": _NAMES,
@@ -287,21 +287,21 @@ _ROWS: dict[str, dict[str, Any]] = {
     },
     "r": {
         **_ADAPTER, "field": "r", "place": 2, "flags": ("-r", "--rank"), "kind": _COUNT, "defaults": (Default(8),),
-        "help": "LoRA rank.", "column": "rank", "column_words": (),
+        "help": "LoRA rank.", "column": "rank", "column_words": {},
     },
     "lora_alpha": {
         **_ADAPTER, "field": "lora_alpha", "place": 3, "flags": ("--alpha",), "kind": Number(low=0.0, high=1e9),
-        "defaults": (Default(16.0),), "help": "LoRA alpha.", "column": "alpha", "column_words": (),
+        "defaults": (Default(16.0),), "help": "LoRA alpha.", "column": "alpha", "column_words": {},
     },
     "lora_dropout": {
         **_ADAPTER, "field": "lora_dropout", "place": 4, "flags": ("--dropout",),
         "kind": Number(low=0.0, high=1.0, below=True), "defaults": (Default(0.0),), "help": "LoRA dropout.",
-        "column": "dropout", "column_words": (),
+        "column": "dropout", "column_words": {},
     },
     "target_modules": {
         **_ADAPTER, "field": "target_modules", "place": 5, "flags": ("--targets", "--target-modules"), "kind": _NAMES,
         "defaults": (Default(("all-linear",)),), "help": "all-linear, attention, mlp or module names.",
-        "column": "target_modules", "column_words": (),
+        "column": "target_modules", "column_words": {},
     },
     "target_slices": {
         **_ADAPTER, "field": "target_slices", "place": 6, "flags": ("--target-slices",), "kind": Parts(),
@@ -321,22 +321,22 @@ _ROWS: dict[str, dict[str, Any]] = {
     },
     "micro_batch_size": {
         **_BATCH, "field": "micro_batch_size", "place": 1, "flags": ("--batch", "--micro-batch-size"), "kind": _COUNT,
-        "defaults": (Default(1),), "help": "Rows per micro batch.", "column": "micro_batch", "column_words": (),
+        "defaults": (Default(1),), "help": "Rows per micro batch.", "column": "micro_batch", "column_words": {},
     },
     "seq_len": {
         **_BATCH, "field": "seq_len", "place": 2, "flags": ("--seq-len", "--length"),
         "kind": Whole(low=1, high=2**27), "defaults": (Default(2048),), "help": "Tokens per row.",
-        "column": "seq_len", "column_words": (),
+        "column": "seq_len", "column_words": {},
     },
     "gradient_accumulation_steps": {
         **_BATCH, "field": "gradient_accumulation_steps", "place": 3, "flags": ("--grad-accum",), "kind": _COUNT,
         "defaults": (Default(1),), "help": "Micro batches per optimizer step.",
-        "column": "grad_accum", "column_words": (),
+        "column": "grad_accum", "column_words": {},
     },
     "gradient_checkpointing": {
         **_BATCH, "field": "gradient_checkpointing", "place": 4, "flags": ("--checkpointing",),
         "kind": Choice(words=CHOICES["checkpointing"], aliases=_CHECKPOINTING), "defaults": (Default("full"),),
-        "help": "Gradient checkpointing.", "column": "checkpointing", "column_words": ("selective",),
+        "help": "Gradient checkpointing.", "column": "checkpointing", "column_words": {"selective": ""},
     },
     "use_reentrant": {
         **_BATCH, "field": "use_reentrant", "idle": (_NO_CHECKPOINTING,), "place": 5,
@@ -346,7 +346,9 @@ _ROWS: dict[str, dict[str, Any]] = {
     "attention": {
         **_BATCH, "field": "attention", "place": 6, "flags": ("--attention",),
         "kind": Choice(words=CHOICES["attention"], aliases=_ATTENTION), "defaults": (Default("sdpa"),),
-        "help": "Attention implementation.", "column": "attention", "column_words": ("flex", "xformers", "other"),
+        "help": "Attention implementation.", "column": "attention",
+        # memory as SDPA's flash kernel: no score matrix, one logsumexp
+        "column_words": {"flex": "sdpa", "xformers": "sdpa", "other": ""},
     },
     "padded": {
         **_BATCH, "field": "padded", "place": 7, "flags": ("--padded/--no-padded",), "kind": _YES_NO,
@@ -355,7 +357,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "kernels": {
         **_BATCH, "field": "kernels", "place": 8, "flags": ("--kernels",),
         "kind": Choice(words=CHOICES["kernels"], aliases={}), "defaults": (Default("none"),), "help": "Fused kernels.",
-        "column": "kernels", "column_words": ("other",),
+        "column": "kernels", "column_words": {"other": ""},
     },
     "loss": {
         **_LOSS, "field": "loss", "place": 1, "flags": ("--loss",),
@@ -364,12 +366,12 @@ _ROWS: dict[str, dict[str, Any]] = {
             *(_if(row.default_loss, kernels=name) for name, row in KERNEL_SETS.items() if row.default_loss),
             Default("full-logits-fp32"),
         ),
-        "help": "How logits become a loss.", "column": "loss", "column_words": (),
+        "help": "How logits become a loss.", "column": "loss", "column_words": {},
     },
     "optimizer": {
         **_LOSS, "field": "optimizer", "place": 2, "flags": ("--optimizer",),
         "kind": Choice(words=CHOICES["optimizer"], aliases=optimizers.words()), "defaults": (Default("adamw"),),
-        "help": "Optimizer and states.", "column": "optimizer", "column_words": ("other",),
+        "help": "Optimizer and states.", "column": "optimizer", "column_words": {"other": ""},
     },
     "optimizer_in_backward": {
         **_LOSS, "field": "optimizer_in_backward", "place": 3,
@@ -391,7 +393,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     },
     "compile": {
         **_BATCH, "field": "compile", "place": 9, "flags": ("--compile/--no-compile",), "kind": _YES_NO,
-        "defaults": (_OFF,), "help": "torch.compile.", "column": "compile", "column_words": (),
+        "defaults": (_OFF,), "help": "torch.compile.", "column": "compile", "column_words": {},
     },
     "tf32": {
         **_BATCH, "field": "tf32", "place": 10, "flags": ("--tf32/--no-tf32",), "kind": _YES_NO, "defaults": (_OFF,),
