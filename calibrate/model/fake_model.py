@@ -19,6 +19,7 @@ from calibrate.model.layer_paths import IN_LAYER
 from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.device import cuda_rules
 from planner.model.depth import first_layers
+from planner.training.own_modules import OWN_MODULES
 from planner.training.spec import LoraSpec, TrainingSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +112,7 @@ def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
         notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
     _keep_in_fp32(model, dtype)
     model.tie_weights()
-    if training.untied_head and cfg.tie_word_embeddings:
+    if cfg.tie_word_embeddings and not OWN_MODULES[training.own_modules].ties_head:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     return model

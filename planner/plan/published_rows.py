@@ -16,8 +16,6 @@ from planner.training.quantizations import BNB
 from planner.training.settings import LIBRARIES, SETTINGS
 from planner.training.spec import Versions
 
-_LISTED = frozenset(stacks.STACKS) - {"custom"}
-
 # Settings that have no column: the table's fixed wording for them in `notes`, and the option they set.
 _NOTED: tuple[tuple[str, str], ...] = (
     ("optimizer step fused into backward", "optimizer_in_backward"),
@@ -63,7 +61,7 @@ def row_options(row: Row) -> dict[str, Any]:
         NotScored: for an unknown value, or a run that is not modelled; the message names it.
     """
     _check_modelled(row)
-    stack = row["framework"] if row["framework"] in _LISTED else "custom"
+    stack = row["framework"] if row["framework"] in stacks.LISTED else stacks.CUSTOM
     versions = training_versions.parse_versions(_stated(row))
     options: dict[str, Any] = {
         "stack": stack,
@@ -85,7 +83,7 @@ def row_options(row: Row) -> dict[str, Any]:
 def row_flags(row: Row) -> tuple[str, ...]:
     """Return the assumptions under which the row is scored."""
     flags = []
-    if row["framework"] not in _LISTED:
+    if row["framework"] not in stacks.LISTED:
         named = one_line(row["framework"], 40) or "not named"
         flags.append(f"framework {named}: scored with the habits of a transformers training loop")
     lengths = _row_lengths(row)
@@ -205,7 +203,7 @@ def _optimizer(row: Row, stack: str, versions: Versions) -> str:
 
 def _padded(row: Row, stack: str) -> bool | None:
     """Rows padded to a common length carry a mask in transformers; litgpt and torchtune pass none in training."""
-    if row["packing"] != "false" or stack not in stacks.TRANSFORMERS_STACKS:
+    if row["packing"] != "false" or not stacks.STACKS[stack].transformers_code:
         return None
     useful = _decimal(row, "mean_tokens_per_row")
     return True if useful is not None and useful < _length(row) and row["micro_batch"] != "1" else None

@@ -166,10 +166,10 @@ def resolve(request: Request, known: Known | None = None) -> Plan:
     stated = [name for name in LIBRARIES if given.get(name)]
     stack = (training_settings(given) if "stack" in given else None) or request.stack
     loaded = known.model(request.model)
-    run = data_run(request.data, loaded.spec, stack or "custom", given, known)
+    run = data_run(request.data, loaded.spec, stack or stacks.CUSTOM, given, known)
     card = request.card
     resolved, training = configure(
-        loaded.spec, stack or "custom", given, lenient=request.lenient, card=None if request.keeps_dtypes else card
+        loaded.spec, stack or stacks.CUSTOM, given, lenient=request.lenient, card=None if request.keeps_dtypes else card
     )
     chosen = _calibration(card, request.calibration, training.versions)
     return Plan(

@@ -6,6 +6,7 @@ from planner.device import cuda_rules
 from planner.model.spec import ModelSpec
 from planner.step.engine import FP32, Engine, Size, Tensor
 from planner.step.habits import Habits
+from planner.training.own_modules import OWN_MODULES
 from planner.training.spec import TrainingSpec
 
 
@@ -84,7 +85,7 @@ class Step:
     def keeps_fp32(self, name: str) -> bool:
         """Whether transformers' class keeps this parameter in fp32 when it is loaded in 16 bit."""
         train = self.train
-        if train.uses_own_modules:
+        if not OWN_MODULES[train.own_modules].keeps_fp32:
             return False
         dtype = self.model.stored_as(name, train.base_dtype, train.versions.transformers)
         return dtype == FP32 != train.base_dtype

@@ -7,7 +7,7 @@ class that does something else. Modules ask `step.habits` and never for a model'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from planner.base.records import record
@@ -35,6 +35,9 @@ ALWAYS: Release = (0, 0)
 class Habits:
     """How one class of transformers, or a framework's own module, runs a decoder layer and what is around it."""
 
+    doubts: Callable[[ModelSpec, TrainingSpec], Iterator[tuple[str, float]]] | None = None
+    """Why the allocated figure of a framework's modules may be off, each with its relative share."""
+
     # --- the model and its layers ---------------------------------------------------------------------------------
 
     rebuild: Callable[[ModelSpec, TrainingSpec], tuple[ModelSpec, TrainingSpec]] | None = None
@@ -59,8 +62,6 @@ class Habits:
     """The final norm, where it is not a module of `planner.step.modules.norms`."""
     scales_in_embedding: bool = False
     """The embedding module multiplies its output itself, before a hook on it."""
-    quantizes_subclasses: bool = False
-    """bitsandbytes takes subclasses of nn.Linear too."""
     halves_quantized: bool = False
     """Modules with a quantized weight hold everything else in fp16."""
     adds_bias_apart: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.base.records import NamedTuple
 from planner.training.kinds import Kind, Text
 from planner.training.settings import LIBRARIES, SECTIONS, SETTINGS
-from planner.training.stacks import STACKS
+from planner.training.stacks import CUSTOM, LISTED
 
 
 class Option(NamedTuple):
@@ -29,10 +29,9 @@ class Option(NamedTuple):
 
 
 _FRAMEWORK = "Framework and releases"
-_LAST = list(STACKS)[-1]
 _STACK = Option(
     "stack", _FRAMEWORK, ("--stack",), Text(),
-    f"The framework whose unasked defaults apply: {', '.join(name for name in STACKS if name != _LAST)} or {_LAST} "
+    f"The framework whose unasked defaults apply: {', '.join(LISTED)} or {CUSTOM} "
     "(the default).",
 )  # fmt: skip
 

@@ -399,9 +399,10 @@ _ROWS: dict[str, dict[str, Any]] = {
         **_BATCH, "field": "tf32", "place": 10, "flags": ("--tf32/--no-tf32",), "kind": _YES_NO, "defaults": (_OFF,),
         "help": "fp32 products on TF32 tensor cores.", **_NO_COLUMN,
     },
-    "untied_head": {
-        **_BASE, "field": "untied_head", "place": 10, "flags": ("--untied-head/--no-untied-head",), "kind": _YES_NO,
-        "defaults": (_OFF,), "help": "litgpt's own modules, its head untied.", **_NO_COLUMN,
+    "own_modules": {
+        **_BASE, "field": "own_modules", "place": 10, "flags": ("--own-modules",),
+        "kind": Choice(words=CHOICES["own modules"], aliases={}), "defaults": (Default("none"),),
+        "help": "The framework whose own modules are trained in the place of transformers'.", **_NO_COLUMN,
     },
     "longest_first": {
         **_LOSS, "field": "longest_first", "place": 5, "flags": ("--longest-first/--any-order",), "kind": _YES_NO,

@@ -49,7 +49,7 @@ def test_keys_cover_the_training_types() -> None:
     assert fields - filled == {("training", "lora"), ("training", "quantization")}
 
 
-@pytest.mark.parametrize("stack", STACKS.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("stack", STACKS.values(), ids=list(STACKS))
 def test_defaults_name_a_source_and_depend_on_earlier_keys_only(stack: stacks.Stack) -> None:
     keys = list(SETTINGS)
     for setting, entry in stack.defaults:
@@ -123,7 +123,8 @@ def test_releases_decide_trainer_defaults() -> None:
     assert not spec("hf-trainer", "lora").use_reentrant
     assert torch_adamw("hf-trainer", Versions(transformers=(4, 57))) == "adamw"
     assert torch_adamw("torchtune", Versions(transformers=(4, 57))) == "adamw-fused"
-    assert torch_adamw("nobody", Versions()) == "adamw"
+    with pytest.raises(UnknownName):
+        torch_adamw("nobody", Versions())
 
 
 def test_litgpt_habits() -> None:
@@ -131,7 +132,7 @@ def test_litgpt_habits() -> None:
     assert training.lora is not None
     assert training.lora.target_slices == (0, 2)
     assert training.quantization.skip_modules == ()
-    assert (training.untied_head, training.keeps_outputs, training.optimizer) == (True, True, "paged-adamw")
+    assert (training.own_modules, training.keeps_outputs, training.optimizer) == ("litgpt", True, "paged-adamw")
     unfused = spec("litgpt", "lora", target_modules=["q_proj", "v_proj"], base_dtype="bf16")
     assert unfused.lora is not None
     assert (unfused.lora.target_slices, unfused.lora.dtype, unfused.autocast) == ((), "bf16", "none")
