@@ -17,6 +17,7 @@ from planner.step.architecture import architecture
 from planner.step.engine import Kernel, Record, Segment
 from planner.timing import step_time
 from planner.timing.coefficients import Coefficients
+from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
 MEASURED_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -84,7 +85,7 @@ class Point:
         products, attention, dequantization, rest = (name for name, _ in MEASURED_CLASSES)
         if not kernels.get(attention):  # products and softmax of eager or math attention
             return ((products, attention, dequantization, rest),)
-        if self.training.quantization.kind == "int8":
+        if QUANTIZATIONS[self.training.quantization.kind].by_rows:
             return ((products,), (attention,), (dequantization, rest))
         some = ((dequantization,),) if kernels.get(dequantization) else ()
         return ((products,), (attention,), *some, (rest,))

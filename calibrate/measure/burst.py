@@ -24,6 +24,8 @@ from typing import Any
 from calibrate.measure import recorder
 from calibrate.measure.device import CudaDevice, Device, MemorySampler, open_device
 from planner.base.errors import InvalidInput, PlannerError, one_line
+from planner.training.losses import LOSSES
+from planner.training.optimizers import OPTIMIZERS
 
 PROTOCOL = 1
 """Version of request and result."""
@@ -39,7 +41,7 @@ LONGEST, NAME = 24, 100
 OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("attention", "flash_fwd", "flash_bwd", "fmha", "sdpa")),
     ("dequantization", ("dequantize", "quantize", "kdequant")),
-    ("optimizer", ("adam", "optimizer", "lion", "multi_tensor", "sgd", "_foreach")),
+    ("optimizer", tuple(sorted({word for row in OPTIMIZERS.values() for word in row.kernel_words}))),
     ("matrix products", ("gemm", "mm", "linear", "cutlass", "matmul", "mkldnn", "nvjet", "splitk")),
     ("loss", ("log_softmax", "nll_loss", "cross_entropy", "softmax")),
 )
@@ -275,7 +277,7 @@ def refuse(training: Any) -> None:
         raise InvalidInput("bursts run checkpointing none and full, not offload")
     if training.kernels != "none" or training.compile:
         raise InvalidInput("bursts run the plain modules: no fused kernels, no torch.compile")
-    if training.loss not in ("full-logits", "full-logits-fp32"):
+    if not LOSSES[training.loss].traced:
         raise InvalidInput(f"bursts hold whole logits: there is no {training.loss} loss to measure")
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from planner.base.errors import InvalidInput
 from planner.facts import catalog
 from planner.importers.document import Document, quote
+from planner.training import optimizers, quantizations
 
 WORDS = "words"
 """The table that is no framework: value maps that several frameworks share."""
@@ -121,9 +122,20 @@ def _framework(name: str, tables: Mapping[str, Mapping[str, Any]]) -> Framework:
         missing=tuple(whole["missing"]),
         refuse=tuple(whole["refuse"]),
         warn=tuple(whole["warn"]),
-        maps=tables[WORDS]["maps"],
+        maps=word_maps(tables[WORDS]["maps"]),
         known=frozenset(known),
     )
+
+
+def word_maps(others: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Names that frameworks give to values: those that rows know, and those that only come close to one (`others`)."""
+    own = {
+        "optimizers": optimizers.by_transformers_name(),
+        "torch_optimizers": optimizers.by_class(),
+        "quant_types": quantizations.by_bnb_type(),
+    }
+    # the first word of a value is the one that a change writes into a config
+    return {name: {**others.get(name, {}), **own.get(name, {})} for name in (*own, *others)}
 
 
 def _row_keys(row: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from planner.device.hardware import CPU, Gpu
 from planner.memory import allocator, sequence, walk
 from planner.model.spec import ModelSpec
 from planner.step.classes.registry import habits_of
+from planner.training.losses import KERNEL_SETS, LOSSES
 from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
@@ -99,10 +100,11 @@ FRAGMENTATION = 0.05
 def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, float], ...]:
     """Why the allocated figure may be off, each with its relative share."""
     reasons = [("kernel temporaries and library releases", 0.01)]
-    if training.loss == "chunked" and not OWN_MODULES[training.own_modules].knows_chunks:
+    if LOSSES[training.loss].logits == "chunks" and not OWN_MODULES[training.own_modules].knows_chunks:
         reasons.append(("chunked loss: chunk count and lifetimes differ between implementations", 0.03))
-    if training.kernels == "unsloth":
-        reasons.append(("unsloth's fused kernels are modelled coarsely", 0.06))
+    doubt = KERNEL_SETS[training.kernels].doubt
+    if doubt:
+        reasons.append((f"{training.kernels}'s fused kernels are modelled coarsely", doubt))
     if training.compile:
         reasons.append(("torch.compile decides what it keeps", 0.10))
     if training.gradient_checkpointing == "offload":

@@ -11,6 +11,7 @@ from planner.facts.measurements import ENUMERATIONS, SETTING_COLUMNS, Row
 from planner.training import stacks
 from planner.training import versions as training_versions
 from planner.training.kinds import Names, Number, Whole, YesNo
+from planner.training.losses import LOSSES, UPCAST
 from planner.training.optimizers import OPTIMIZERS
 from planner.training.quantizations import BNB
 from planner.training.settings import LIBRARIES, SETTINGS
@@ -189,8 +190,8 @@ def _loss(row: Row) -> str:
     transformers, torchtune and litgpt all compute the whole-logits loss in fp32 (loss_utils.py, transformer.py
     `output(h).float()`, Fabric's convert_output).
     """
-    if row["loss"] == "full-logits" and row["kernels"] in ("", "none"):
-        return "full-logits-fp32"
+    if row["loss"] and LOSSES[row["loss"]].logits == "whole" and row["kernels"] in ("", "none"):
+        return UPCAST
     return row["loss"]
 
 

@@ -27,7 +27,7 @@ from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
 from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
-from planner.training.losses import LOSSES
+from planner.training.losses import KERNEL_SETS, LOSSES
 from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
@@ -458,7 +458,7 @@ class _Run:
         train = self.step.train
         if train.gradient_checkpointing != "offload":
             return ""
-        aside = train.kernels == "unsloth" and not self.step.arch.on_cpu
+        aside = KERNEL_SETS[train.kernels].offloads_aside and not self.step.arch.on_cpu
         return OVERLAPPED_TRANSFER if aside else HOST_TRANSFER
 
     def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
