@@ -8,6 +8,7 @@ from typing import Any
 from planner.base.config_values import names
 from planner.base.errors import InvalidInput, one_line, unknown
 from planner.base.records import record
+from planner.training.choices import _positive
 from planner.training.spec import Versions
 from planner.training.versions import parse_versions
 
@@ -51,13 +52,15 @@ class YesNo:
 
 @record
 class Whole:
-    """A whole number; `TrainingSpec` checks it, as it may be a polynomial of a sweep."""
+    """A whole number with bounds, or a polynomial of a sweep."""
 
     low: int
     high: int
 
     def checked(self, key: str, value: Any) -> object:
-        """Return the value as it is."""
+        """Return the number; the cells of an array are checked one by one, when they are used."""
+        if not hasattr(value, "shape"):
+            _positive(key, value, self.low, self.high)
         return value
 
 

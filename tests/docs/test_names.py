@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from calibrate.oracle import cases
 from planner.training.losses import KERNEL_SETS, LOSSES
 from planner.training.optimizers import OPTIMIZERS
 from planner.training.own_modules import OWN_MODULES
@@ -39,7 +40,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
 }
 """File -> names that stand there too, and why. A whole file of runs to measure is in MEASURED."""
 MEASURED = ("calibrate/oracle/cases.py", "calibrate/oracle/extrapolate.py", "calibrate/measure/grid.py")
-"""Grids of runs: which settings are measured or compared with a trace (tests/oracle says that no row is left out)."""
+"""Grids of runs: which settings are measured or compared with a trace (below: no optimizer is left out)."""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -61,6 +62,10 @@ def test_rows_are_named_in_their_tables_only() -> None:
         if node.value in NAMES and file not in MEASURED and node.value not in ELSEWHERE.get(file, {})
     ]
     assert not found, "read the row's field instead:\n" + "\n".join(found)
+
+
+def test_every_optimizer_is_compared_with_a_trace() -> None:
+    assert {*cases.LORA_OPTIMIZERS, *cases.FULL_OPTIMIZERS} == set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("file", ELSEWHERE)

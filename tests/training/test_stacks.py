@@ -12,6 +12,7 @@ import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, UnknownName
 from planner.training import settings, stacks
+from planner.training.own_modules import OWN_MODULES, OwnModules
 from planner.training.settings import SETTINGS
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 from planner.training.stacks import STACKS, resolve, to_training_spec, torch_adamw
@@ -57,6 +58,34 @@ def test_defaults_name_a_source_and_depend_on_earlier_keys_only(stack: stacks.St
         assert setting in keys
         assert all(keys.index(key) < keys.index(setting) for key, _ in entry.when), entry
         assert "@" in entry.source or any(ch.isdigit() for ch in entry.source) or "torch" in entry.source, entry
+
+
+@pytest.mark.parametrize(("kind", "row"), [(stacks.Stack, STACKS["trl"]), (OwnModules, OWN_MODULES["litgpt"])])
+def test_a_row_without_a_field_fails_and_names_it(kind: Any, row: Any) -> None:
+    complete = {item.name: getattr(row, item.name) for item in dataclasses.fields(kind)}
+    for left_out in complete:
+        with pytest.raises(TypeError, match=rf"{kind.__name__} needs {left_out}$"):
+            kind(**{name: value for name, value in complete.items() if name != left_out})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"defaults": (("no_such", settings.Default(1)),)}, "a default of no_such, which is no setting"),
+        ({"defaults": (("r", settings.Default(1, "", (("compile", (True,)),))),)}, "of r depends on compile: no set"),
+        ({"torch_adamw": "sgd"}, "torch_adamw 'sgd' is not one of adamw"),
+    ],
+)
+def test_a_framework_that_contradicts_the_tables_fails(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        dataclasses.replace(STACKS["trl"], **changes)
+
+
+def test_every_default_of_a_framework_is_a_value_that_its_setting_takes() -> None:
+    for stack in STACKS.values():
+        settings_given = [(key, entry.value) for key, entry in stack.defaults]
+        for key, value in settings_given:
+            assert settings.checked({key: value}) == {key: value}
 
 
 def test_given_wins_over_stack_over_neutral() -> None:
@@ -208,7 +237,7 @@ def test_versions() -> None:
         ({"target_modules": [1]}, InvalidInput, "target_modules is"),
         ({"target_modules": ""}, InvalidInput, "no target_modules"),
         ({"target_slices": [9]}, InvalidInput, "target_slices is"),
-        ({"r": 0}, InvalidInput, "LoRA rank r is 0"),
+        ({"r": 0}, InvalidInput, "r is 0"),
         ({"method": "full"}, Contradiction, "method is lora and 'full' at once"),
         ({"quantization": "nf4"}, Contradiction, "use method qlora"),
     ],
