@@ -15,6 +15,7 @@ from planner.base.errors import InvalidInput
 from planner.facts import catalog
 from planner.importers.document import Document, quote
 from planner.training import optimizers, quantizations
+from planner.training.losses import KERNEL_SETS
 
 WORDS = "words"
 """The table that is no framework: value maps that several frameworks share."""
@@ -155,7 +156,10 @@ def _inherited(name: str, tables: Mapping[str, Mapping[str, Any]], prefix: str) 
             for place, keys in table.get("defaults", {}).items()
             for key, value in keys.items()
         },
-        "options": {key: [_prefixed(row, prefix) for row in rows] for key, rows in table.get("options", {}).items()},
+        "options": {
+            key: [_prefixed(row, prefix) for written in rows for row in _expanded(written)]
+            for key, rows in table.get("options", {}).items()
+        },
         "neutral": [prefix + key for key in table.get("neutral", ())],
         "files": [prefix + key for key in table.get("files", ())],
     }
@@ -170,6 +174,14 @@ def _inherited(name: str, tables: Mapping[str, Mapping[str, Any]], prefix: str) 
         for part in ("neutral", "files", "missing", "refuse", "warn"):
             whole[part].extend(inner[part])
     return whole
+
+
+def _expanded(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A row as it is, or, of the switches of fused kernels, one for each set that has such a switch."""
+    if "switch" not in row:
+        return [row]
+    switches = {name: getattr(kernels, row["switch"]) for name, kernels in KERNEL_SETS.items()}
+    return [{"value": name, "when": {key: True}} for name, key in switches.items() if key]
 
 
 def _prefixed(row: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:

@@ -150,6 +150,7 @@ use_peft: true
 load_in_4bit: true
 bnb_4bit_quant_type: xfloat4
 optim: made_up
+use_hand_made: true
 max_length: 512
 """,
     "home.yaml": f"home_model: {MODEL}\nhome_rest: 6\n",
@@ -342,7 +343,7 @@ def test_a_setting_is_an_option_with_bounds_an_axis_and_a_column(found: dict[str
 
 def test_configs_of_trainers_name_the_rows(found: dict[str, Any]) -> None:
     values = settings_of(found, "from trl")
-    assert (values["optimizer"], values["quantization"]) == ("made-up", "xf4")
+    assert (values["optimizer"], values["quantization"], values["kernels"]) == ("made-up", "xf4", "hand-made")
     home = settings_of(found, "from home")
     assert (home["stack"], home["rest_days"], home["optimizer"]) == ("home-made", 6, "made-up")
 
