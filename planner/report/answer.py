@@ -65,13 +65,11 @@ _OUTSIDE = {
     "optimizer": "in the optimizer step",
 }
 
-_HEAD_OPS = ("log", "nll", "loss", "lm_head", "cross_entropy")
-
 
 def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
     """Say in words where in the step the peak is."""
-    if moment.phase == "backward" and moment.layer < 0 and moment.op.startswith(_HEAD_OPS):
-        return "at the start of the backward, in the loss and head"
+    if moment.in_head and moment.layer < 0:
+        return _OUTSIDE["head backward"]
     if moment.layer < 0:
         return _OUTSIDE.get(moment.phase, moment.phase)
     where = f"layer {moment.layer + 1} of {layers}"

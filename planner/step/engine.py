@@ -15,11 +15,13 @@ import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 from weakref import ReferenceType, ref
 
-Size = Any
-"""int, or a Polynomial in a sweep."""
+from planner.step.kernels import Kernel
+from planner.step.kernels import Layout as Layout
+from planner.step.kernels import Shape as Shape
+from planner.step.kernels import Size as Size
 
 FP32, BF16, FP16, INT8, INT64 = "fp32", "bf16", "fp16", "int8", "int64"
 ITEMSIZE: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int64": 8}
@@ -45,39 +47,8 @@ class Storage:
             record.events.append((self.index, -self.nbytes))
 
 
-Shape = tuple[Size, Size, Size, Size]
-"""Of a matrix product: how many of them, and m, n, k of each ([m, k] x [k, n])."""
-
-Layout = Literal["nt", "nn", "tn"]
-"""How the two operands of a product lie in memory, in BLAS letters (t: transposed): x @ weight.T, grad @ weight,
-grad.T @ x."""
 INPUT_GRAD: dict[Layout, Layout] = {"nt": "nn", "nn": "nt", "tn": "nn"}
 """Layout of the product that gives the left operand's gradient; the right one's has "tn"."""
-
-
-class Kernel:
-    """One device kernel (or a few of the same kind): floating-point operations, bytes moved, launches."""
-
-    __slots__ = ("bytes", "count", "dtype", "elements", "flops", "layout", "op", "recomputed", "segment", "shape")
-
-    def __init__(
-        self, op: str, dtype: str, flops: Size, nbytes: Size, count: Size, segment: int, shape: Shape | None,
-        recomputed: bool, layout: Layout = "nt", elements: Size = 0,
-    ) -> None:  # fmt: skip
-        self.op = op
-        self.dtype = dtype
-        self.flops = flops
-        self.bytes = nbytes
-        self.count = count
-        self.segment = segment
-        self.shape = shape
-        self.recomputed = recomputed
-        """Whether checkpointing runs it a second time, inside the backward."""
-        self.layout = layout
-        """Of a matrix product."""
-        self.elements = elements
-        """Results of a kernel that computes an index for each ("indexed"): strides, broadcasts, conversions. Of a
-        fused attention kernel the FLOPs it really does."""
 
 
 class Segment:
@@ -270,7 +241,11 @@ class Engine:
         self, op: str, dtype: str, nbytes: Size, flops: Size = 0, count: Size = 1, shape: Shape | None = None,
         layout: Layout = "nt", elements: Size = 0,
     ) -> None:  # fmt: skip
-        """Record work on the device; `elements` of an "indexed" kernel."""
+        """Record work on the device, of a kind of KERNELS; `elements` of an "indexed" kernel.
+
+        Raises:
+            UnknownName: there is no such kind.
+        """
         record = self.record
         segment = len(record.segments) - 1
         record.kernels.append(

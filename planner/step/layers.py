@@ -19,6 +19,12 @@ from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 
 
+def ignores_checkpoints(step: Step) -> bool:
+    """Whether the class of this release keeps every activation whatever is asked."""
+    first, end = step.habits.ignores_checkpoints
+    return first <= step.train.versions.transformers < end
+
+
 def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """One decoder layer: norms, attention, feed-forward, residuals in the class's order."""
     spec, habits = held.spec, step.habits

@@ -21,8 +21,14 @@ from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Record, Tensor
 from planner.step.modules import linears, losses, positions
 from planner.step.modules import weights as modules_weights
-from planner.step.modules.attention import always_masks, needs_window_mask, runs_eager
-from planner.step.modules.eager import DROPOUT
+from planner.step.modules.attention import (
+    BOOLEAN_MASKS_SINCE,
+    always_masks,
+    hands_on_mask,
+    needs_window_mask,
+    runs_eager,
+)
+from planner.step.modules.eager import DROPOUT, adds_mask
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
@@ -289,6 +295,7 @@ class _Run:
             self._load_experts(held)
         if habits.makes_layer_buffer is not None and not habits.layer_buffer_first:
             held.buffer = habits.makes_layer_buffer(self.step)
+        held.tables = positions.load_tables(self.step, layer.attention)
         return held
 
     def _load_experts(self, held: LayerWeights) -> None:
@@ -440,7 +447,7 @@ class _Run:
                 if step.backward_began:
                     step.cos_sin = step.mask = step.alibi = None
 
-        if mode == "none":
+        if mode == "none" or layers.ignores_checkpoints(step):
             return forward(hidden)
         if self._reenters() and hidden.requires_grad:
             return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
@@ -471,17 +478,20 @@ class _Run:
         self._link_table(out, self.embedding)
         if self.stable:
             out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], step.tokens)
-        if model.embedding_scale and step.habits.scales_in_embedding:
+        in_module = step.train.versions.transformers >= step.habits.scales_in_embedding_since
+        if model.embedding_scale and in_module:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
             self.input_leaf = eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
-        if model.embedding_scale and not step.habits.scales_in_embedding:
+        if model.embedding_scale and not in_module:
             out = ops.scale(eng, out, "embedding")
         names = [out]
         for projection in self.projections[:1]:
             out = linears.base_forward(step, projection, out)
         if model.position_embedding is not None:
-            places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
+            every_row = step.train.versions.transformers < step.habits.positions_of_rows_before
+            rows = step.tokens if every_row else step.seq
+            places = eng.empty(rows * model.hidden_size, self.embedding.dtype, "embedding")
             self._link_table(places, self.tables[1])
             out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
             names.append(places)
@@ -531,9 +541,12 @@ class _Run:
             self._alibi(spec, dtype)
         if spec.position == "alibi" and habits.alibi_in_mask:
             self.masks[False] = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
-        elif eager or (step.train.padded and step.train.attention == "sdpa"):
+        elif (
+            (eager and adds_mask(step)) or hands_on_mask(step) or (step.train.padded and step.train.attention == "sdpa")
+        ):
             # made from the embedding's output; later norms and projections may have another dtype
-            kind = self.embedding.dtype if eager and not habits.boolean_mask else "int8"
+            old = step.train.versions.transformers < BOOLEAN_MASKS_SINCE
+            kind = self.embedding.dtype if (eager or old) and not habits.boolean_mask else "int8"
             for windowed in {self._masks_window(held) for held in self.weights}:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):

@@ -134,7 +134,7 @@ _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 _HF_TRAINER_HABITS = (
     _d("use_reentrant", True, _GC4, before=_BEFORE_V5),
-    _d("optimizer", "adamw", _TF4, before=_BEFORE_V5),
+    _d("optimizer", "adamw", "transformers 4.40 to 4.53 training_args.py", before=("transformers", (4, 54))),
     _d("optimizer", "adamw-fused", f"{_TF} (torch 2.8 and later)"),
     _d("outputs_to_fp32", True, _ACC, autocast=("bf16", "fp16")),
 )

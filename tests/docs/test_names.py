@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,26 +18,14 @@ from planner.training.stacks import STACKS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLES = ("optimizers", "quantizations", "losses", "own_modules", "stacks", "settings")
-NAMES = {*OPTIMIZERS, *QUANTIZATIONS, *LOSSES, *KERNEL_SETS} - {"none"}
+DTYPE = "int8"
+"""The name of a quantization, and of a tensor's dtype in the step: looked for where a choice is compared."""
+NAMES = {*OPTIMIZERS, *QUANTIZATIONS, *LOSSES, *KERNEL_SETS} - {"none", DTYPE}
 FRAMEWORKS = {*STACKS, *OWN_MODULES} - {"none"}
 
-INT8 = "a tensor's dtype"
 ELSEWHERE: dict[str, dict[str, str]] = {
     "planner/training/spec.py": {"full-logits-fp32": "a default of the type", "adamw-fused": "a default of the type"},
     "planner/exporters/frameworks.py": {"nf4": "axolotl's own fixed type", "adamw": "what entrenar falls back to"},
-    "planner/step/engine.py": {"int8": INT8},
-    "planner/step/ops.py": {"int8": INT8},
-    "planner/step/loading.py": {"int8": INT8},
-    "planner/step/program.py": {"int8": INT8},
-    "planner/step/modules/quantized.py": {"int8": INT8},
-    "planner/step/modules/picking.py": {"int8": INT8},
-    "planner/step/modules/fused_lora.py": {"int8": INT8},
-    "planner/step/classes/apertus.py": {"int8": INT8},
-    "planner/step/classes/gpt2.py": {"int8": INT8},
-    "planner/step/classes/qwen.py": {"int8": INT8},
-    "planner/timing/rates.py": {"int8": INT8},
-    "planner/timing/formulas.py": {"int8": INT8},
-    "planner/sweep/time.py": {"int8": INT8},
 }
 """File -> names that stand there too, and why. A whole file of runs to measure is in MEASURED."""
 MEASURED = ("calibrate/oracle/cases.py", "calibrate/oracle/extrapolate.py", "calibrate/measure/grid.py")
@@ -72,6 +61,17 @@ def test_every_optimizer_is_compared_with_a_trace() -> None:
 def test_what_is_allowed_is_there(file: str) -> None:
     inside = {node.value for node in literals(ast.parse((ROOT / file).read_text(encoding="utf-8")))}
     assert set(ELSEWHERE[file]) <= inside
+
+
+def test_an_8_bit_base_is_asked_for_by_its_row() -> None:
+    found = [
+        f"{file}:{node.lineno} {ast.unparse(node)}"
+        for file, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and file not in MEASURED
+        if any(name.value == DTYPE for name in literals(node)) and re.search("kind|quant", ast.unparse(node))
+    ]
+    assert not found, "read the row's field instead:\n" + "\n".join(found)
 
 
 def test_no_framework_is_compared_by_name() -> None:

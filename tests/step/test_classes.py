@@ -11,7 +11,7 @@ import pytest
 from planner.step.classes import registry
 from planner.step.habits import COMMON, Habits
 
-STEP = Path(import_module("planner.step").__file__ or "").parent.parent
+STEP = Path(import_module("planner.step").__file__ or "").parent
 CLASSES = STEP / "classes"
 
 

@@ -31,7 +31,7 @@ from planner.training import releases, stacks, versions
 from planner.training.choices import CHOICES
 from planner.training.spec import TrainingSpec, Versions
 
-PLANNER = Path(predict.__file__).parent
+PLANNER = Path(program.__file__).parent.parent
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 500, 512, 1000, 1001, 1024, 1537, 4096)
 BATCHES = (1, 2, 3, 5, 8, 16)
 RANKS = (1, 2, 7, 8, 16, 64, 200)
@@ -47,7 +47,7 @@ CELLS = 5
 def releases_named() -> list[tuple[str, tuple[int, int]]]:
     """Every release that the source of the step compares with, and the one before it, by library."""
     dates = releases.release_dates()
-    paths = [*(PLANNER / "step").glob("*.py"), *(PLANNER / name for name in ("cuda_rules.py", "model.py", "stacks.py"))]
+    paths = [path for room in ("step", "device", "model", "training") for path in (PLANNER / room).rglob("*.py")]
     pairs = set()
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

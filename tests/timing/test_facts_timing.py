@@ -16,6 +16,7 @@ from planner.facts import catalog, sources
 from planner.model import families
 from planner.plan.intervals import uncertainty
 from planner.timing.coefficients import Coefficient, priors
+from planner.training.optimizers import OPTIMIZERS
 from planner.training.spec import training_from_dict
 from tests.helpers.calibration_samples import CPU_FACTS
 
@@ -51,6 +52,8 @@ def _value(function: str, arguments: list[Any]) -> Any:
     if function == "uncertainty_of":
         training = training_from_dict({"method": "lora", "lora.r": 8})
         return sum(share for _, share in uncertainty(_spec(arguments[0]), training))
+    if function == "optimizer":
+        return [getattr(OPTIMIZERS[arguments[0]], field) for field in arguments[1:]]
     module, _, name = function.rpartition(".")
     if name == "get":
         module, _, table = module.rpartition(".")

@@ -17,7 +17,7 @@ from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
-from planner.step.habits import NEVER, Habits
+from planner.step.habits import ALWAYS, NEVER, Habits, Release
 from planner.step.modules import attention, experts, linears, losses, quantized
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.quantizations import QUANTIZATIONS
@@ -517,6 +517,11 @@ def doubts(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, floa
 # --- habits ---------------------------------------------------------------------------------------------------------
 
 
+def _whatever_the_release(since: Release) -> Release:
+    """What some release of transformers brought to its class, litgpt's modules always had."""
+    return NEVER if since == NEVER else ALWAYS
+
+
 def habits(of_class: Habits) -> Habits:
     """litgpt's modules in the place of a class of transformers, of which experts and latent attention remain."""
     return Habits(
@@ -532,13 +537,15 @@ def habits(of_class: Habits) -> Habits:
         head_and_loss=head_and_loss,
         halves_quantized=True,  # Lightning's .half() (fabric/plugins/precision/bitsandbytes.py)
         adds_bias_apart=False,
-        repeats_in_module=False,
+        repeats_in_module_before=ALWAYS,
+        passes_groups_since=ALWAYS,
+        copies_for_sdpa_since=NEVER,
         writes_out_activations=False,
         slices_hidden_since=NEVER,
-        scales_in_embedding=of_class.scales_in_embedding,
+        scales_in_embedding_since=_whatever_the_release(of_class.scales_in_embedding_since),
         interleaves_tables=of_class.interleaves_tables,
         half_tables=of_class.half_tables,
-        fp32_tables=of_class.fp32_tables,
+        fp32_tables_since=_whatever_the_release(of_class.fp32_tables_since),
         fp32_rotary=of_class.fp32_rotary,
         turn=of_class.turn,
         shared_first=of_class.shared_first,
