@@ -18,6 +18,7 @@ from planner.step.engine import Record, Segment
 from planner.step.kernels import ATTENTION, DEQUANTIZATION, LEDGER, PRODUCTS, REST, Kernel
 from planner.timing import step_time
 from planner.timing.coefficients import Coefficients
+from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
 MEASURED = {
@@ -81,7 +82,7 @@ class Point:
             return ()
         if not kernels.get(ATTENTION):  # products and softmax of eager or math attention
             return (tuple(MEASURED),)
-        if self.training.quantization.kind == "int8":
+        if QUANTIZATIONS[self.training.quantization.kind].by_rows:
             return ((PRODUCTS,), (ATTENTION,), (DEQUANTIZATION, REST))
         some = ((DEQUANTIZATION,),) if kernels.get(DEQUANTIZATION) else ()
         return ((PRODUCTS,), (ATTENTION,), *some, (REST,))

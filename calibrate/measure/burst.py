@@ -25,6 +25,7 @@ from calibrate.measure import recorder
 from calibrate.measure.device import CudaDevice, Device, MemorySampler, open_device
 from planner.base.errors import InvalidInput, PlannerError, one_line
 from planner.step.kernels import UNMARKED, Marks, profile_marks
+from planner.training.losses import LOSSES
 
 PROTOCOL = 1
 """Version of request and result."""
@@ -267,7 +268,7 @@ def refuse(training: Any) -> None:
         raise InvalidInput("bursts run checkpointing none and full, not offload")
     if training.kernels != "none" or training.compile:
         raise InvalidInput("bursts run the plain modules: no fused kernels, no torch.compile")
-    if training.loss not in ("full-logits", "full-logits-fp32"):
+    if not LOSSES[training.loss].traced:
         raise InvalidInput(f"bursts hold whole logits: there is no {training.loss} loss to measure")
 
 

@@ -10,6 +10,7 @@ from planner.step.context import Step
 from planner.step.engine import Engine, Frame, Grads, LayerForward, Node, StopRecompute, Tensor, Unit
 from planner.step.scopes import Handler
 from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
+from planner.training.losses import KERNEL_SETS
 
 
 def handlers(step: Step) -> list[Handler]:
@@ -36,7 +37,7 @@ def _transfer(step: Step) -> str:
     card, which is not modelled. transformers' own offloading (save_on_cpu with pinned memory: asynchronous copies
     in the current stream) does not overlap; trl's activation_offloading, which can, is priced as if it did not.
     """
-    aside = step.train.kernels == "unsloth" and not step.arch.on_cpu
+    aside = KERNEL_SETS[step.train.kernels].offloads_aside and not step.arch.on_cpu
     return OVERLAPPED_TRANSFER if aside else HOST_TRANSFER
 
 

@@ -9,6 +9,7 @@ from planner.model.spec import ModelSpec
 from planner.step.engine import FP32, OUTSIDE, Dimensions, Engine, Owner, Size, Tensor, Unit
 from planner.step.habits import Habits
 from planner.step.scopes import Backwards, Handler, Scope
+from planner.training.own_modules import OWN_MODULES
 from planner.training.spec import TrainingSpec
 
 
@@ -100,7 +101,7 @@ class Step:
     def keeps_fp32(self, name: str) -> bool:
         """Whether transformers' class keeps this parameter in fp32 when it is loaded in 16 bit."""
         train = self.train
-        if train.uses_own_modules:
+        if not OWN_MODULES[train.own_modules].keeps_fp32:
             return False
         dtype = self.model.stored_as(name, train.base_dtype, train.versions.transformers)
         return dtype == FP32 != train.base_dtype

@@ -7,7 +7,7 @@ class that does something else. Modules ask `step.habits` and never for a model'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from planner.base.records import record
@@ -34,6 +34,9 @@ ALWAYS: Release = (0, 0)
 @record
 class Habits:
     """How one class of transformers, or a framework's own module, runs a decoder layer and what is around it."""
+
+    doubts: Callable[[ModelSpec, TrainingSpec], Iterator[tuple[str, float]]] | None = None
+    """Why the allocated figure of a framework's modules may be off, each with its relative share."""
 
     # --- the model and its layers ---------------------------------------------------------------------------------
 
@@ -63,8 +66,6 @@ class Habits:
     """Before: learned positions are looked up for every row, counted from its attention mask; else for one row."""
     ignores_checkpoints: tuple[Release, Release] = (ALWAYS, ALWAYS)
     """From the one to before the other: the class checkpoints nothing though asked to."""
-    quantizes_subclasses: bool = False
-    """bitsandbytes takes subclasses of nn.Linear too."""
     halves_quantized: bool = False
     """Modules with a quantized weight hold everything else in fp16."""
     adds_bias_apart: bool = True

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from planner.base.errors import unknown
 from planner.base.records import Rows, record
+from planner.training.optimizers import OPTIMIZERS
 
 Lane = Literal["compute", "communication", "copy", "host"]
 """Queues whose work runs side by side: the stream of kernels, one of collectives, one of copies between card and host,
@@ -196,7 +197,7 @@ _GEMM = ("gemm", "mm", "linear", "cutlass", "matmul", "mkldnn", "nvjet", "splitk
 _ATTENTION = ("attention", "flash_fwd", "flash_bwd", "fmha", "sdpa")
 _QUANTIZE = ("dequantize", "quantize", "kdequant")
 _SOFTMAX = ("log_softmax", "nll_loss", "cross_entropy", "softmax")
-_OPTIMIZER = ("adam", "optimizer", "lion", "multi_tensor", "sgd", "_foreach")
+_OPTIMIZER = tuple(sorted({word for row in OPTIMIZERS.values() for word in row.kernel_words}))
 
 
 def _product(name: str, ledger: str) -> KernelKind:

@@ -107,7 +107,7 @@ class OptimizerState:
         for layer, leaves in self.groups:
             self._enter("optimizer", layer)
             for leaf in leaves:
-                if self.row.temporary == "adafactor":
+                if self.row.temporary == "factored-update":
                     self._adafactor(leaf, update)
                 self._update(leaf)
 

@@ -33,6 +33,7 @@ from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
 from planner.training.losses import LOSSES
+from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
@@ -112,7 +113,7 @@ def run(
 ) -> Program:
     """Run one training step of `train` on `model` symbolically and return everything that happened."""
     model = model.with_tokens(train.added_tokens)
-    habits = registry.habits_of(model.model_type, train.uses_own_modules)
+    habits = registry.habits_of(model.model_type, train.own_modules)
     if habits.rebuild is not None:
         model, train = habits.rebuild(model, train)
     step = Step(model, train, arch, habits, accumulates_in_place)
@@ -308,7 +309,7 @@ class _Run:
     def _load_head(self, trainable: bool) -> modules_weights.LinearWeights:
         model, step = self.step.model, self.step
         held = modules_weights.LinearWeights(model.head)
-        if model.tied and not step.train.untied_head:
+        if model.tied and OWN_MODULES[step.train.own_modules].ties_head:
             held.weight = self.embedding
         elif not trainable and self._quantizes_head():
             held = linears.load_base(step, model.head, False)
@@ -321,8 +322,9 @@ class _Run:
 
     def _quantizes_head(self) -> bool:
         """bitsandbytes skips the output embedding whatever its name; "lm_head" in skip_modules means that."""
-        quant = self.step.train.quantization
-        return "lm_head" not in quant.skip_modules and storage.is_quantized(self.step.model.head, quant, False)
+        train = self.step.train
+        skipped = "lm_head" in train.quantization.skip_modules
+        return not skipped and storage.is_quantized(self.step.model.head, train, False)
 
     def _load_adapters(self, adapted: dict[tuple[int, str], Adapted]) -> None:
         lora = self.step.train.lora

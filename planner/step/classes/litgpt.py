@@ -7,7 +7,7 @@ Local names stand for those of the frames there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from planner.base.errors import Contradiction
 from planner.base.records import replace
@@ -18,7 +18,7 @@ from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.habits import ALWAYS, NEVER, Habits, Release
-from planner.step.modules import attention, experts, linears, losses
+from planner.step.modules import attention, experts, linears, losses, quantized
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import LoraSpec, TrainingSpec
@@ -502,6 +502,18 @@ def _capped(step: Step, logits: Tensor) -> Tensor:
     return ops.scale(eng, ops.pointwise(eng, scaled, "logits_softcap", False), "logits_softcap")
 
 
+def doubts(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
+    """What is not known of these modules, with the share of allocated memory that it may be."""
+    dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
+    four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
+    if not dense:
+        yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15
+    elif four_bit and training.versions.bitsandbytes < quantized.KEEPS_NO_INPUT:
+        yield "what bitsandbytes before 0.43 kept between litgpt's micro batches is not wholly explained", 0.15
+    else:
+        yield "litgpt's releases differ", 0.03
+
+
 # --- habits ---------------------------------------------------------------------------------------------------------
 
 
@@ -513,6 +525,7 @@ def _whatever_the_release(since: Release) -> Release:
 def habits(of_class: Habits) -> Habits:
     """litgpt's modules in the place of a class of transformers, of which experts and latent attention remain."""
     return Habits(
+        doubts=doubts,
         rebuild=own_modules,
         layer=layer,
         standard_attention_only=True,
@@ -522,7 +535,6 @@ def habits(of_class: Habits) -> Habits:
         gives_tables=tables,
         counts_positions=False,
         head_and_loss=head_and_loss,
-        quantizes_subclasses=True,
         halves_quantized=True,  # Lightning's .half() (fabric/plugins/precision/bitsandbytes.py)
         adds_bias_apart=False,
         repeats_in_module_before=ALWAYS,

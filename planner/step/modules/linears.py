@@ -26,7 +26,7 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     eng, train = step.eng, step.train
     held = LinearWeights(spec)
     quant = train.quantization
-    if is_quantized(spec, quant, adapted, step.habits.quantizes_subclasses):
+    if is_quantized(spec, step.train, adapted):
         held.kind = quant.kind
         held.packed = _quantized(step, spec, quant)
     else:
