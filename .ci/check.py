@@ -94,6 +94,8 @@ def main() -> int:
         failed.append(f"the command-line tests on another machine (--seed {seed})")
     if run(python, ROOT / ".ci" / "core.py"):
         failed.append(".ci/core.py")
+    if run(python, ROOT / ".ci" / "readme.py", "--against", "changelog"):
+        failed.append(".ci/readme.py: a figure changed and CHANGELOG.md does not say why")
     if failed:
         print("failed:", *failed, sep="\n  ", flush=True)
     return 1 if failed else 0

@@ -64,9 +64,8 @@ def install(folder: Path, what: tuple[tuple[str, ...], tuple[str, ...]]) -> dict
 
 def configs(folder: Path) -> dict[str, list[str]]:
     """Write the YAML of every method and padding for every framework."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "exporters")]
-    from test_exports import TRAININGS, recipe
-
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.export_cases import TRAININGS, recipe
     from planner.exporters import frameworks
 
     exporters = {"axolotl": frameworks.axolotl, "llama-factory": frameworks.llama_factory, "trl": frameworks.trl}

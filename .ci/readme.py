@@ -2,7 +2,8 @@
 
 Every figure that changes is printed with its change in per cent. A change of more than 0.5 % is not written unless
 `--because "..."` says why; the reason goes into CHANGELOG.md. `--against REF` asks git instead of running anything:
-whether figures differ by more than that from a revision whose CHANGELOG.md is the same.
+whether figures differ by more than that from a revision whose CHANGELOG.md is the same; `--against changelog` takes the
+last revision that touched CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -169,10 +170,15 @@ def with_reason(changelog: str, reason: str) -> str:
 def against(reference: str) -> int:
     """Say which figures differ from a git revision; 1 if one does by more than allowed and CHANGELOG.md does not."""
 
-    def at(name: str) -> str:
-        command = ["git", "show", f"{reference}:{name}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout if done.returncode == 0 else ""
+
+    if reference == "changelog":
+        reference = git("log", "-1", "--format=%H", "--", "CHANGELOG.md").strip()
+
+    def at(name: str) -> str:
+        return git("show", f"{reference}:{name}")
 
     names = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
     large = [

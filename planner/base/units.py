@@ -6,6 +6,7 @@ GiB is 2**30 bytes, GB is 10**9 bytes. Bytes are int, seconds are float.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from planner.base.errors import InvalidInput, one_line
 
@@ -80,3 +81,17 @@ def human_bytes(value: float) -> str:
 def count(value: int) -> str:
     """Print a count with thousands separators."""
     return f"{value:,}"
+
+
+def plain(value: Any) -> str:
+    """Print one cell for people: fractions with two decimals, nothing for None, no control characters."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        text = f"{value:,.2f}"
+        return "0.00" if text == "-0.00" else text
+    return one_line(str(value), 500)

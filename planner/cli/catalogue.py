@@ -43,7 +43,7 @@ def _print_rows(style: str, what: str, headers: list[str], rows: list[list[Any]]
 
 def _print_facts(style: str, what: str, facts: dict[str, Any]) -> int:
     """Print the facts about one thing, one a line."""
-    from planner.plan import rows as plan_rows
+    from planner.base import units
     from planner.report import tables
 
     if style == "json":
@@ -57,7 +57,7 @@ def _print_facts(style: str, what: str, facts: dict[str, Any]) -> int:
         rows += [(key if place == 0 or style == "csv" else "", item) for place, item in enumerate(values)]
     if style == "table":
         width = max(len(key) for key in facts) + 2
-        lines = [tables.wrapped(f"{key:<{width}}{plan_rows.plain(item)}", 100, " " * width) for key, item in rows]
+        lines = [tables.wrapped(f"{key:<{width}}{units.plain(item)}", 100, " " * width) for key, item in rows]
         click.echo("\n".join(lines))
     else:
         click.echo(tables.table(style, ("fact", "value"), rows), nl=False)

@@ -14,13 +14,13 @@ from planner.base.outputs import whole_file
 from planner.cli.asking import data_of, known
 from planner.cli.data_options import data_options
 from planner.cli.from_config import ShowKeys, config_options, files_of, show_keys, take_job
-from planner.cli.options import TRAINING, Sectioned, Word, calibration_option
+from planner.cli.options import Sectioned, Word, calibration_option
 from planner.plan.given import Settings
 from planner.plan.grid import rows_among, tables
 from planner.plan.request import Cost, Request
-from planner.plan.values import OPTIONS
-from planner.plan.words import LIBRARIES
 from planner.report.table import caption_of, columns_of, kept, notes_of, warnings_of
+from planner.training.options import OPTIONS
+from planner.training.settings import LIBRARIES
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -34,10 +34,9 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def lists_of_settings(command: _Command) -> _Command:
     """Add every training setting as an option that takes lists."""
-    for options in reversed(list(TRAINING.values())):
-        for option in reversed(options):
-            flags = [part.partition("/")[0] for part in option.flags]
-            command = click.option(*flags, option.key, multiple=True, metavar="LIST", help=option.help)(command)
+    for option in reversed(OPTIONS.values()):
+        flags = [part.partition("/")[0] for part in option.flags]
+        command = click.option(*flags, option.key, multiple=True, metavar="LIST", help=option.help)(command)
     return command
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ def wants_colour() -> bool:
 
 def table_width() -> int:
     """Columns that a table on stdout may take: COLUMNS, else the terminal's, else 100 where there is none."""
+    import shutil  # loads compression libraries
+
     return shutil.get_terminal_size((100, 24)).columns
 
 

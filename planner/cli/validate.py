@@ -29,7 +29,7 @@ def validate(
     calibration: str | None,
     style: str,
 ) -> int:
-    """Compare predictions with the measurements of FILE (CSV), or with the published runs that loraplan ships.
+    """Compare predictions with the measurements of FILE (CSV), or with the published runs in the package.
 
     The columns and the sources of the shipped runs are described in data/README.md.
 

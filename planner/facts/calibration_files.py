@@ -25,7 +25,6 @@ from planner.timing.coefficients import (
     priors,
 )
 from planner.timing.coefficients import select as select_from
-from planner.timing.formulas import fingerprint
 from planner.training.spec import Versions
 
 if TYPE_CHECKING:  # a prediction reads files by their names
@@ -151,6 +150,8 @@ def check_formula(calibration: Calibration) -> None:
     Raises:
         InvalidInput: naming the file, both formula versions and the remedy.
     """
+    from planner.timing.formulas import fingerprint  # prices toy kernels: no use without a calibration
+
     if calibration.formula_version != fingerprint():
         raise InvalidInput(
             f"{calibration.path} has coefficients of formula version {calibration.formula_version}, this loraplan "

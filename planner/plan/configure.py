@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from planner.base.errors import Contradiction, UnknownName, one_line
-from planner.base.records import fields, replace
+from planner.base.records import replace
 from planner.device.hardware import Gpu
 from planner.model import lora
 from planner.model.spec import ModelSpec
-from planner.plan.flags import flag_of
 from planner.plan.notes import lacks_bf16
 from planner.plan.settled import NOTHING, Settled, settle, without_idle
-from planner.training import settings as settings_of_training
 from planner.training import stacks
-from planner.training.settings import Resolved, Setting
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.options import flag_of
+from planner.training.settings import LIBRARIES, SETTINGS, Resolved, Setting
+from planner.training.spec import LoraSpec, TrainingSpec
 
 if TYPE_CHECKING:  # a run without a config reads none
     from planner.importers import Job
@@ -88,7 +87,7 @@ def _resolved(stack: str, settled: Settled, user: Mapping[str, object]) -> Resol
 
 def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
     """Say which releases the user gave, and that the others are of the same time (planner.training.releases)."""
-    if not 0 < len(stated) < len(fields(Versions)):
+    if not 0 < len(stated) < len(LIBRARIES):
         return resolved
     origin = f"given: {', '.join(stated)}; the others as they were then"
     found = Setting(resolved["versions"], origin)
@@ -110,17 +109,9 @@ def _in_fp16(resolved: Resolved, given: Mapping[str, object], card: Gpu) -> Reso
 def _refuse_idle(resolved: Resolved, given: Mapping[str, object]) -> None:
     """Refuse a given setting that the run has no use for: its user expects something else to be planned."""
     for key, value in given.items():
-        if value is None or value is False or key in ("method", "quantization") or resolved.applies(key):
-            continue
-        if key in settings_of_training.ADAPTER_KEYS:
-            why = "method full has no adapter; drop it, or choose --method lora or qlora"
-        elif key == "use_reentrant":
-            why = "there is no checkpointing; drop it, or add --checkpointing full"
-        elif key == "group_size" and resolved["quantization"] != "none":
-            why = f"group sizes belong to gptq and awq bases, not to {resolved['quantization']}; drop it"
-        else:
-            why = "the base is not quantized; drop it, or choose --method qlora"
-        raise Contradiction(f"{flag_of(key)} has no effect: {why}")
+        why = None if value is None or value is False else SETTINGS[key].why_idle(resolved)
+        if why is not None:
+            raise Contradiction(f"{flag_of(key)} has no effect: {why}")
 
 
 def _with_known_targets(model: ModelSpec, resolved: Resolved, given: Mapping[str, object]) -> Resolved:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from planner.base.errors import InvalidInput, one_line, unknown
-from planner.plan.words import LIBRARIES
-from planner.training.settings import KEYS
+from planner.training.options import OPTIONS
+from planner.training.settings import LIBRARIES, SETTINGS
 from planner.training.versions import parse_versions
 
-NAMES = (*KEYS, "stack", *LIBRARIES)
+NAMES = tuple(dict.fromkeys((*SETTINGS, *OPTIONS)))
 """Everything that can be set: the keys of `planner.training.stacks`, the framework, the releases of the libraries."""
 
 
@@ -76,7 +76,7 @@ class Settings(Mapping[str, object]):
         Raises:
             InvalidInput: a release that is none.
         """
-        options = {name: value for name, value in self._said.items() if name in KEYS}
+        options = {name: value for name, value in self._said.items() if name in SETTINGS}
         if self.releases:
             options["versions"] = parse_versions(self.releases)
         return options

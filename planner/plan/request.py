@@ -24,6 +24,7 @@ from planner.plan.models import LoadedModel, load_config, load_model, read_model
 from planner.plan.notes import training_warnings
 from planner.plan.predict import Prediction, predict
 from planner.timing.coefficients import Selection
+from planner.training import stacks
 from planner.training.settings import Resolved
 from planner.training.spec import TrainingSpec, Versions
 
@@ -259,9 +260,9 @@ def resolve(request: Request, shared: Known | None = None) -> Plan:
     config, model, warnings = _read(request, named, shared)
     run = None
     if request.data is not None and request.data.files and model is not None:
-        run, said = data_run(request.data, model, stack or "custom", said, job, shared)
+        run, said = data_run(request.data, model, stack or stacks.CUSTOM, said, job, shared)
     resolved, training = configure(
-        model, stack or "custom", said.options(), job, lenient=request.lenient,
+        model, stack or stacks.CUSTOM, said.options(), job, lenient=request.lenient,
         card=None if request.keeps_dtypes else card,
     )  # fmt: skip
     chosen = None if request.tracing else _calibration(card, request.calibration, training.versions)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from planner.base.errors import InvalidInput, one_line, unknown
-from planner.base.units import GiB
+from planner.base.units import GiB, plain
 
 MOST_SORTED = 200_000
 """Rows held to be sorted: with 20 columns some 250 MB of Python objects."""
@@ -243,17 +243,3 @@ class Caption(NamedTuple):
 
     lines: tuple[str, ...]
     data: Mapping[str, Any]
-
-
-def plain(value: Any) -> str:
-    """Print one cell for people: fractions with two decimals, nothing for None, no control characters."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        text = f"{value:,.2f}"
-        return "0.00" if text == "-0.00" else text
-    return one_line(str(value), 500)

@@ -10,7 +10,8 @@ from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_li
 from planner.plan.given import NAMES, Settings
 from planner.plan.jobs import Files
 from planner.plan.request import Cost, Data, Request, Tracing
-from planner.plan.values import OPTIONS, key_of, value_of
+from planner.plan.values import key_of, value_of
+from planner.training.options import OPTIONS
 
 if TYPE_CHECKING:
     from planner.device.hardware import Gpu

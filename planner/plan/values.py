@@ -1,6 +1,6 @@
 """Words as values of settings: what kind each setting takes, which words mean the same, lists and ranges.
 
-The kinds and words are those of `planner.training.settings`; the command line's options say the same in click's types.
+The kinds and words are those of `planner.training.options`, which the command line gives click too.
 """
 
 from __future__ import annotations
@@ -8,34 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.base.errors import InvalidInput, one_line, unknown
-from planner.plan.flags import ALSO, flag_of
-from planner.plan.given import NAMES
-from planner.training import optimizers, quantizations, settings
-from planner.training.choices import CHOICES
+from planner.training.kinds import Choice, Names, Number, Parts, Whole, YesNo
+from planner.training.options import OPTIONS, flag_of
 
 MOST_VALUES = 1_000_000
-
-OPTIONS = tuple(name for name in NAMES if name != "versions")
-"""Settings that a user names; releases are named by library."""
-
-WHOLE = ("target_modules", "modules_to_save", "skip_modules", "target_slices")
-"""Settings whose own value is a list: alternatives are repeated options."""
-
-_ALIASES = {
-    "quantization": quantizations.words(), "optimizer": optimizers.words(), "attention": settings._ATTENTION,
-    "gradient_checkpointing": settings._CHECKPOINTING, "base_dtype": settings._DTYPES,
-    "compute_dtype": settings._DTYPES, "adapter_dtype": settings._DTYPES, "autocast": settings._DTYPES,
-}  # fmt: skip
-_INTEGERS = frozenset(
-    ("r", "micro_batch_size", "seq_len", "gradient_accumulation_steps", "group_size", "added_tokens")
-)  # fmt: skip
-
-
-def words_of(key: str) -> tuple[str, ...]:
-    """The words that a setting chooses from; none: it is no choice of words."""
-    if key in settings._FIXED:
-        return settings._FIXED[key]
-    return CHOICES[settings._CHOSEN[key]] if key in settings._CHOSEN else ()
 
 
 def value_of(key: str, value: object) -> object:
@@ -46,7 +22,7 @@ def value_of(key: str, value: object) -> object:
     """
     if key not in OPTIONS:
         raise unknown("setting", key, OPTIONS)
-    if key in WHOLE:
+    if _is_list(key):
         return ",".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
     found = _parsed(key, value)
     if len(found) != 1:
@@ -64,7 +40,7 @@ def parse_values(key: str, texts: Sequence[object]) -> tuple[object, ...]:
         raise unknown("setting", key, OPTIONS)
     found: list[object] = []
     for text in texts:
-        if isinstance(text, str) and key not in WHOLE:
+        if isinstance(text, str) and not _is_list(key):
             for part in text.split(","):
                 found += _parsed(key, part.strip())
         else:
@@ -74,26 +50,24 @@ def parse_values(key: str, texts: Sequence[object]) -> tuple[object, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _is_list(key: str) -> bool:
+    """Whether a setting's own value is a list: alternatives are repeated options."""
+    return isinstance(OPTIONS[key].kind, (Names, Parts))
+
+
 def _parsed(key: str, value: object) -> list[object]:
-    if key in _INTEGERS:
+    kind = OPTIONS[key].kind
+    if isinstance(kind, Whole):
         return [*_whole_numbers(key, value)]
-    if key in settings._NUMBERS:
+    if isinstance(kind, Number):
         return [_number(key, value)]
-    if words_of(key):
-        return [_word(key, value)]
-    if key in settings._BOOLEANS:
+    if isinstance(kind, YesNo):
         return [_truth(key, value)]
+    if isinstance(kind, Choice):
+        if isinstance(value, bool):  # yaml reads an unquoted on, off, no as a truth value
+            value = "on" if value else "none"
+        return [kind.word(OPTIONS[key].words, value)]
     return [",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
-
-
-def _word(key: str, value: object) -> str:
-    if isinstance(value, bool):  # yaml reads an unquoted on, off, no as a truth value
-        value = "on" if value else "none"
-    word = str(value).strip().lower()
-    word = _ALIASES.get(key, {}).get(word, word)
-    if word not in words_of(key):
-        raise unknown(flag_of(key).removeprefix("--").replace("-", " "), value, words_of(key))
-    return word
 
 
 def _truth(key: str, value: object) -> bool:
@@ -134,9 +108,9 @@ def key_of(name: object) -> str:
     """
     word = str(name).strip().lower().lstrip("-")
     known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu", "vram": "vram"}
-    for key in OPTIONS:
-        known[key] = key
-        known.update(dict.fromkeys((*ALSO.get(key, ()), flag_of(key).lstrip("-")), key))
+    for option in OPTIONS.values():
+        known[option.key] = option.key
+        known.update({flag.partition("/")[0].lstrip("-"): option.key for flag in option.flags})
     found = known.get(word) or known.get(word.replace("_", "-"))
     if found is None:
         raise unknown("name", name, known)

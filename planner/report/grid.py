@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from planner.base.errors import InvalidInput, MissingDependency, one_line
-from planner.plan.rows import RESULTS, SHOWN, Block, Caption, Shown, plain
+from planner.base.units import plain
+from planner.plan.rows import RESULTS, SHOWN, Block, Caption, Shown
 from planner.plan.verdict import CLOSE, NO, Verdict
 from planner.report.pages import html_page, html_table, latex
 from planner.report.tables import aligned, csv_cell, markdown, wrapped

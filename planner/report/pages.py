@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.base.errors import one_line
-from planner.plan.rows import Caption, plain
+from planner.base.units import plain
+from planner.plan.rows import Caption
 from planner.plan.verdict import ANSWERS, VERDICTS
 
 _LATEX = {

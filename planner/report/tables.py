@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from planner.base.errors import one_line
-from planner.plan.rows import plain
+from planner.base.units import plain
 
 _ACTIVE = ("=", "+", "-", "@", "\t", "\r")
 """First characters that make a spreadsheet read a cell as a formula."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_families import planned_linears, planned_norms, real_linears, real_model
 
 from planner.base.errors import PlannerError
 from planner.cli.main import cli
@@ -19,6 +18,7 @@ from planner.model.families import known_families
 from planner.model.lora import trainable_lora_parameters
 from planner.step import program
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
+from tests.helpers.real_models import planned_linears, planned_norms, real_linears, real_model
 
 pytestmark = pytest.mark.oracle
 

@@ -50,7 +50,7 @@ def test_a_home_that_may_not_be_entered_is_said_and_left_out(monkeypatch: pytest
     home.mkdir()
     home.chmod(0)
     monkeypatch.setenv("LORAPLAN_DATA", str(home / "data"))
-    monkeypatch.setattr(calibration_files.catalog, "data_path", lambda *parts: str(tmp_path / "shipped"))
+    monkeypatch.setattr(calibration_files.data_files, "data_path", lambda *parts: str(tmp_path / "shipped"))
     with another_user():
         found, notes = calibration_files.known()
     home.chmod(0o700)

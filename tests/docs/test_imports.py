@@ -229,3 +229,21 @@ def test_bare_fits_loads_only_what_it_uses() -> None:
     loaded = loaded_by(FITS)
     assert "planner.plan.predict" in loaded
     assert not set(UNUSED) & set(loaded)
+
+
+def test_nothing_outside_the_tests_imports_from_them() -> None:
+    names = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
+    outside = [
+        path
+        for folder in ("loraplan", "planner", "calibrate", "benchmarks", ".ci")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    for path in outside:
+        for module, _, line in imports(path):
+            assert module.split(".")[0] not in names, f"{path}:{line} imports {module}"
+
+
+def test_tests_share_by_helpers_and_fixtures_only() -> None:
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for module, _, line in imports(path):
+            assert not module.startswith("tests.") or module.startswith("tests.helpers."), f"{path}:{line} {module}"

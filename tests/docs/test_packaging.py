@@ -79,7 +79,7 @@ def test_the_wheel_works_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     done = run("-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    where = "import planner.facts.catalog as c; print(c.__file__); print(c.data_path('gpus.json'))"
+    where = "import planner.base.data_files as c; print(c.__file__); print(c.data_path('gpus.json'))"
     done = run("-c", where, cwd=tmp_path, path=target)
     assert [line.startswith(str(target)) for line in done.stdout.splitlines()] == [True, True], (
         done.stdout + done.stderr

@@ -13,13 +13,16 @@ from planner.base import data_files
 from planner.base.errors import InvalidInput, UnknownName
 from planner.device import processor
 from planner.device.hardware import Gpu
-from planner.facts import calibration_files, catalog
+from planner.facts import calibration_files, catalog, sources
+from planner.model import families
 from planner.plan.predict import predict, predict_on
+from planner.timing import formulas
 from planner.timing.coefficients import Calibration, Coefficients, matches, priors, select
 from planner.timing.formulas import fingerprint
 from planner.training.spec import LoraSpec, TrainingSpec, Versions
 from tests.helpers.calibration_samples import CPU_FACTS
-from tests.timing.test_timing import LLAMA
+
+LLAMA = families.build_spec(sources.load_config("meta-llama/Llama-2-7b-hf").config, model_id="llama")
 
 
 def test_what_ships_is_named_after_its_kind() -> None:
@@ -58,7 +61,7 @@ def made(gpu: Gpu = H100, created: str = "2026-01-02", matmul: float = 0.6, **ch
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAPLAN_DATA", str(tmp_path))
-    monkeypatch.setattr(calibration_files.catalog, "data_path", lambda *parts: str(tmp_path / "shipped"))
+    monkeypatch.setattr(calibration_files.data_files, "data_path", lambda *parts: str(tmp_path / "shipped"))
     return tmp_path / "calibrations"
 
 
@@ -175,7 +178,7 @@ def test_no_fingerprint_is_computed_where_no_calibration_concerns_the_card(
     def never() -> str:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(calibration_files, "fingerprint", never)
+    monkeypatch.setattr(formulas, "fingerprint", never)
     assert calibration_files.select(T4).calibration is None
     with pytest.raises(AssertionError, match="computed"):
         calibration_files.select(H100)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from header_bytes import LLAMA_GGUF, gguf_bytes, gguf_string, mutate, safetensors_bytes, tensor
 
 from planner.base import bounded
 from planner.base.errors import InvalidInput, PlannerError
 from planner.facts.headers import TensorInfo, read_gguf, read_safetensors, read_safetensors_index
+from tests.helpers.header_bytes import LLAMA_GGUF, gguf_bytes, gguf_string, mutate, safetensors_bytes, tensor
 
 
 def write(path: Path, data: bytes) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from header_bytes import LLAMA_GGUF, gguf_bytes, mutate, safetensors_bytes, tensor
 
 from planner.base.config_values import boolean, integer, integer_list, number, text, text_list
 from planner.base.errors import InvalidInput, PlannerError, UnknownName
@@ -24,6 +23,7 @@ from planner.model.families import build_spec
 from planner.model.spec import ModelSpec
 from planner.plan.predict import predict
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
+from tests.helpers.header_bytes import LLAMA_GGUF, gguf_bytes, mutate, safetensors_bytes, tensor
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -203,7 +203,8 @@ def test_a_gate_over_several_files(run, write) -> None:
     assert both.code == 1
     rows = [line.split()[:2] for line in both.out.splitlines()[2:4]]
     assert rows == [[small, "YES"], [large, "NO"]]
-    assert both.out.endswith("1 fit, 1 do not fit\n")
+    assert "2 files on Tesla T4 (15.00 GiB): 1 fit, 1 do not fit" in both.said
+    assert "warning (1 of 2 files): FlashAttention-2 needs compute capability 8.0" in both.said
     assert run("fits", small, small, "--gpu", "t4").code == 0
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from planner.base.errors import InvalidInput, UnknownName
-from planner.cli.options import TRAINING
 from planner.plan import request as requests
 from planner.plan.answering import ask
 from planner.plan.given import NAMES, Settings
 from planner.plan.jobs import Files
 from planner.plan.request import Cost, Known, Request, resolve
-from planner.plan.values import OPTIONS, key_of, value_of
-from planner.training.settings import KEYS
+from planner.plan.values import key_of, value_of
+from planner.training.options import OPTIONS
+from planner.training.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = "openai-community/gpt2"
@@ -55,10 +55,8 @@ def test_settings_hold_what_was_said_and_cannot_be_changed() -> None:
 
 
 def test_names_are_those_of_the_options() -> None:
-    flags = {option.key: option for options in TRAINING.values() for option in options}
-    assert set(OPTIONS) == set(flags)
-    assert set(NAMES) == set(KEYS) | set(flags)
-    for key, option in flags.items():
+    assert set(NAMES) == set(SETTINGS) | set(OPTIONS)
+    for key, option in OPTIONS.items():
         for flag in option.flags:
             assert key_of(flag.partition("/")[0]) == key
 
@@ -80,15 +78,6 @@ def test_names_are_those_of_the_options() -> None:
 )
 def test_values_are_read_as_the_command_reads_them(key: str, written: object, value: object) -> None:
     assert value_of(key, written) == value
-
-
-def test_the_kinds_of_values_are_those_of_the_options() -> None:
-    words = {"r": "7", "lora_alpha": "7", "use_dora": "true", "quantization": "NF4", "autocast": "no", "stack": "trl"}
-    flags = {option.key: option.kind for options in TRAINING.values() for option in options}
-    for key, text in words.items():
-        kind = flags[key]
-        meant = kind(text) if kind in (int, float, str) else getattr(kind, "convert", lambda *_: True)(text, None, None)
-        assert value_of(key, text) == meant
 
 
 # --- requests -----------------------------------------------------------------------------------------------------

@@ -18,12 +18,15 @@ import pytest
 
 from planner.device import cuda_rules
 from planner.memory import sequence, walk
+from planner.memory.owners import OWNERS
 from planner.model import storage
 from planner.model.families import build_spec
 from planner.model.spec import Linear, ModelSpec
 from planner.step import program
+from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import Record
+from planner.step.engine import Record, Storage
+from planner.step.habits import ALWAYS, COMMON, NEVER, Habits
 from planner.step.optimizers import OptimizerState
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
@@ -162,9 +165,17 @@ def quantized(kind: str, out: int, into: int, **quant: Any) -> dict[str, int]:
 
 def _state(optimizer: str, dtype: str, elements: int, factors: int, cpu: bool = False) -> tuple[OptimizerState, Any]:
     arch = cuda_rules.Architecture.plain() if cpu else architecture()
-    step = Step(toy("llama"), training(optimizer=optimizer), arch)
-    leaf = step.trainable(elements, dtype, "weight", factors)
-    return OptimizerState(step, [(-1, 1)]), leaf
+    step = Step(toy("llama"), training(optimizer=optimizer), arch, COMMON)
+    leaf = step.trainable("weight", _shape(elements, factors), dtype, "weight")
+    return OptimizerState(step), leaf
+
+
+def _shape(elements: int, factors: int) -> tuple[int, ...]:
+    """Of a vector, or of the matrix that has so many elements and so many rows and columns together."""
+    if not factors:
+        return (elements,)
+    rows = next(rows for rows in range(1, factors) if rows * (factors - rows) == elements)
+    return rows, factors - rows
 
 
 def state_bytes(optimizer: str, dtype: str, elements: int, factors: int = 0) -> list[int]:
@@ -177,7 +188,7 @@ def optimizer_step(optimizer: str, dtype: str, elements: int, factors: int = 0, 
     """[kernels, bytes they move] of the step on one parameter; kernels in thirtieths where one takes thirty tensors."""
     state, leaf = _state(optimizer, dtype, elements, factors, cpu)
     state._update(leaf)
-    (kernel,) = state.eng.record.kernels
+    (kernel,) = (k for k in state.eng.record.kernels if k.op == "optimizer")
     return [round(float(kernel.count) * (1 if cpu else 30), 6), float(kernel.bytes)]
 
 
@@ -188,11 +199,28 @@ def sdpa(dtype: str, capability: list[int], torch: list[int], **rest: Any) -> st
     return str(cuda_rules.sdpa_kernel(dtype, arch=arch, **named))
 
 
+def habit(field: str) -> dict[str, Any] | list[str]:
+    """Model type -> its value, where a class does otherwise than most; of functions, the model types alone."""
+    found = {name: getattr(registry.habits_of(name), field) for name in sorted(registry.FILES)}
+    found = {name: value for name, value in found.items() if value != getattr(COMMON, field)}
+    return sorted(found) if any(map(callable, found.values())) else found
+
+
+def common_habit(field: str) -> Any:
+    """What most classes do."""
+    return getattr(COMMON, field)
+
+
+def owners(operations: list[str]) -> dict[str, str]:
+    """Operation -> the line of the ledger that its storages are in, wherever they are made."""
+    return {op: OWNERS[op].category for op in operations}
+
+
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
     for probe in (
         allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, readers, quantized, state_bytes,
-        optimizer_step, sdpa,
+        optimizer_step, sdpa, habit, owners, common_habit,
     )
 }  # fmt: skip
 
@@ -235,16 +263,28 @@ def test_every_fact_names_its_source() -> None:
 def test_every_release_of_the_step_is_a_fact() -> None:
     """A new constant (major, minor), or table of such, in planner/step or cuda_rules needs a row."""
     named = {row["function"] for row in rows()}
-    for path in [*sorted(Path(program.__file__).parent.glob("*.py")), Path(cuda_rules.__file__)]:
-        inside = path.parent.name == "step"
-        module = importlib.import_module(f"planner.{'step.' if inside else ''}{path.stem}")
+    folder = Path(program.__file__).parent
+    for path in [*sorted(folder.rglob("*.py")), Path(cuda_rules.__file__)]:
+        inside = path.relative_to(folder.parent).with_suffix("").as_posix().replace("/", ".")
+        module = importlib.import_module(f"planner.{inside}")
         for name, value in vars(module).items():
-            if not name.isupper() or name.startswith("_"):
+            if not name.isupper() or name.startswith("_") or name in ("NEVER", "ALWAYS", "OUTSIDE"):
                 continue
             releases = value.values() if isinstance(value, dict) else [value]
             if all(isinstance(v, tuple) and len(v) == 2 and all(isinstance(n, int) for n in v) for v in releases):
-                where = f"{'step.' if inside else ''}{path.stem}:{name}"
-                assert any(fact.endswith(f":{name}") for fact in named), where
+                assert any(fact.endswith(f":{name}") for fact in named), f"{inside}:{name}"
+
+
+def test_every_habit_of_a_class_is_a_fact() -> None:
+    """What any class of transformers does otherwise than most needs a row that says which do, and by what source."""
+    named = {json.loads(row["arguments"])["field"] for row in rows() if row["function"] == "habit"}
+    assert {field for field in vars(COMMON) if habit(field)} == named
+
+
+def test_every_release_that_most_classes_share_is_a_fact() -> None:
+    named = {json.loads(row["arguments"])["field"] for row in rows() if row["function"] == "common_habit"}
+    shared = {field for field in vars(COMMON) if "Release" in str(Habits.__annotations__[field])}
+    assert {field for field in shared if getattr(COMMON, field) not in (ALWAYS, NEVER, (ALWAYS, ALWAYS))} == named
 
 
 def test_a_walk_by_hand() -> None:
@@ -254,24 +294,21 @@ def test_a_walk_by_hand() -> None:
     a gradient of 700 (1024).
     """
     record = Record()
-    weight = record.allocate(1000, "weight")
-    record.allocate(600, "adapter")
+    held = [Storage(record, 1000, "weight"), Storage(record, 600, "adapter")]
     record.enter("state")
-    record.allocate(300, "optimizer_state")
+    held.append(Storage(record, 300, "optimizer_state"))
     record.enter("forward", 0, 3)
-    kept = record.allocate(512, "linear")
+    kept = Storage(record, 512, "linear")
     record.enter("loss")
-    logits = record.allocate(512, "lm_head")
+    logits = Storage(record, 512, "lm_head")
     record.enter("backward")
-    record.release(logits, 512)
+    del logits
     record.enter("backward", 0, 3)
-    grad = record.allocate(700, "linear_grad")
-    work = record.allocate(100, "flash_attention_workspace")
-    record.release(work, 100)
-    record.release(grad, 700)
-    record.release(kept, 512)
+    grad = Storage(record, 700, "linear_grad")
+    work = Storage(record, 100, "flash_attention_workspace")
+    del work, grad, kept
     record.enter("optimizer")
-    record.release(weight, 1000)
+    del held[0]
     record.close()
     found = walk.breakdown(record)
     assert found.static_bytes == 1024 + 1024 + 512

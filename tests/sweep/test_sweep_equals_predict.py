@@ -31,7 +31,7 @@ from planner.training import releases, stacks, versions
 from planner.training.choices import CHOICES
 from planner.training.spec import TrainingSpec, Versions
 
-PLANNER = Path(predict.__file__).parent
+PLANNER = Path(program.__file__).parent.parent
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 500, 512, 1000, 1001, 1024, 1537, 4096)
 BATCHES = (1, 2, 3, 5, 8, 16)
 RANKS = (1, 2, 7, 8, 16, 64, 200)
@@ -47,7 +47,7 @@ CELLS = 5
 def releases_named() -> list[tuple[str, tuple[int, int]]]:
     """Every release that the source of the step compares with, and the one before it, by library."""
     dates = releases.release_dates()
-    paths = [*(PLANNER / "step").glob("*.py"), *(PLANNER / name for name in ("cuda_rules.py", "model.py", "stacks.py"))]
+    paths = [path for room in ("step", "device", "model", "training") for path in (PLANNER / room).rglob("*.py")]
     pairs = set()
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -91,7 +91,7 @@ def cards() -> list[Gpu]:
     return [*catalog.gpus(), replace(plain, gpu_id="cpu-avx2"), replace(wide, gpu_id="cpu-avx512")]
 
 
-KEY_OF = {"dtype": "base_dtype", "checkpointing": "gradient_checkpointing"}
+KEY_OF = {"dtype": "base_dtype", "checkpointing": "gradient_checkpointing", "own modules": "own_modules"}
 """Where a setting is called otherwise than its row in CHOICES."""
 
 
@@ -125,7 +125,7 @@ def drawn(rng: random.Random, what: str, value: Any) -> tuple[ModelSpec, Trainin
     model = rng.choice(sorted(models()))
     given: dict[str, Any] = {}
     for key, values in CHOICES.items():
-        if key not in ("method", "dtype", "quantization") and rng.random() < 0.3:
+        if key not in ("method", "dtype", "quantization", "own modules") and rng.random() < 0.3:
             given[KEY_OF.get(key, key)] = rng.choice(values)
     if method == "qlora" and rng.random() < 0.5:
         given["quantization"] = rng.choice(CHOICES["quantization"])
@@ -134,7 +134,7 @@ def drawn(rng: random.Random, what: str, value: Any) -> tuple[ModelSpec, Trainin
     if rng.random() < 0.3:
         given["lora_dropout"] = 0.1
     for name in FLAGS:
-        if rng.random() < 0.1 and name != "untied_head":
+        if rng.random() < 0.1:
             given[name] = rng.choice((True, False))
     if rng.random() < 0.3:
         given["versions"] = versions_of(*rng.choice(releases_named()))
