@@ -40,7 +40,7 @@ class Settled(NamedTuple):
 NOTHING = Settled({}, {}, {})
 
 
-def settle(job: Job | None, user: Mapping[str, Any], stack: str, model: ModelSpec | None) -> Settled:
+def settle(job: Job | None, user: Mapping[str, object], stack: str, model: ModelSpec | None) -> Settled:
     """Return what the job still decides beside the options that the user typed.
 
     Raises:
@@ -58,7 +58,7 @@ def settle(job: Job | None, user: Mapping[str, Any], stack: str, model: ModelSpe
     return Settled(stated, unasked, origins)
 
 
-def _overruled(user: Mapping[str, Any]) -> set[str]:
+def _overruled(user: Mapping[str, object]) -> set[str]:
     """Return the keys that what the user typed makes void."""
     dropped = set(user)
     if "method" in user or "quantization" in user:

@@ -34,17 +34,13 @@ ROOMS: tuple[str, ...] = (
 )
 """Rooms of `planner`, lowest first: a module imports from its own room and from lower ones, inside functions too."""
 
-CLIMBS: tuple[str, ...] = (
-    "planner.plan.answering -> planner.cli.data_options",
-    "planner.plan.data -> planner.cli.terminal",
-    "planner.plan.table -> planner.cli.data_options",
-)
+CLIMBS: tuple[str, ...] = ()
 """Imports that still go up. None may be added; one that is gone must leave this list."""
 
 LAZY = {
     "numpy": ("",),
     "pyarrow": ("report", "runs"),
-    "pandas": ("plan",),
+    "pandas": ("plan", "report"),
     "huggingface_hub": ("facts",),
     "yaml": ("importers", "plan"),
     "pynvml": ("facts",),
@@ -77,7 +73,7 @@ MODULE_LINES = 650
 FUNCTION_LINES = 80
 
 PLANNER = sorted((ROOT / "planner").rglob("*.py"))
-SOURCES = [*PLANNER, *sorted((ROOT / "calibrate").rglob("*.py"))]
+SOURCES = [*PLANNER, *sorted((ROOT / "calibrate").rglob("*.py")), *sorted((ROOT / "loraplan").rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:
