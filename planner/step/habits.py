@@ -141,8 +141,8 @@ class Habits:
     """fp32 casts of q and k have names that live until the output exists."""
     keeps_scores_dtype: bool = False
     """Softmax names no dtype: it runs in that of the scores, fp32 under autocast."""
-    returns_probabilities: bool = False
-    """The decoder layer returns the attention probabilities."""
+    returns_probabilities_since: Release = NEVER
+    """Since: the decoder layer returns the attention probabilities (before, where it is asked for them)."""
     always_masks: bool = False
     """SDPA gets a 4-D mask of bools where its causal flag would do."""
     hands_on_mask_before: Release = ALWAYS

@@ -55,7 +55,7 @@ HABITS = {
         makes_layer_buffer=eager.causal_mask,  # local layers add it to the common mask
         masks_by_window=False,
         keeps_scores_dtype=True,
-        returns_probabilities=True,
+        returns_probabilities_since=(4, 54),
         slices_hidden_since=(5, 0),  # not in 4.57
     ),
 }

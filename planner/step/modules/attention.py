@@ -275,7 +275,16 @@ def _broadcasts_heads(step: Step, spec: Attention) -> bool:
 
 
 def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA's math kernel: scaled copies of q and broadcast k, v, whole scores, softmax in their dtype."""
+    """SDPA's math kernel: scaled copies of q and broadcast k, v, whole scores, softmax in their dtype.
+
+    SDPA is in autocast's own list, which rules autocast out for what is inside (ATen/autocast_mode.h WrapFunction_):
+    products stay fp32.
+    """
+    with step.eng.autocasting(None):
+        return ops.contiguous(step.eng, _math_product(step, spec, q, k, v), "attention")
+
+
+def _math_product(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     eng = step.eng
     arg = (q, k, v)
     source = q.dtype
@@ -296,7 +305,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     out = ops.bmm(eng, probs, values, value_shape, "attention")
     out = ops.cast(eng, out, source, "attention")
     del arg, returned, scaled, keys, values
-    return ops.contiguous(eng, out, "attention")
+    return out
 
 
 def _flash_dtype(step: Step) -> str:

@@ -118,7 +118,7 @@ def value_product(step: Step, spec: Attention, probs: Tensor, v: Tensor, heads_f
 
 def keep_probabilities(step: Step, probs: Tensor) -> None:
     """A class whose layer returns the probabilities holds them beside its output."""
-    if step.habits.returns_probabilities:
+    if step.train.versions.transformers >= step.habits.returns_probabilities_since:
         step.probabilities = probs
 
 
