@@ -166,7 +166,7 @@ class Clock:
             seconds, bound, launches = self._seconds(group)
             kind = group.kernel.kind
             if kind.only_without_room:
-                sums.paged = self._sum(group.bytes), seconds
+                sums.paged = sums.paged[0] + self._sum(group.bytes), sums.paged[1] + seconds
                 continue
             calls = group.calls
             host[group.part].add(self.rates.host_s(kind, group.part, launches, calls))
