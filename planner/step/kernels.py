@@ -21,6 +21,8 @@ Price = Literal["product", "attention", "traffic", "index", "link"]
 """How a kernel is priced: whole tiles of a matrix product; FLOPs of a fused attention; bytes over a bandwidth; an index
 computed for each element, or the bytes where those take longer; bytes over the host's link."""
 
+PRICE_WAYS = typing.get_args(Price)
+
 Compiled = Literal["alone", "kept", "merged"]
 """What torch.compile does with a kernel: nothing; its graph launches it; its graph merges it with its neighbours."""
 
@@ -160,8 +162,8 @@ class KernelKind:
     def __post_init__(self) -> None:
         for name in (self.ledger, self.ledger_outside):
             LEDGER[name]
-        if self.price not in typing.get_args(Price):
-            raise unknown("way of pricing", self.price, typing.get_args(Price))
+        if self.price not in PRICE_WAYS:
+            raise unknown("way of pricing", self.price, PRICE_WAYS)
         if self.lane not in ("compute", "copy"):  # a lane's rule for what waits for it is in planner.timing.step_time
             raise unknown(f"lane of kernel {self.name}", self.lane, ("compute", "copy"))
         over_link, by_bytes = self.price == "link", self.price in ("traffic", "index")

@@ -6,28 +6,28 @@ import random
 
 import pytest
 
-from planner.timing.lanes import Event, Phase, Span, beside, end, launched_ahead, schedule
+from planner.timing.lanes import Event, Phase, beside, duration, launched_ahead, schedule
 
 
 def test_a_lane_works_in_order_and_waits_for_others() -> None:
-    events = (
-        Event("host", 2.0),
-        Event("compute", 5.0),
-        Event("communication", 3.0, (0,)),  # from 2 to 5
-        Event("compute", 1.0, (0, 2)),  # the lane is free at 5, the collective has ended at 5
-        Event("copy", 4.0, (3,)),
-        Event("compute", 1.0, (2,)),
+    events: tuple[Event, ...] = (
+        ("host", 2.0, ()),
+        ("compute", 4.0, ()),
+        ("communication", 3.0, (0,)),
+        ("compute", 1.0, (0, 2)),  # the lane is free at 4, the collective has ended at 5
+        ("copy", 4.0, (3,)),
+        ("compute", 1.0, (2,)),
     )
-    assert schedule(events) == [
-        Span(0.0, 2.0), Span(0.0, 5.0), Span(2.0, 5.0), Span(5.0, 6.0), Span(6.0, 10.0), Span(6.0, 7.0),
-    ]  # fmt: skip
-    assert end(schedule(events)) == 10.0
+    spans, done = schedule(events)
+    assert spans == [(0.0, 2.0), (0.0, 4.0), (2.0, 5.0), (5.0, 6.0), (6.0, 10.0), (6.0, 7.0)]
+    assert done == {"host": 2.0, "compute": 7.0, "communication": 5.0, "copy": 10.0}
+    assert duration(events) == 10.0
 
 
 @pytest.mark.parametrize("other", [1, 2, -1])
 def test_an_event_waits_for_earlier_ones_only(other: int) -> None:
     with pytest.raises(ValueError, match=f"event 1 waits for {other}"):
-        schedule((Event("host", 1.0), Event("compute", 1.0, (other,))))
+        schedule((("host", 1.0, ()), ("compute", 1.0, (other,))))
 
 
 def test_work_beside_the_layers_costs_what_it_takes_longer() -> None:
