@@ -274,7 +274,8 @@ class Sums:
         if self.room is not None and some(moved):
             moves = (moved / 2 > self.room) * 1.0
             self.transfers += seconds * moves
-            self.classes[LINK_CLASS][2] += moved * moves
+            line = self.classes[LINK_CLASS]
+            line[2] = line[2] + moved * moves
             self._wait_for_host("optimizer", seconds * moves, 1)
 
     def _wait_for_host(self, part: str, seconds: Number, steps: Number) -> None:
@@ -283,7 +284,8 @@ class Sums:
         whole = seconds * steps
         self.by_coefficient[LINK_COEFFICIENT] = self.by_coefficient.get(LINK_COEFFICIENT, 0.0) + whole
         self.class_s[LINK_CLASS] = self.class_s[LINK_CLASS] + whole
-        self.classes[LINK_CLASS][0] += whole
+        line = self.classes[LINK_CLASS]
+        line[0] = line[0] + whole  # not in place: cells of a sweep may vary over more axes than those added so far
 
     def _queued(self) -> Number:
         """Seconds of a step whose host launches ahead."""
