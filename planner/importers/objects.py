@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
-from planner.base.errors import Contradiction, InvalidInput, one_line
+from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.importers import frameworks, rules
 from planner.importers.document import Document, Entry
 from planner.importers.job import Job, _merged
@@ -166,7 +166,10 @@ def read_words(words: Mapping[str, Any], versions: Versions | None = None) -> Wo
 
 
 def _refuse_idle(name: str, key: str, value: Any, reading: Reading) -> None:
-    """Refuse a name that is switched on and that nothing was read of: its user expects something else."""
+    """Refuse a name that is switched on and that nothing was read of: its user expects something else.
+
+    A config's word that is not known leaves the default, with a note; here its user is at hand.
+    """
     if any(value == off for off in rules.OFF) or key in reading.framework.neutral:
         return
     told = {row["key"] for row in reading.framework.missing} | {
@@ -174,6 +177,8 @@ def _refuse_idle(name: str, key: str, value: Any, reading: Reading) -> None:
     }
     if key in told or any(_read(key, found) for found in reading.options.values()):
         return
+    if any(missing.text.startswith(f"{key} ") for missing in reading.missing):
+        raise UnknownName(f"{name} is {one_line(value)!r}, which is not modelled; choose another, or drop it")
     raise Contradiction(f"{name} has no effect beside the other settings; drop it, or set what it belongs to")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from planner.base.errors import Contradiction, UnknownName, one_line
-from planner.base.records import fields, replace
+from planner.base.records import replace
 from planner.device.hardware import Gpu
 from planner.model import lora
 from planner.model.spec import ModelSpec
@@ -14,8 +14,8 @@ from planner.plan.notes import lacks_bf16
 from planner.plan.settled import NOTHING, Settled, settle, without_idle
 from planner.training import stacks
 from planner.training.options import flag_of
-from planner.training.settings import SETTINGS, Resolved, Setting
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.settings import LIBRARIES, SETTINGS, Resolved, Setting
+from planner.training.spec import LoraSpec, TrainingSpec
 
 if TYPE_CHECKING:  # a run without a config reads none
     from planner.importers import Job
@@ -87,7 +87,7 @@ def _resolved(stack: str, settled: Settled, user: Mapping[str, object]) -> Resol
 
 def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
     """Say which releases the user gave, and that the others are of the same time (planner.training.releases)."""
-    if not 0 < len(stated) < len(fields(Versions)):
+    if not 0 < len(stated) < len(LIBRARIES):
         return resolved
     origin = f"given: {', '.join(stated)}; the others as they were then"
     found = Setting(resolved["versions"], origin)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from planner.base.errors import InvalidInput, one_line, unknown
+from planner.training.options import OPTIONS
 from planner.training.settings import LIBRARIES, SETTINGS
 from planner.training.versions import parse_versions
 
-NAMES = (*SETTINGS, "stack", *LIBRARIES)
+NAMES = tuple(dict.fromkeys((*SETTINGS, *OPTIONS)))
 """Everything that can be set: the keys of `planner.training.stacks`, the framework, the releases of the libraries."""
 
 

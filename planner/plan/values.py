@@ -1,6 +1,6 @@
 """Words as values of settings: what kind each setting takes, which words mean the same, lists and ranges.
 
-The kinds and words are those of `planner.training.settings`; the command line's options say the same in click's types.
+The kinds and words are those of `planner.training.options`, which the command line gives click too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ from planner.training.options import OPTIONS, flag_of
 MOST_VALUES = 1_000_000
 
 
-def is_whole(key: str) -> bool:
-    """Whether a setting's own value is a list, so that alternatives are repeated options."""
-    return isinstance(OPTIONS[key].kind, (Names, Parts))
-
-
 def value_of(key: str, value: object) -> object:
     """One value of a setting from how a user writes it: a word or its alias, a number, a truth value, names.
 
@@ -27,7 +22,7 @@ def value_of(key: str, value: object) -> object:
     """
     if key not in OPTIONS:
         raise unknown("setting", key, OPTIONS)
-    if is_whole(key):
+    if _is_list(key):
         return ",".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
     found = _parsed(key, value)
     if len(found) != 1:
@@ -45,7 +40,7 @@ def parse_values(key: str, texts: Sequence[object]) -> tuple[object, ...]:
         raise unknown("setting", key, OPTIONS)
     found: list[object] = []
     for text in texts:
-        if isinstance(text, str) and not is_whole(key):
+        if isinstance(text, str) and not _is_list(key):
             for part in text.split(","):
                 found += _parsed(key, part.strip())
         else:
@@ -53,6 +48,11 @@ def parse_values(key: str, texts: Sequence[object]) -> tuple[object, ...]:
         if len(found) > MOST_VALUES:
             raise InvalidInput(f"{flag_of(key)} has more than {MOST_VALUES:,} values")
     return tuple(dict.fromkeys(found))
+
+
+def _is_list(key: str) -> bool:
+    """Whether a setting's own value is a list: alternatives are repeated options."""
+    return isinstance(OPTIONS[key].kind, (Names, Parts))
 
 
 def _parsed(key: str, value: object) -> list[object]:
