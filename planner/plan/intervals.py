@@ -9,6 +9,7 @@ from planner.device.hardware import CPU, Gpu
 from planner.memory import allocator, sequence, walk
 from planner.model.spec import ModelSpec
 from planner.step.modules import quantized
+from planner.step.modules.mixers import MIXERS
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
@@ -113,13 +114,15 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     if training.uses_own_modules:
         reasons += _own_modules(model, training)
     own_attention = any(
-        not layer.attention.has_sdpa(training.versions.transformers)
-        and not layer.attention.logit_softcap
-        and layer.attention.position != "none"
-        for layer, _ in model.distinct_layers()
+        not attention.has_sdpa(training.versions.transformers)
+        and not attention.logit_softcap
+        and attention.position != "none"
+        for attention in model.attentions()
     )
     if own_attention:
         reasons.append(("the class's own attention keeps score matrices whose lifetimes are modelled coarsely", 0.2))
+    kinds = dict.fromkeys(layer.mixer.kind for layer, _ in model.distinct_layers())
+    reasons += [reason for kind in kinds for reason in MIXERS[kind].uncertainty]
     if model.derived:
         reasons.append(("a class outside the registry: operations are taken from a common decoder layer", 0.10))
     if model.remote_code:
@@ -133,7 +136,9 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
 
 def _own_modules(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
     """What is not known of litgpt's modules (planner.step.classes.litgpt)."""
-    dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
+    dense = all(
+        layer.experts is None and MIXERS[layer.mixer.kind].in_own_modules for layer, _ in model.distinct_layers()
+    )
     four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
     if not dense:
         yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15

@@ -41,8 +41,8 @@ class Habits:
     """The model with a framework's own modules in the place of transformers', and the settings in their names."""
     layer: Callable[[Step, LayerWeights, Tensor], Tensor] | None = None
     """The decoder layer's forward, where it is not one of those of `planner.step.layers`."""
-    standard_attention_only: bool = False
-    """Whether `layer` and the framework's positions know no other attention (latent attention is transformers')."""
+    own_mixers_only: bool = False
+    """Whether `layer` and the framework's positions know no other mixers than MIXERS has as `in_own_modules`."""
     inlined_mlp: Callable[[Step, LayerWeights, list[Tensor]], Tensor] | None = None
     """The layer's own calls of its linear modules instead of an MLP's; it takes its input out of the list."""
     makes_buffers: Callable[[Step], list[Tensor]] | None = None

@@ -23,6 +23,7 @@ from planner.step.modules import linears, losses, positions
 from planner.step.modules import weights as modules_weights
 from planner.step.modules.attention import always_masks, needs_window_mask, runs_eager
 from planner.step.modules.eager import DROPOUT
+from planner.step.modules.mixers import MIXERS
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
@@ -268,13 +269,16 @@ class _Run:
         if habits.makes_layer_buffer is not None and habits.layer_buffer_first:
             held.buffer = habits.makes_layer_buffer(self.step)
         specs = {spec.name: spec for spec in layer.linears}
-        norms = {spec.name: spec for spec in (*layer.attention.norms, *layer.norms)}
-        names = [*specs, *norms]
+        norms = {spec.name: spec for spec in (*layer.mixer.norms, *layer.norms)}
+        weights = {spec.name: spec for spec in layer.mixer.weights}
+        names = [*specs, *norms, *weights]
         for name in sorted(names) if loading.by_name(self.step) else names:
             if name in specs:
                 held.linears[name] = linears.load_base(self.step, specs[name], name in adapted)
-            else:
+            elif name in norms:
                 held.norms[name] = self._norm(norms[name])
+            else:
+                held.mixing[name] = self.step.weight(name, weights[name].shape)
         held.linears = {name: held.linears[name] for name in specs}  # in the order of the modules again
         if layer.experts is not None:
             self._load_experts(held)
@@ -412,11 +416,7 @@ class _Run:
 
     def _layer(self, unit: Unit, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         step = self.step
-        spec = held.spec.attention
-        window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
-        mask = self.masks.get(self._masks_window(held))
-        tables = self.rotary.get(step.habits.tables_by_window and bool(spec.sliding_window))
-        arguments = (tables, mask, step.alibi, self.position_ids, window)
+        arguments = self._arguments(held.spec.attention)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             with step.unit(unit, x):
@@ -432,6 +432,18 @@ class _Run:
         for handler in step.handlers:
             run = handler.wrap(step, run)
         return run(hidden)
+
+    def _arguments(
+        self, spec: Attention | None
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Rotary tables, 4-D mask and ALiBi that a layer's attention reads; what else its call is given."""
+        step = self.step
+        if spec is None:
+            return None, None, None, self.position_ids, None
+        window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
+        mask = self.masks.get(self._masks_window(spec))
+        tables = self.rotary.get(step.habits.tables_by_window and bool(spec.sliding_window))
+        return tables, mask, step.alibi, self.position_ids, window
 
     def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The first layer's input, and what the model's frame names until the last layer: embeddings as looked up."""
@@ -481,39 +493,45 @@ class _Run:
         self.rotary.clear()
 
     def _positions(self, dtype: str) -> None:
-        """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
-        step, eng, habits = self.step, self.eng, self.step.habits
-        spec = step.model.layers[0].attention
-        if habits.gives_tables is not None and not (habits.standard_attention_only and spec.kind != "standard"):
+        """Rotary tables (shared by all layers) and the 4-D masks that the attention of any layer needs."""
+        step, eng, habits = self.step, self.step.eng, self.step.habits
+        attentions = step.model.attentions()
+        if not attentions:
+            return
+        own = not habits.own_mixers_only or all(MIXERS[spec.kind].in_own_modules for spec in attentions)
+        if habits.gives_tables is not None and own:
             if habits.counts_positions:
                 self.position_ids = eng.empty(step.seq, INT64, "positions")
             given = habits.gives_tables(step, self.buffers)
             if given is not None:
                 self.rotary[False] = self.rotary[True] = given
             return
-        if spec.position == "rope" or habits.tables_beside_alibi:
+        rotated, biased = step.model.positions("rope"), step.model.positions("alibi")
+        if rotated is None and habits.tables_beside_alibi:
+            rotated = biased
+        if rotated is not None:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
-            windows = {bool(held.spec.attention.sliding_window) for held in self.weights}
+            windows = {bool(spec.sliding_window) for spec in attentions}
             if not positions.tables_per_layer(step):
                 for windowed in windows if habits.tables_by_window else {False}:
-                    self.rotary[windowed] = positions.tables(step, spec, dtype)
+                    self.rotary[windowed] = positions.tables(step, rotated, dtype)
         assert self.embedding is not None
-        eager, entries = runs_eager(step, spec), step.batch * step.seq * step.seq
-        if spec.position == "alibi":
-            self._alibi(spec, dtype)
-        if spec.position == "alibi" and habits.alibi_in_mask:
-            self.masks[False] = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
+        eager, entries = any(runs_eager(step, spec) for spec in attentions), step.batch * step.seq * step.seq
+        if biased is not None:
+            self._alibi(biased, dtype)
+        if biased is not None and habits.alibi_in_mask:
+            self.masks[False] = eng.empty(entries * biased.num_heads, self.embedding.dtype, "attention_mask")
         elif eager or (step.train.padded and step.train.attention == "sdpa"):
             # made from the embedding's output; later norms and projections may have another dtype
             kind = self.embedding.dtype if eager and not habits.boolean_mask else "int8"
-            for windowed in {self._masks_window(held) for held in self.weights}:
+            for windowed in {self._masks_window(spec) for spec in attentions}:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
-        elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
+        elif always_masks(step) or any(needs_window_mask(step, spec) for spec in attentions):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
-    def _masks_window(self, held: LayerWeights) -> bool:
+    def _masks_window(self, spec: Attention) -> bool:
         """Whether a layer takes the mask of a window."""
-        return bool(held.spec.attention.sliding_window) and self.step.habits.masks_by_window
+        return bool(spec.sliding_window) and self.step.habits.masks_by_window
 
     def _alibi(self, spec: Attention, dtype: str) -> None:
         """The bias of every head and key: of the longest row in fp32, or of every row of the batch."""

@@ -131,7 +131,7 @@ class Gathering(Handler):
 @pytest.mark.parametrize("mode", ["none", "full", "offload"])
 def test_what_is_gathered_for_a_unit_lies_there_once(mode: str, reenters: bool) -> None:
     """Short rows: the peak is in a layer's backward, which one gathered unit is added to."""
-    settings = {"gradient_checkpointing": mode, "use_reentrant": reenters}
+    settings: dict[str, Any] = {"gradient_checkpointing": mode, "use_reentrant": reenters}
     plain, gathered = run([], **settings), run([Gathering()], **settings)
     sizes = [(plain.events, walk.breakdown(plain)), (gathered.events, walk.breakdown(gathered))]
     assert 0 < sizes[1][1].peak_allocated_bytes - sizes[0][1].peak_allocated_bytes <= Gathering.BYTES

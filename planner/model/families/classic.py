@@ -35,7 +35,7 @@ def opt(config: Config, model_id: str) -> ModelSpec:
         return Norm(name=name, size=s.hidden, kind="layernorm", weight=affine, bias=affine)
 
     layer = Layer(
-        attention=standard_attention(s, out="out_proj", bias=bias, position="learned"),
+        mixer=standard_attention(s, out="out_proj", bias=bias, position="learned"),
         mlp=plain_mlp(
             s.hidden,
             s.intermediate,
@@ -73,7 +73,7 @@ def opt(config: Config, model_id: str) -> ModelSpec:
 def bloom(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, four_times=True)
     layer = Layer(
-        attention=fused_attention(
+        mixer=fused_attention(
             s,
             qkv="self_attention.query_key_value",
             out="self_attention.dense",
@@ -105,7 +105,7 @@ def mpt(config: Config, model_id: str) -> ModelSpec:
     dropped = drops(settings, "attn_pdrop")
     s = replace(sizes(config, four_times=True), attention_dropout=dropped)
     layer = Layer(
-        attention=fused_attention(
+        mixer=fused_attention(
             s,
             qkv="attn.Wqkv",
             out="attn.out_proj",
@@ -154,7 +154,7 @@ def falcon(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, four_times=True)
     bias = boolean(config, "bias", default=False)
     layer = Layer(
-        attention=fused_attention(
+        mixer=fused_attention(
             s,
             qkv="self_attention.query_key_value",
             out="self_attention.dense",
@@ -200,7 +200,7 @@ def stablelm(config: Config, model_id: str) -> ModelSpec:
                 weight_elements=heads * s.head_dim,
             )
     layer = Layer(
-        attention=standard_attention(
+        mixer=standard_attention(
             s,
             bias=boolean(config, "use_qkv_bias", default=False),
             out_bias=False,

@@ -13,7 +13,7 @@ from planner.base.errors import Contradiction
 from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.model.lora import resolve_targets
-from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
+from planner.model.spec import Attention, Layer, Linear, Mixer, Mlp, ModelSpec, Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
@@ -67,7 +67,9 @@ _QKV = ("q", "k", "v")
 def _joined(layer: Layer) -> tuple[Linear, ...]:
     """The projections in whose place litgpt has one; none where they are one already, or of latent attention."""
     spec = layer.attention
-    return spec.projections if spec.kind == "standard" and len(spec.projections) == len(_QKV) else ()
+    return (
+        spec.projections if spec is not None and spec.kind == "standard" and len(spec.projections) == len(_QKV) else ()
+    )
 
 
 def _own_name(layer: Layer, projection: Linear) -> str:
@@ -83,13 +85,13 @@ def _own_names(layer: Layer, linear: Linear) -> tuple[str, ...]:
 
 
 def _own_layer(layer: Layer) -> Layer:
-    return replace(layer, attention=_own_attention(layer), mlp=_own_mlp(layer, layer.mlp))
+    return replace(layer, mixer=_own_mixer(layer), mlp=_own_mlp(layer, layer.mlp))
 
 
-def _own_attention(layer: Layer) -> Attention:
+def _own_mixer(layer: Layer) -> Mixer:
     joined = _joined(layer)
-    if not joined:
-        return layer.attention
+    if layer.attention is None or not joined:
+        return layer.mixer
     parts = tuple(one.out_features for one in joined)
     fused = replace(joined[0], name=_own_name(layer, joined[0]), out_features=sum(parts), parts=parts)
     return replace(layer.attention, projections=(fused,))
@@ -113,8 +115,8 @@ def own_state(step: Step, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]
     """
     eng = step.eng
     buffers: list[Tensor] = []
-    spec = step.model.layers[0].attention
-    if spec.position == "rope":
+    spec = step.model.positions("rope")
+    if spec is not None:
         width = spec.rotary_dim or spec.head_dim
         buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
     bnb = QUANTIZATIONS[step.train.quantization.kind].by_bitsandbytes
@@ -130,7 +132,7 @@ def own_state(step: Step, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]
 
 def tables(step: Step, buffers: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     """cos and sin for the longest row are made once, with the model."""
-    if step.model.layers[0].attention.position != "rope":
+    if step.model.positions("rope") is None:
         return None
     return buffers[0].view(), buffers[1].view()
 
@@ -311,7 +313,7 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
 
 def _attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """CausalSelfAttention.forward; v stays a view of the projection's output unless its heads are repeated."""
-    eng, t, spec = step.eng, step.tokens, held.spec.attention
+    eng, t, spec = step.eng, step.tokens, held.attention
     arg = x
     qkv = forward(step, held.linears[spec.projections[0].name], x)
     q, k, v = ops.split(eng, qkv, (t * spec.q_size, t * spec.kv_size, t * spec.kv_size))
@@ -510,7 +512,7 @@ def habits(of_class: Habits) -> Habits:
     return Habits(
         rebuild=own_modules,
         layer=layer,
-        standard_attention_only=True,
+        own_mixers_only=True,
         makes_own_state=own_state,
         load_adapter=load_adapter,
         norm=norm,

@@ -38,7 +38,7 @@ def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 
 def _rotary_buffers(step: Step) -> list[Tensor]:
     """RotaryEmbedding caches cos and sin of twice the longest row so far."""
-    width = step.model.layers[0].attention.head_dim
+    width = step.model.attentions()[0].head_dim
     return [step.eng.empty(2 * step.seq * width, FP32, "rotary_tables") for _ in range(2)]
 
 
@@ -48,7 +48,7 @@ def _logn(step: Step) -> Tensor:
 
 def _tables(step: Step, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The part of the cached tables that the row needs."""
-    numel = step.seq * step.model.layers[0].attention.head_dim
+    numel = step.seq * step.model.attentions()[0].head_dim
     return buffers[0].view(numel), buffers[1].view(numel)
 
 

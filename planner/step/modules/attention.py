@@ -5,6 +5,8 @@ The order of calls and the lifetimes of local names follow transformers 5.23 and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.model.spec import Attention, Norm
@@ -13,7 +15,6 @@ from planner.step.context import Step
 from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.modules import eager, fused_lora, linears, picking, positions
 from planner.step.modules.feed_forward import Finish
-from planner.step.modules.latent_attention import _project_mla
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.losses import KERNEL_SETS
@@ -25,13 +26,14 @@ the attention classes of 4.43 to 4.47); since then the attention function does, 
 
 def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Self-attention module: projections, positions, kernel, output projection; `finish` is what follows inside it."""
-    spec = _heads_after_projection(step, held.spec.attention)
+    return mixed(step, held, x, _project, finish)
+
+
+def mixed(step: Step, held: LayerWeights, x: Tensor, project: Project, finish: Finish | None) -> Tensor:
+    """Attention of any kind, given how it projects its input."""
+    spec = _heads_after_projection(step, held.attention)
     arg = x
-    named: tuple[Tensor, ...] = ()
-    if spec.kind == "mla":
-        q, k, v = _project_mla(step, held, x)
-    else:
-        named, q, k, v = _project(step, held, spec, x)
+    named, q, k, v = project(step, held, spec, x)
     if _repeats_in_module(step, spec):
         k = eager.repeat_heads(step, spec, k)
         v = eager.repeat_heads(step, spec, v)
@@ -66,6 +68,7 @@ def _repeats_in_module(step: Step, spec: Attention) -> bool:
 
 Projected = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]
 """What the module's frame names to its end beside q, k, v; and those."""
+Project = Callable[[Step, LayerWeights, Attention, Tensor], Projected]
 
 
 def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Projected:
@@ -83,7 +86,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         if spec.clips_qkv:
             fused = picking.clamp(eng, fused, 2)
         if habits.splits_projection is not None:
-            q, k, v = habits.splits_projection(step, held.spec.attention, fused)
+            q, k, v = habits.splits_projection(step, held.attention, fused)
             named = (fused,)
         else:
             q, k, v = ops.split(eng, fused, sizes)

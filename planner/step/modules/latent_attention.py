@@ -1,18 +1,25 @@
-"""The projections of multi-head latent attention."""
+"""Multi-head latent attention: its projections; then the kernel of any attention."""
 
 from __future__ import annotations
 
+from planner.model.spec import Attention
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import Tensor
-from planner.step.modules import eager, linears, positions
+from planner.step.modules import attention, eager, linears, positions
+from planner.step.modules.feed_forward import Finish
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 
 
-def _project_mla(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def latent_attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
+    """Latent attention module; `finish` is what follows inside it."""
+    return attention.mixed(step, held, x, _project, finish)
+
+
+def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> attention.Projected:
     """DeepSeek multi-head latent attention: compressed q and kv, one shared rotary key head (deepseek_v3)."""
-    eng, spec, t = step.eng, held.spec.attention, step.tokens
+    eng, t = step.eng, step.tokens
     heads, rope = spec.num_heads, spec.qk_rope_head_dim
     nope = spec.head_dim - rope
     v_dim = spec.v_head_dim or spec.head_dim
@@ -43,4 +50,4 @@ def _project_mla(step: Step, held: LayerWeights, x: Tensor) -> tuple[Tensor, Ten
     k_rot = positions.rotary(step, k_rot, t * rope, 0)
     q_out = ops.cat_half(eng, q_pass, q_rot, "mla_cat")
     k_out = ops.cat_half(eng, k_pass, eager.broadcast(step, k_rot, heads), "mla_cat")
-    return q_out, k_out, value
+    return (), q_out, k_out, value

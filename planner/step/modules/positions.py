@@ -17,7 +17,7 @@ def tables_per_layer(step: Step) -> bool:
 def tables(step: Step, spec: Attention, dtype: str) -> tuple[Tensor, Tensor]:
     """cos and sin of every position (modeling_llama.py LlamaRotaryEmbedding.forward); `dtype`: that of the layer."""
     eng = step.eng
-    width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
+    width = spec.rotary_width
     numel = step.seq * (width // 2 if step.habits.half_tables else width)
     dtype = FP32 if step.habits.fp32_tables else dtype
     angles = eng.empty(numel // 2, FP32, "rotary_tables")
