@@ -55,7 +55,7 @@ class Habits:
     """What a framework keeps beside the loaded model, given its embedding: buffers; the embedding in use."""
     load_adapter: Callable[[Step, LinearWeights, LoraSpec], None] | None = None
     """How LoRA's factors lie, where not as PEFT's."""
-    norm: Callable[[Step, Norm, Parameters, Tensor, Size], Tensor] | None = None
+    norm: Callable[[Step, Norm, Parameters, Tensor], Tensor] | None = None
     """The final norm, where it is not a module of `planner.step.modules.norms`."""
     scales_in_embedding: bool = False
     """The embedding module multiplies its output itself, before a hook on it."""

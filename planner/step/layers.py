@@ -42,7 +42,7 @@ def mix(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None)
 
 def layer_norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor) -> Tensor:
     """A norm of the layer over every token, if it has that norm."""
-    return x if spec is None else norm(step, spec, held.norms[spec.name], x, step.tokens)
+    return x if spec is None else norm(step, spec, held.norms[spec.name], x)
 
 
 def feed_forward(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:

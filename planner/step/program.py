@@ -18,7 +18,7 @@ from planner.model.spec import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import checkpoints, layers, loading, ops
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, OUTSIDE, LayerForward, Record, Tensor, Unit
+from planner.step.engine import FP32, INT64, LayerForward, Record, Tensor
 from planner.step.modules import linears, losses, positions
 from planner.step.modules import weights as modules_weights
 from planner.step.modules.attention import always_masks, needs_window_mask, runs_eager
@@ -27,6 +27,7 @@ from planner.step.modules.mixers import MIXERS
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
+from planner.step.owners import OUTSIDE, Unit
 from planner.training.losses import LOSSES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
@@ -408,7 +409,7 @@ class _Run:
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm
-            hidden = (step.habits.norm or norm)(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
+            hidden = (step.habits.norm or norm)(step, spec, self.outer_norms[spec.name], hidden)
         del names, outputs
         if not self._reenters():
             self._drop_positions()
@@ -450,11 +451,11 @@ class _Run:
         step, eng, model = self.step, self.eng, self.step.model
         assert self.embedding is not None
         width = model.token_embedding.width
-        out = eng.empty(step.tokens * width, self.embedding.dtype, "embedding")
+        out = eng.empty((step.tokens, width), self.embedding.dtype, "embedding")
         eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
         self._link_table(out, self.embedding)
         if self.stable:
-            out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], step.tokens)
+            out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], out.rows(width))
         if model.embedding_scale and step.habits.scales_in_embedding:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
@@ -463,17 +464,17 @@ class _Run:
             out = ops.scale(eng, out, "embedding")
         names = [out]
         for projection in self.projections[:1]:
-            out = linears.base_forward(step, projection, out)
+            out = linears.forward(step, projection, out)
         if model.position_embedding is not None:
-            places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
+            places = eng.empty((step.seq, model.hidden_size), self.embedding.dtype, "embedding")
             self._link_table(places, self.tables[1])
-            out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
+            out = ops.add(eng, out, places, "embedding")
             names.append(places)
         if model.embedding_dropout:
             out = ops.dropout(eng, out, DROPOUT, "embedding_dropout")
         if model.embedding_norm is not None:
             spec = model.embedding_norm
-            out = norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
+            out = norm(step, spec, self.outer_norms[spec.name], out)
         return out, tuple(names)
 
     def _link_table(self, out: Tensor, table: Tensor) -> None:

@@ -14,7 +14,8 @@ from planner.model.families import build_spec
 from planner.step import checkpoints, program
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import OUTSIDE, LayerForward, Record, Storage, Tensor, Unit
+from planner.step.engine import LayerForward, Record, Storage, Tensor
+from planner.step.owners import OUTSIDE, Unit
 from planner.step.scopes import Handler
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 

@@ -154,13 +154,14 @@ def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
 
 def forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """LoRALinear.forward: the base, and (dropout(x) @ A.T @ B.T) * scaling."""
-    eng, m, spec = step.eng, step.tokens, held.spec
+    eng, spec = step.eng, held.spec
+    m = linears.rows_of(held, x)
     if not held.lora:
-        return linears.base_forward(step, held, x)
+        return linears.base_forward(step, held, x, m)
     if len(spec.parts) == len(_QKV):
         return _forward_qkv(step, held, x)
     arg = x
-    pretrained = linears.base_forward(step, held, x)
+    pretrained = linears.base_forward(step, held, x, m)
     _, b, rank, width = held.lora[0]
     product = ops.linear(eng, _low(step, held, x), b, m, width, rank, op="lora_b")
     lora = ops.scale(eng, product, "lora_scale")
@@ -174,14 +175,15 @@ def _low(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """dropout(x) @ A.T"""
     a, _, rank, _ = held.lora[0]
     dropped = ops.dropout(step.eng, x, step.lora_dropout, "lora_dropout")
-    return ops.linear(step.eng, dropped, a, step.tokens, rank, held.spec.in_features, op="lora_a")
+    return ops.linear(step.eng, dropped, a, linears.rows_of(held, x), rank, held.spec.in_features, op="lora_a")
 
 
 def _forward_qkv(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """LoRAQKVLinear.forward: B as a grouped convolution, copied into zeros where a part is not adapted."""
-    eng, m, spec = step.eng, step.tokens, held.spec
+    eng, spec = step.eng, held.spec
+    m = linears.rows_of(held, x)
     arg = x
-    pretrained = linears.base_forward(step, held, x)
+    pretrained = linears.base_forward(step, held, x, m)
     b, width = held.lora[0][1], held.lora[0][3]
     after_a = _low(step, held, x)
     after_b = _convolutions(step, held, after_a, b)
@@ -195,7 +197,7 @@ def _forward_qkv(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 def _convolutions(step: Step, held: LinearWeights, after_a: Tensor, b: Tensor) -> Tensor:
     """One convolution in groups where all parts are equally wide, else one for each and their concatenation."""
-    eng, m = step.eng, step.tokens
+    eng, m = step.eng, after_a.shape[0]
     q, k, _ = held.spec.parts
     stacked, width = held.lora[0][2:]
     if q == k:
@@ -286,12 +288,12 @@ def layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 
 
 def _norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor) -> Tensor:
-    return x if spec is None else norm(step, spec, held.norms[spec.name], x, step.tokens)
+    return x if spec is None else norm(step, spec, held.norms[spec.name], x)
 
 
-def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor, rows: Size) -> Tensor:
+def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor) -> Tensor:
     """torch's LayerNorm, or RMSNorm: x * x instead of a power, the weight multiplies in fp32, the cast comes last."""
-    eng, arg = step.eng, x
+    eng, arg, rows = step.eng, x, x.rows(spec.size)
     weight, bias = weights
     if spec.kind.startswith("layernorm"):
         out = ops.layer_norm(eng, x, weight, bias, rows)
@@ -313,13 +315,14 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
 
 def _attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """CausalSelfAttention.forward; v stays a view of the projection's output unless its heads are repeated."""
-    eng, t, spec = step.eng, step.tokens, held.attention
+    eng, spec = step.eng, held.attention
+    t = x.rows(spec.projections[0].in_features)
     arg = x
     qkv = forward(step, held.linears[spec.projections[0].name], x)
     q, k, v = ops.split(eng, qkv, (t * spec.q_size, t * spec.kv_size, t * spec.kv_size))
     if spec.q_norm is not None and spec.k_norm is not None:
-        q = norm(step, spec.q_norm, held.norms[spec.q_norm.name], q, q.numel // spec.q_norm.size)
-        k = norm(step, spec.k_norm, held.norms[spec.k_norm.name], k, k.numel // spec.k_norm.size)
+        q = norm(step, spec.q_norm, held.norms[spec.q_norm.name], q)
+        k = norm(step, spec.k_norm, held.norms[spec.k_norm.name], k)
     rotated: tuple[Tensor, ...] = ()
     if spec.position == "rope":
         part = spec.rotary_dim or spec.head_dim
@@ -365,7 +368,7 @@ def _sdpa(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Te
         return attention.fused(step, alike, q, k, v, by_heads=spec.position == "rope")  # torch.cat joins by heads
     buffers = cuda_rules.efficient_backward_workspace(b, s, s, heads, heads, spec.head_dim, ITEMSIZE[q.dtype])
     return attention.fused_attention(
-        eng, q, k, v, out_numel=q.numel, logsumexp_numel=b * heads * cuda_rules.round_up(s, 32), mask=mask,
+        eng, q, k, v, out_shape=(b * s, spec.q_size), logsumexp_numel=b * heads * cuda_rules.round_up(s, 32), mask=mask,
         workspace_bytes=sum(n for _, n in buffers), flops=4.0 * b * heads * s * s * spec.head_dim,
         op="efficient_attention",
     )  # fmt: skip
@@ -430,14 +433,9 @@ def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tens
     else:
         each = _chunks(step)
         width = step.model.hidden_size
-        slices = ops.split(eng, hidden, [rows * width for rows in each], "lm_head_grad")
-        halves = []
-        whole = step.tokens
-        for piece, rows in zip(slices, each, strict=True):
-            step.tokens = rows
-            halves.append(_capped(step, forward(step, head, piece)))
-        step.tokens = whole
-        del slices, piece
+        slices = ops.split(eng, hidden, [(rows, width) for rows in each], "lm_head_grad")
+        halves = [_capped(step, forward(step, head, piece)) for piece in slices]
+        del slices
         logits = [ops.cast(eng, half, FP32, "outputs_to_fp32") for half in halves]
         _forget_earlier(step, logits)
         del halves

@@ -121,7 +121,7 @@ def _own_mask(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
     )
     rows = b * spec.num_heads * cuda_rules.round_up(s, 32)
     out = attention.fused_attention(
-        eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=rows,
+        eng, q, k, v, out_shape=(step.batch * step.seq, spec.q_size), logsumexp_numel=rows,
         workspace_bytes=sum(n for _, n in buffers), flops=attention.attention_flops(step, spec, masked=True),
         op="efficient_attention", mask=bias,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from planner.device import cuda_rules
 from planner.model.spec import Attention, Norm
 from planner.step import ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Dimensions, Engine, Grads, Node, Size, Tensor
 from planner.step.modules import eager, fused_lora, linears, picking, positions
 from planner.step.modules.feed_forward import Finish
 from planner.step.modules.norms import norm
@@ -73,9 +73,10 @@ Project = Callable[[Step, LayerWeights, Attention, Tensor], Projected]
 
 def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Projected:
     """q, k, v from separate or fused projections, with their norms and rotary."""
-    eng, t, habits = step.eng, step.tokens, step.habits
+    eng, habits = step.eng, step.habits
+    t = x.rows(spec.projections[0].in_features)
     named: tuple[Tensor, ...] = ()
-    sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
+    sizes = ((t, spec.q_size), (t, spec.kv_size), (t, spec.kv_size))
     group = [held.linears[p.name] for p in spec.projections]
     if len(group) > 1 and _fuses_lora(step, group):
         q, k, v = fused_lora.fused_lora(step, group, x)
@@ -145,7 +146,7 @@ def _projected_norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor
     """q_norm / k_norm over heads or over the whole projection."""
     if spec is None:
         return x
-    return norm(step, spec, held.norms[spec.name], x, x.numel // spec.size)
+    return norm(step, spec, held.norms[spec.name], x)
 
 
 def needs_window_mask(step: Step, spec: Attention) -> bool:
@@ -286,7 +287,7 @@ def fused_attention(
     k: Tensor,
     v: Tensor,
     *,
-    out_numel: Size,
+    out_shape: Dimensions,
     logsumexp_numel: Size,
     workspace_bytes: Size,
     flops: Size,
@@ -296,19 +297,20 @@ def fused_attention(
 ) -> Tensor:
     """One fused attention kernel: saves q, k, v, output and logsumexp; dq, dk, dv and workspaces in backward.
 
-    `padding`: FLOPs that the kernel does over those that count.
+    out_shape: rows, and what lies in each, padded where the kernel pads heads.
+    padding: FLOPs that the kernel does over those that count.
     """
-    out = eng.empty(out_numel, q.dtype, op)
+    out = eng.empty(out_shape, q.dtype, op)
     lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
     rng = eng.empty(2, INT64, f"{op}_rng")
     eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops, elements=flops * padding)
     saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
-    numels, dtype = (q.numel, k.numel, v.numel), q.dtype
+    numels, dtype, written = (q.numel, k.numel, v.numel), q.dtype, out.nbytes
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
         work = eng.workspace(workspace_bytes, f"{op}_workspace")
-        moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
+        moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * written
         again = flops * ATTENTION_BACKWARD
         eng.kernel(f"{op}_backward", dtype, moved, again, count=3, elements=again * padding)
         del work
@@ -359,7 +361,7 @@ def flash(
     rule = cuda_rules.flash_backward_workspace if op == "flash_attention" else cuda_rules.cudnn_backward_workspace
     buffers = rule(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
     return fused_attention(
-        step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
+        step.eng, q, k, v, out_shape=(b * s, spec.q_size), logsumexp_numel=b * heads * s,
         workspace_bytes=sum(n for _, n in buffers), flops=attention_flops(step, spec), op=op,
         padding=_padding(step, spec, op),
     )  # fmt: skip
@@ -383,7 +385,7 @@ def _efficient(
     if op == "cudnn_attention":
         buffers, rows = cuda_rules.cudnn_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim), s
     return fused_attention(
-        eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * rows,
+        eng, q, k, v, out_shape=(b * s, heads * v_dim), logsumexp_numel=b * heads * rows,
         workspace_bytes=sum(n for _, n in buffers), flops=attention_flops(step, spec, masked), op=op, mask=mask,
         padding=_padding(step, spec, op, masked),
     )  # fmt: skip

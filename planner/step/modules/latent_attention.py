@@ -19,7 +19,8 @@ def latent_attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish |
 
 def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> attention.Projected:
     """DeepSeek multi-head latent attention: compressed q and kv, one shared rotary key head (deepseek_v3)."""
-    eng, t = step.eng, step.tokens
+    eng = step.eng
+    t = x.rows(spec.projections[0].in_features)
     heads, rope = spec.num_heads, spec.qk_rope_head_dim
     nope = spec.head_dim - rope
     v_dim = spec.v_head_dim or spec.head_dim
@@ -27,7 +28,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> atte
     if spec.q_lora_rank:
         low = linears.forward(step, held.linears[names[0]], x)
         assert spec.q_a_norm is not None
-        low = norm(step, spec.q_a_norm, held.norms[spec.q_a_norm.name], low, t)
+        low = norm(step, spec.q_a_norm, held.norms[spec.q_a_norm.name], low)
         q = linears.forward(step, held.linears[names[1]], low)
         del low
         names = names[2:]
@@ -37,11 +38,11 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> atte
     q_pass, q_rot = ops.split(eng, q, (t * heads * nope, t * heads * rope))
     del q
     compressed = linears.forward(step, held.linears[names[0]], x)
-    kv_low, k_rot = ops.split(eng, compressed, (t * spec.kv_lora_rank, t * rope))
+    kv_low, k_rot = ops.split(eng, compressed, ((t, spec.kv_lora_rank), (t, rope)))
     del compressed
     assert spec.kv_a_norm is not None
     kv = linears.forward(
-        step, held.linears[names[1]], norm(step, spec.kv_a_norm, held.norms[spec.kv_a_norm.name], kv_low, t)
+        step, held.linears[names[1]], norm(step, spec.kv_a_norm, held.norms[spec.kv_a_norm.name], kv_low)
     )
     del kv_low
     k_pass, value = ops.split(eng, kv, (t * heads * nope, t * heads * v_dim))
