@@ -24,6 +24,10 @@ FILE = Path(__file__).parent.parent / "facts" / "kernels.csv"
 TOYS["narrow window"] = {**TOYS["mistral"], "sliding_window": 48}
 for _size in (64, 80, 96):
     TOYS[f"heads of {_size}"] = {**TOYS["llama"], "head_dim": _size}
+TOYS["llama4_text"] = {
+    **TOYS["llama"], "model_type": "llama4_text", "num_local_experts": 4, "num_experts_per_tok": 1,
+    "intermediate_size": 64, "intermediate_size_mlp": 256, "interleave_moe_layer_step": 1,
+}  # fmt: skip
 TOYS["latent"] = {
     **TOYS["llama"], "model_type": "deepseek_v3", "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, "n_shared_experts": 1, "n_group": 1,
@@ -83,6 +87,12 @@ def transferred(**settings: Any) -> dict[str, int]:
     return {op: nbytes for op, nbytes in found.items() if nbytes}
 
 
+def made(op: str, number: int, **settings: Any) -> list[int]:
+    """Bytes of the first storages that an operation makes, in their order."""
+    record = recorded(**settings)
+    return [int(size) for index, size in record.events if size > 0 and record.ops[index] == op][:number]
+
+
 def trained(**settings: Any) -> int:
     """Trainable parameters of a run at its emulated depth, of a model of 9 equal layers."""
     TOYS["deep"] = {**TOYS["llama"], "num_hidden_layers": 9}
@@ -91,7 +101,7 @@ def trained(**settings: Any) -> int:
 
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
-    for probe in (kernels, traffic, flops, done_over_counted, indexed_elements, layouts, transferred, trained)
+    for probe in (kernels, traffic, flops, done_over_counted, indexed_elements, layouts, transferred, made, trained)
 }
 
 
