@@ -14,19 +14,18 @@ from planner.device.hardware import Gpu
 from planner.model import families
 from planner.step import program
 from planner.step.architecture import architecture
-from planner.step.engine import Kernel, Record, Segment
+from planner.step.engine import Record, Segment
+from planner.step.kernels import ATTENTION, DEQUANTIZATION, LEDGER, PRODUCTS, REST, Kernel
 from planner.timing import step_time
 from planner.timing.coefficients import Coefficients
+from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
-MEASURED_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("matrix products", ("matrix products", "adapters")),
-    ("attention", ("attention",)),
-    ("dequantization", ("dequantization",)),
-    ("the rest", ("element-wise", "loss", "optimizer")),
-)
-"""Classes that kernels' names tell apart and the ledger's classes in each; an 8-bit base's own kernels, half of them
-element-wise, belong to the rest."""
+MEASURED = {
+    measured: tuple(name for name, row in LEDGER.items() if row.compared_as == measured)
+    for measured in (PRODUCTS, ATTENTION, DEQUANTIZATION, REST)
+}
+"""Classes of a profile's kernels that are compared, and the ledger's classes in each."""
 
 
 @record
@@ -57,7 +56,7 @@ class Point:
             steps = self.training.gradient_accumulation_steps
             backward = (parts["backward"] + parts["recomputation"]) * steps
             found = [parts["forward"] * steps, backward, parts["optimizer"]]
-        return found + self._by_class(classes, dict(MEASURED_CLASSES))
+        return found + self._by_class(classes, MEASURED)
 
     def step_s(self, coefficients: Coefficients) -> float:
         """Predicted seconds of the whole step."""
@@ -68,7 +67,7 @@ class Point:
         """Seconds of the phases where they were timed, else of the step; then of a busy GPU's kernels by class."""
         phases = self.measurement.phases_s
         found = [self.measurement.step_s] if phases is None else list(phases)
-        return found + self._by_class(self.measurement.kernels_s, dict(MEASURED_CLASSES))
+        return found + self._by_class(self.measurement.kernels_s, MEASURED)
 
     def _by_class(self, seconds: Mapping[str, float], members: Mapping[str, tuple[str, ...]]) -> list[float]:
         """Sums over the classes of kernels that are compared."""
@@ -81,13 +80,12 @@ class Point:
         kernels = self.measurement.kernels_s
         if not self.measurement.busy:
             return ()
-        products, attention, dequantization, rest = (name for name, _ in MEASURED_CLASSES)
-        if not kernels.get(attention):  # products and softmax of eager or math attention
-            return ((products, attention, dequantization, rest),)
-        if self.training.quantization.kind == "int8":
-            return ((products,), (attention,), (dequantization, rest))
-        some = ((dequantization,),) if kernels.get(dequantization) else ()
-        return ((products,), (attention,), *some, (rest,))
+        if not kernels.get(ATTENTION):  # products and softmax of eager or math attention
+            return (tuple(MEASURED),)
+        if QUANTIZATIONS[self.training.quantization.kind].by_rows:
+            return ((PRODUCTS,), (ATTENTION,), (DEQUANTIZATION, REST))
+        some = ((DEQUANTIZATION,),) if kernels.get(DEQUANTIZATION) else ()
+        return ((PRODUCTS,), (ATTENTION,), *some, (REST,))
 
     @property
     def weights(self) -> list[float]:

@@ -24,6 +24,8 @@ from typing import Any
 from calibrate.measure import recorder
 from calibrate.measure.device import CudaDevice, Device, MemorySampler, open_device
 from planner.base.errors import InvalidInput, PlannerError, one_line
+from planner.step.kernels import UNMARKED, Marks, profile_marks
+from planner.training.losses import LOSSES
 
 PROTOCOL = 1
 """Version of request and result."""
@@ -35,15 +37,6 @@ ENOUGH_S = 8.0
 
 LONGEST, NAME = 24, 100
 """Kernels that a profile names, by their seconds in all; characters of a kernel's name (templates run to thousands)."""
-
-OP_CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("attention", ("attention", "flash_fwd", "flash_bwd", "fmha", "sdpa")),
-    ("dequantization", ("dequantize", "quantize", "kdequant")),
-    ("optimizer", ("adam", "optimizer", "lion", "multi_tensor", "sgd", "_foreach")),
-    ("matrix products", ("gemm", "mm", "linear", "cutlass", "matmul", "mkldnn", "nvjet", "splitk")),
-    ("loss", ("log_softmax", "nll_loss", "cross_entropy", "softmax")),
-)
-"""Class of an operation or kernel by a part of its lower-case name, first match; the rest is element-wise."""
 
 
 def main() -> int:
@@ -275,7 +268,7 @@ def refuse(training: Any) -> None:
         raise InvalidInput("bursts run checkpointing none and full, not offload")
     if training.kernels != "none" or training.compile:
         raise InvalidInput("bursts run the plain modules: no fused kernels, no torch.compile")
-    if training.loss not in ("full-logits", "full-logits-fp32"):
+    if not LOSSES[training.loss].traced:
         raise InvalidInput(f"bursts hold whole logits: there is no {training.loss} loss to measure")
 
 
@@ -333,21 +326,25 @@ def profile(step: Any, device: Device) -> dict[str, Any]:
     return found
 
 
-def class_of(name: str) -> str:
-    """The class of an operation or kernel."""
+def class_of(name: str, marks: Marks | None = None) -> str:
+    """The class of an operation or kernel by the parts of names that the kinds of kernels state (`marks`: those)."""
     lowered = name.lower()
-    return next((kind for kind, marks in OP_CLASSES if any(mark in lowered for mark in marks)), "element-wise")
+    for kind, parts in marks or profile_marks():
+        if any(part in lowered for part in parts):
+            return kind
+    return UNMARKED
 
 
 def _cuda_classes(events: Any) -> dict[str, Any]:
     """What ran on the GPU, from the profiler's raw events (its tree of them takes seconds to build)."""
     seconds: dict[str, float] = {}
     named: dict[str, list[float]] = {}
+    marks = profile_marks()
     for event in events:
         if str(event.device_type()).rpartition(".")[2] != "CUDA" or event.is_user_annotation():
             continue
         name, spent = event.name(), event.duration_ns() / 1e9
-        kind = class_of(name)
+        kind = class_of(name, marks)
         seconds[kind] = seconds.get(kind, 0.0) + spent
         row = named.setdefault(name[:NAME], [0, 0.0])
         row[0] += 1
@@ -362,10 +359,11 @@ def _cuda_classes(events: Any) -> dict[str, Any]:
 def _cpu_classes(rows: Any) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     operations = 0
+    marks = profile_marks()
     for row in rows:
         if "::" in row.key:  # aten::, bitsandbytes::, not autograd's bookkeeping
             operations += row.count
-            kind = class_of(row.key)
+            kind = class_of(row.key, marks)
             seconds[kind] = seconds.get(kind, 0.0) + row.self_cpu_time_total / 1e6
     return {"kernels": operations, "seconds_by_class": seconds}
 

@@ -30,6 +30,7 @@ from planner.facts import calibration_files
 from planner.model import families
 from planner.plan.predict import Prediction, predict
 from planner.training.optimizers import by_transformers_name
+from planner.training.quantizations import EIGHT_BIT, by_bnb_type
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 WARMUP = 3
@@ -249,13 +250,15 @@ def _quantization(found: Any) -> QuantizationSpec:
         return QuantizationSpec()
     values = found if isinstance(found, dict) else found.to_dict()
     if values.get("load_in_8bit"):
-        return QuantizationSpec(kind="int8")
+        eight: Any = EIGHT_BIT
+        return QuantizationSpec(kind=eight)
     if not values.get("load_in_4bit"):
         raise ValueError(f"quantization {values.get('quant_method')} is not modelled here")
     dtypes: dict[str, Any] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     compute = str(values.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+    kind: Any = by_bnb_type()[values["bnb_4bit_quant_type"]]
     return QuantizationSpec(
-        kind=values.get("bnb_4bit_quant_type", "fp4"), double_quant=bool(values.get("bnb_4bit_use_double_quant")),
+        kind=kind, double_quant=bool(values.get("bnb_4bit_use_double_quant")),
         compute_dtype=dtypes.get(compute, "fp32"),
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from calibrate.model.optimizers import make_optimizer
+from planner.training.losses import LOSSES
 from planner.training.spec import TrainingSpec
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,9 +121,10 @@ class TrainingStep:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         self._enter("loss", "loss")
-        if self.training.loss == "full-logits-fp32":
+        how = LOSSES[self.training.loss]
+        if how.traced and how.upcasts:
             return ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
-        if self.training.loss != "full-logits":
+        if not how.traced:
             raise NotImplementedError(f"real and traced steps have no {self.training.loss} loss")
         labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
         return nn.functional.cross_entropy(logits.view(-1, vocab_size), labels.view(-1), ignore_index=-100)

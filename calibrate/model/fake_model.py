@@ -19,6 +19,8 @@ from calibrate.model.layer_paths import IN_LAYER
 from planner.base.errors import Contradiction, InvalidInput, UnknownName, one_line
 from planner.device import cuda_rules
 from planner.model.depth import first_layers
+from planner.training.own_modules import OWN_MODULES
+from planner.training.quantizations import BNB, QUANTIZATIONS
 from planner.training.spec import LoraSpec, TrainingSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +113,7 @@ def _load(cfg: Any, training: TrainingSpec, notes: list[str]) -> nn.Module:
         notes.append("this class has no scaled_dot_product_attention path; eager attention instead")
     _keep_in_fp32(model, dtype)
     model.tie_weights()
-    if training.untied_head and cfg.tie_word_embeddings:
+    if cfg.tie_word_embeddings and not OWN_MODULES[training.own_modules].ties_head:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     return model
@@ -135,17 +137,17 @@ def _quantize(model: Any, training: TrainingSpec) -> None:
     from transformers.quantizers.base import HfQuantizer
 
     quant = training.quantization
-    if quant.kind not in ("nf4", "fp4", "int8"):
-        raise Contradiction(f"the trace runs nf4, fp4 and int8 bases, not {quant.kind}")
+    if not QUANTIZATIONS[quant.kind].by_bitsandbytes:
+        raise Contradiction(f"the trace runs {', '.join(BNB[:-1])} and {BNB[-1]} bases, not {quant.kind}")
     skip = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     skip = sorted({*skip, *quant.skip_modules})
-    if quant.kind == "int8":
+    if QUANTIZATIONS[quant.kind].by_rows:
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
         model.is_loaded_in_8bit = True
     else:
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=quant.kind,
+            bnb_4bit_quant_type=QUANTIZATIONS[quant.kind].bnb_4bit_type,
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=DTYPES[quant.compute_dtype],
         )

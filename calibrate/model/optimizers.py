@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,41 +15,27 @@ from planner.training.spec import TrainingSpec
 
 def make_optimizer(training: TrainingSpec, parameters: list[torch.nn.Parameter], tracker: Tracker | None = None) -> Any:
     """Return the optimizer; its states appear in the tracker, if there is one, when the first step makes them."""
-    name = training.optimizer
-    if name in ("adamw", "adamw-bf16-states"):
-        return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
-    if name == "adamw-fused":
-        return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=1e-4, foreach=True)
-    if name == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
-    return _bitsandbytes(name, parameters, tracker)
-
-
-def _bitsandbytes(name: str, parameters: list[torch.nn.Parameter], tracker: Tracker | None) -> Any:
-    import bitsandbytes as bnb
-
-    kinds: dict[str, Any] = {
-        "adamw-8bit": bnb.optim.AdamW8bit,
-        "paged-adamw": bnb.optim.PagedAdamW32bit,
-        "paged-adamw-8bit": bnb.optim.PagedAdamW8bit,
-        "lion": bnb.optim.Lion,
-        "lion-8bit": bnb.optim.Lion8bit,
-    }
+    row = OPTIMIZERS[training.optimizer]
+    module, _, name = row.made_by.rpartition(".")
+    made = getattr(import_module(module), name)
+    if not row.by_bitsandbytes:
+        return made(parameters, lr=1e-4, **row.arguments)
     with unset_fake_temporarily():  # fill_qmap reads tensor values
-        optimizer = kinds[name](parameters, lr=1e-4)
+        optimizer = made(parameters, lr=1e-4, **row.arguments)
         optimizer.fill_qmap()
-    if tracker is not None and OPTIMIZERS[name].paged:
-        device_buffer = optimizer.get_state_buffer
-
-        def state_buffer(p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            if p.numel() < BNB_PAGED_ELEMENTS:
-                return device_buffer(p, dtype)
-            with tracker.ignore():
-                return device_buffer(p, dtype)
-
-        optimizer.get_state_buffer = state_buffer
+    if tracker is not None and row.paged:
+        _leaves_out_pages(optimizer, tracker)
     return optimizer
+
+
+def _leaves_out_pages(optimizer: Any, tracker: Tracker) -> None:
+    """Large states are in managed memory: the tracker does not count them."""
+    device_buffer = optimizer.get_state_buffer
+
+    def state_buffer(p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if p.numel() < BNB_PAGED_ELEMENTS:
+            return device_buffer(p, dtype)
+        with tracker.ignore():
+            return device_buffer(p, dtype)
+
+    optimizer.get_state_buffer = state_buffer

@@ -7,7 +7,7 @@ out of place), because that is what the trace sees. What agreement means:
 - peak: requested bytes of the second step; within 0.1 % in 95 % of the cases, never beyond 1 %;
 - moment: both peaks lie in the same segment (embedding, forward of layer i, head and loss, their backward, backward of
   layer i, optimizer), or the trace's level in the program's segment is within 0.1 % of its peak (a tie);
-- components: every category of planner.memory.walk.CATEGORIES, at that moment, within 1 % of the trace's bytes or
+- components: every category of planner.memory.owners.CATEGORIES, at that moment, within 1 % of the trace's bytes or
 within
   0.1 % of its peak.
 
@@ -31,6 +31,7 @@ from calibrate.oracle.cases import MODELS, Case, cases, draw, shrunk
 from planner.base.errors import PlannerError
 from planner.device.cuda_rules import Architecture
 from planner.memory import walk
+from planner.memory.owners import CATEGORIES
 from planner.model.families import build_spec
 from planner.step import program
 from planner.step.engine import Record
@@ -152,7 +153,7 @@ def differing(
     """The categories that disagree: by more than 1 % of the trace's bytes and more than 0.1 % of its peak."""
     left, right = dict(ours), dict(theirs)
     found = []
-    for name in walk.CATEGORIES:
+    for name in CATEGORIES:
         a, b = left.get(name, 0), right.get(name, 0)
         if abs(a - b) > max(b * COMPONENT_PCT, peak * COMPONENT_OF_PEAK_PCT) / 100:
             found.append((name, a, b))

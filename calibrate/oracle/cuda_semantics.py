@@ -88,6 +88,8 @@ def sdpa(
         SHORT_DTYPE[query.dtype], has_mask=attn_mask is not None, head_dim=query.shape[-1],
         v_head_dim=value.shape[-1], arch=arch, grouped=grouped, force_flash=force_flash,
     )  # fmt: skip
+    if grouped and not enable_gqa:  # heads are broadcast: no fused kernel does (sdp_utils.cpp)
+        kernel = "math"
     if kernel == "flash":
         return flash_attention(query, key, value, dropout_p, is_causal, scale)
     if kernel == "cudnn":

@@ -1,7 +1,7 @@
-"""Ledger: who owns the memory alive at the peak of a trace, in the categories of planner.memory.walk.
+"""Ledger: who owns the memory alive at the peak of a trace, in the categories of planner.memory.owners.
 
 The program names its storages by what made them; a trace knows the operation, the place and the lifetime. Both sort
-by the meaning stated at `planner.memory.walk.CATEGORIES`.
+by the meaning stated at `planner.memory.owners.CATEGORIES`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from calibrate.oracle.result import TraceResult
 from calibrate.oracle.tracker import Block
-from planner.memory.walk import CATEGORIES
+from planner.memory.owners import CATEGORIES
 
 _ADAPTER = ("lora_", "modules_to_save")
 _DEQUANTIZE = ("bitsandbytes.dequantize", "bitsandbytes.gemm_4bit:", "bitsandbytes.int8_vectorwise_dequant")

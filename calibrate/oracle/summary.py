@@ -15,7 +15,8 @@ from calibrate.oracle import alike, ledger
 from calibrate.oracle.result import STEPS, TraceResult
 from calibrate.oracle.trace import trace
 from planner.device.cuda_rules import Architecture
-from planner.memory.walk import BLOCK, CATEGORIES
+from planner.memory.owners import CATEGORIES
+from planner.memory.walk import BLOCK
 from planner.training.spec import TrainingSpec
 
 Counts = dict[str, int]

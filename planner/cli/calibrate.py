@@ -164,14 +164,14 @@ def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Bur
     from calibrate.measure.grid import exactly, peak_bytes
     from planner.base.errors import InvalidInput
     from planner.base.units import gib
-    from planner.cli.options import TRAINING
     from planner.cli.terminal import echo_notes
     from planner.plan.request import Request, resolve
+    from planner.training.options import OPTIONS
 
     if job.model is None:
         raise InvalidInput("no config names the model to measure; add its key")
     gpu = device_gpu(opened.identity())
-    given = {option.key: None for options in TRAINING.values() for option in options} | {"job": job}
+    given: dict[str, Any] = {**dict.fromkeys(OPTIONS), "job": job}
     del given["stack"]
     plan = resolve(Request(job.model, given, job.stack, gpu, calibration="none"))
     echo_notes(plan.warnings)

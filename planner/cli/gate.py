@@ -69,10 +69,9 @@ def _check(name: str, card: Any, margin: float, reading: Mapping[str, Any], opti
 
 def _training(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the training options alone, as `fits` would get them."""
-    from planner.cli.options import TRAINING
+    from planner.training.options import OPTIONS
 
-    keys = {option.key for section in TRAINING.values() for option in section}
-    return {key: value for key, value in options.items() if key in keys | {"job"}}
+    return {key: value for key, value in options.items() if key in OPTIONS or key == "job"}
 
 
 def _line(job: Job) -> int:

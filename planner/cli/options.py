@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from planner.base.errors import unknown
-from planner.base.records import NamedTuple
-from planner.plan.words import LIBRARIES
-from planner.training import optimizers, quantizations
-from planner.training.choices import CHOICES
-from planner.training.settings import _ATTENTION, _CHECKPOINTING, _DTYPES
+from planner.training import kinds
+from planner.training.options import OPTIONS, Option
+from planner.training.settings import LIBRARIES
 
 FORMATS = ("table", "json", "csv", "markdown")
 
@@ -31,7 +28,7 @@ class Word(_Choice):
 
     def __init__(self, what: str, words: tuple[str, ...], aliases: Mapping[str, str] | None = None) -> None:
         super().__init__(words)
-        self.what, self.words, self.aliases = what, words, dict(aliases or {})
+        self.what, self.choice = what, kinds.Choice(words=words, aliases=aliases or {})
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the known word.
@@ -39,11 +36,7 @@ class Word(_Choice):
         Raises:
             UnknownName: naming the value and what is allowed.
         """
-        word = str(value).strip().lower()
-        word = self.aliases.get(word, word)
-        if word not in self.words:
-            raise unknown(self.what, value, self.words)
-        return word
+        return self.choice.word(self.what, value)
 
 
 class Number(click.FloatRange):
@@ -108,137 +101,23 @@ def trace_options(command: _Command) -> _Command:
     return limit(cache(command))
 
 
-_FLAG = object()
-"""Marks a yes/no option (--x/--no-x)."""
-
-
-class Option(NamedTuple):
-    """A training setting on the command line: flags, the key of `training.stacks` it sets, its type and its help."""
-
-    flags: tuple[str, ...]
-    key: str
-    kind: Any
-    help: str
-
-
-def _dtype(what: str, words: tuple[str, ...] = CHOICES["dtype"]) -> Word:
-    return Word(what, words, _DTYPES)
-
-
-TRAINING: dict[str, tuple[Option, ...]] = {
-    "Method and adapter": (
-        Option(("--method",), "method", Word("method", CHOICES["method"]), "Default qlora."),
-        Option(("-r", "--rank"), "r", int, "LoRA rank."),
-        Option(("--alpha",), "lora_alpha", float, "LoRA alpha."),
-        Option(("--dropout",), "lora_dropout", float, "LoRA dropout."),
-        Option(("--targets", "--target-modules"), "target_modules", str, "all-linear, attention, mlp or module names."),
-        Option(("--target-slices",), "target_slices", str, "Adapt only these parts of a fused projection, as 0,2."),
-        Option(("--modules-to-save",), "modules_to_save", str, "Modules trained in full beside the adapters."),
-        Option(("--dora/--no-dora",), "use_dora", _FLAG, "DoRA."),
-        Option(("--rslora/--no-rslora",), "use_rslora", _FLAG, "rsLoRA."),
-        Option(("--adapter-dtype",), "adapter_dtype", _dtype("adapter dtype"), "dtype of the adapter weights."),
-    ),
-    "Base weights": (
-        Option(
-            ("-q", "--quantization"),
-            "quantization",
-            Word("quantization", CHOICES["quantization"], quantizations.words()),
-            "How the frozen base is stored.",
-        ),
-        Option(("--double-quant/--no-double-quant",), "double_quant", _FLAG, "Quantize the 4-bit scales too."),
-        Option(
-            ("--quantized-modules",),
-            "quantized_modules",
-            Word("quantized modules", ("linears", "adapted-only", "none")),
-            "Which linear modules are quantized.",
-        ),
-        Option(("--skip-modules",), "skip_modules", str, "Modules left unquantized, or none."),
-        Option(("--group-size",), "group_size", int, "GPTQ and AWQ: weights that share one scale."),
-        Option(("--base-dtype",), "base_dtype", _dtype("base dtype"), "dtype of unquantized base weights."),
-        Option(("--compute-dtype",), "compute_dtype", _dtype("compute dtype"), "dtype of dequantized weights."),
-        Option(
-            ("--kbit-prep/--no-kbit-prep",),
-            "kbit_preparation",
-            _FLAG,
-            "PEFT's prepare_model_for_kbit_training (fp32 norms, embeddings and head).",
-        ),
-        Option(("--fp32-norms/--no-fp32-norms",), "fp32_norms_only", _FLAG, "Only the norms are fp32."),
-        Option(("--untied-head/--no-untied-head",), "untied_head", _FLAG, "litgpt's own modules, its head untied."),
-        Option(("--added-tokens",), "added_tokens", int, "Tokens added to the vocabulary: table and head grow."),
-        Option(
-            ("--device-map/--no-device-map",),
-            "device_map",
-            _FLAG,
-            "from_pretrained puts the weights on the GPU itself (it does where it quantizes).",
-        ),
-    ),
-    "Batch, checkpointing, kernels": (
-        Option(("--batch", "--micro-batch-size"), "micro_batch_size", int, "Rows per micro batch."),
-        Option(("--seq-len", "--length"), "seq_len", int, "Tokens per row."),
-        Option(("--grad-accum",), "gradient_accumulation_steps", int, "Micro batches per optimizer step."),
-        Option(
-            ("--checkpointing",),
-            "gradient_checkpointing",
-            Word("checkpointing", CHOICES["checkpointing"], _CHECKPOINTING),
-            "Gradient checkpointing.",
-        ),
-        Option(("--reentrant/--no-reentrant",), "use_reentrant", _FLAG, "Reentrant checkpointing."),
-        Option(
-            ("--attention",),
-            "attention",
-            Word("attention", CHOICES["attention"], _ATTENTION),
-            "Attention implementation.",
-        ),
-        Option(("--padded/--no-padded",), "padded", _FLAG, "Rows carry a padding mask."),
-        Option(("--kernels",), "kernels", Word("kernels", CHOICES["kernels"]), "Fused kernels."),
-        Option(("--compile/--no-compile",), "compile", _FLAG, "torch.compile."),
-        Option(("--tf32/--no-tf32",), "tf32", _FLAG, "fp32 products on TF32 tensor cores."),
-        Option(("--autocast",), "autocast", _dtype("autocast", ("none", "bf16", "fp16")), "Mixed precision."),
-    ),
-    "Loss and optimizer": (
-        Option(("--loss",), "loss", Word("loss", CHOICES["loss"]), "How logits become a loss."),
-        Option(
-            ("--optimizer",),
-            "optimizer",
-            Word("optimizer", CHOICES["optimizer"], optimizers.words()),
-            "Optimizer and states.",
-        ),
-        Option(
-            ("--optimizer-in-backward/--no-optimizer-in-backward",),
-            "optimizer_in_backward",
-            _FLAG,
-            "The optimizer steps during the backward.",
-        ),
-        Option(("--max-grad-norm",), "max_grad_norm", float, "Gradient clipping; 0 switches it off."),
-        Option(("--longest-first/--any-order",), "longest_first", _FLAG, "The longest micro batch is the run's first."),
-        Option(("--keeps-outputs/--no-keeps-outputs",), "keeps_outputs", _FLAG, "The loop holds the logits meanwhile."),
-        Option(("--outputs-to-fp32/--no-outputs-to-fp32",), "outputs_to_fp32", _FLAG, "accelerate's fp32 logits copy."),
-    ),
-    "Framework and releases": (
-        Option(
-            ("--stack",),
-            "stack",
-            str,
-            "The framework whose unasked defaults apply: hf-trainer, trl, peft-loop, axolotl, llama-factory, unsloth, "
-            "torchtune, litgpt, fms, ms-swift or custom (the default).",
-        ),
-        Option(("--torch",), "torch", str, "PyTorch release, for example 2.4."),
-        Option(("--transformers",), "transformers", str, "transformers release."),
-        Option(("--peft",), "peft", str, "PEFT release."),
-        Option(("--bitsandbytes",), "bitsandbytes", str, "bitsandbytes release."),
-    ),
-}
-"""Sections of the help and their options, in the order of the help."""
+def click_type(option: Option) -> Any:
+    """What click is to make of an option's text; None: it is a yes/no option (--x/--no-x)."""
+    if isinstance(option.kind, kinds.Choice):
+        return Word(option.words, option.kind.words, option.kind.aliases)
+    if isinstance(option.kind, kinds.YesNo):
+        return None
+    return int if isinstance(option.kind, kinds.Whole) else float if isinstance(option.kind, kinds.Number) else str
 
 
 def training_options(command: _Command) -> _Command:
     """Add every training setting to a command; a parameter is None where the user did not give it."""
-    for options in reversed(list(TRAINING.values())):
-        for option in reversed(options):
-            extra: dict[str, Any] = {} if option.kind is _FLAG else {"type": option.kind}
-            if option.key in LIBRARIES:
-                extra["metavar"] = "VERSION"
-            command = click.option(*option.flags, option.key, default=None, help=option.help, **extra)(command)
+    for option in reversed(OPTIONS.values()):
+        kind = click_type(option)
+        extra: dict[str, Any] = {} if kind is None else {"type": kind}
+        if option.key in LIBRARIES:
+            extra["metavar"] = "VERSION"
+        command = click.option(*option.flags, option.key, default=None, help=option.help, **extra)(command)
     return command
 
 
@@ -257,7 +136,7 @@ def help_option(command: click.Command, ctx: click.Context) -> click.Option:
 
 
 class Sectioned(click.Command):
-    """A command whose help lists its options in the sections of `TRAINING`, the rest first."""
+    """A command whose help lists its options in the sections of `OPTIONS`, the rest first."""
 
     _own_help: click.Option | None = None
 
@@ -269,8 +148,8 @@ class Sectioned(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options section by section."""
-        place = {option.key: title for title, options in TRAINING.items() for option in options}
-        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in TRAINING}}
+        place = {option.key: option.section for option in OPTIONS.values()}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in place.values()}}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:

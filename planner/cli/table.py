@@ -13,9 +13,10 @@ import click
 from planner.base.outputs import whole_file
 from planner.cli.data_options import data_options, take
 from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
-from planner.cli.options import TRAINING, Sectioned, Word, calibration_option
+from planner.cli.options import Sectioned, Word, calibration_option
 from planner.plan.jobs import is_config
 from planner.plan.table import explicit, read_grid, tabulator
+from planner.training.options import OPTIONS
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -29,10 +30,9 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def lists_of_settings(command: _Command) -> _Command:
     """Add every training setting as an option that takes lists."""
-    for options in reversed(list(TRAINING.values())):
-        for option in reversed(options):
-            flags = [part.partition("/")[0] for part in option.flags]
-            command = click.option(*flags, option.key, multiple=True, metavar="LIST", help=option.help)(command)
+    for option in reversed(OPTIONS.values()):
+        flags = [part.partition("/")[0] for part in option.flags]
+        command = click.option(*flags, option.key, multiple=True, metavar="LIST", help=option.help)(command)
     return command
 
 

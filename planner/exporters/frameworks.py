@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.exporters.recipe import ATTENTION, DTYPES, OPTIMIZERS, Artifact, Export, Recipe, common_notes
+from planner.exporters.recipe import ATTENTION, DTYPES, Artifact, Export, Recipe, common_notes
 from planner.exporters.script import lora_arguments, sft_values
 from planner.exporters.script import notes as script_notes
 from planner.exporters.text import comment, json_file, yaml
+from planner.training.losses import KERNEL_SETS
+from planner.training.optimizers import OPTIMIZERS
+from planner.training.quantizations import QUANTIZATIONS
 
 
 def _file(name: str, recipe: Recipe, command: str, values: dict[str, Any]) -> Artifact:
@@ -30,8 +33,8 @@ def trl(recipe: Recipe) -> Export:
         **({"use_peft": True} if lora else {}),
         **_trl_lora(lora),
         "load_in_4bit": True if recipe.four_bit else None,
-        "load_in_8bit": True if quant.kind == "int8" else None,
-        "bnb_4bit_quant_type": quant.kind if recipe.four_bit else None,
+        "load_in_8bit": True if recipe.eight_bit else None,
+        "bnb_4bit_quant_type": recipe.bnb_4bit_type,
         "use_bnb_nested_quant": quant.double_quant if recipe.four_bit else None,
         **sft_values(recipe),
     }
@@ -79,12 +82,12 @@ _AXOLOTL_DATA: dict[str, dict[str, Any]] = {
 
 def axolotl(recipe: Recipe) -> Export:
     """A config of axolotl 0.19 (utils/schemas/config.py AxolotlInputConfig)."""
-    training, quant, lora = recipe.training, recipe.training.quantization, recipe.training.lora
+    training, lora = recipe.training, recipe.training.lora
     checkpoint: Any = {"none": False, "full": True, "offload": "offload"}[training.gradient_checkpointing]
     values: dict[str, Any] = {
         "base_model": recipe.model_id,
         "load_in_4bit": recipe.four_bit,
-        "load_in_8bit": quant.kind == "int8",
+        "load_in_8bit": recipe.eight_bit,
         "adapter": None if lora is None else "qlora" if recipe.four_bit else "lora",
         "lora_r": lora.r if lora else None,
         "lora_alpha": int(lora.lora_alpha) if lora else None,
@@ -105,7 +108,7 @@ def axolotl(recipe: Recipe) -> Export:
         "learning_rate": recipe.learning_rate,
         "lr_scheduler": "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
         "warmup_steps": recipe.warmup_steps,
-        "optimizer": OPTIMIZERS[training.optimizer],
+        "optimizer": recipe.optim,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "bf16": training.autocast == "bf16",
@@ -113,16 +116,14 @@ def axolotl(recipe: Recipe) -> Export:
         "gradient_checkpointing": checkpoint,
         "gradient_checkpointing_kwargs": {"use_reentrant": training.use_reentrant} if checkpoint is True else None,
         "attn_implementation": ATTENTION[training.attention],
-        "chunked_cross_entropy": True if training.loss in ("chunked", "fused") and training.kernels == "none" else None,
+        "chunked_cross_entropy": True if recipe.in_chunks else None,
         "torch_compile": True if training.compile else None,
         "group_by_length": True if recipe.padding == "grouped" else None,
         "save_steps": recipe.save_steps or None,
         "seed": recipe.seed,
         "output_dir": recipe.output_dir,
     }
-    if training.kernels == "liger":
-        values["plugins"] = ["axolotl.integrations.liger.LigerPlugin"]
-        values["liger_fused_linear_cross_entropy"] = True
+    values |= KERNEL_SETS[training.kernels].axolotl_values
     notes = common_notes(recipe)
     if lora and lora.lora_alpha != int(lora.lora_alpha):
         notes.append(f"axolotl takes whole numbers for lora_alpha: {lora.lora_alpha:g} is cut")
@@ -131,14 +132,17 @@ def axolotl(recipe: Recipe) -> Export:
     return Export(artifacts=(_file("axolotl.yaml", recipe, "axolotl train axolotl.yaml", values),), notes=tuple(notes))
 
 
+_AXOLOTL_TYPE = "nf4"
+
+
 def _axolotl_bnb(recipe: Recipe) -> dict[str, Any] | None:
     """What differs from axolotl's fixed 4-bit settings (loaders/model.py: nf4, double quantization)."""
     quant = recipe.training.quantization
     found: dict[str, Any] = {}
     if recipe.four_bit and not quant.double_quant:
         found["bnb_4bit_use_double_quant"] = False
-    if quant.kind == "fp4":
-        found["bnb_4bit_quant_type"] = "fp4"
+    if recipe.bnb_4bit_type not in (None, _AXOLOTL_TYPE):
+        found["bnb_4bit_quant_type"] = recipe.bnb_4bit_type
     return found or None
 
 
@@ -175,7 +179,11 @@ def llama_factory(recipe: Recipe) -> Export:
     """A config of LLaMA-Factory 0.9.5 (hparams/*.py) and the dataset_info.json that names the data."""
     training, quant, lora = recipe.training, recipe.training.quantization, recipe.training.lora
     shared = sft_values(recipe)
-    drop = ("max_length", "packing", "gradient_checkpointing", "gradient_checkpointing_kwargs")
+    kernels = KERNEL_SETS[training.kernels]
+    drop = (
+        "max_length", "packing", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+        kernels.transformers_argument,
+    )  # fmt: skip
     values: dict[str, Any] = {
         "model_name_or_path": recipe.model_id,
         "stage": "pt" if recipe.data_shape == "text" else "sft",
@@ -189,14 +197,14 @@ def llama_factory(recipe: Recipe) -> Export:
         "use_dora": True if lora and lora.use_dora else None,
         "use_rslora": True if lora and lora.use_rslora else None,
         "pure_bf16": True if lora and lora.dtype == "bf16" else None,
-        "quantization_bit": {"nf4": 4, "fp4": 4, "int8": 8}.get(quant.kind),
+        "quantization_bit": QUANTIZATIONS[quant.kind].bits or None,
         "quantization_method": "bnb" if recipe.adapter == "qlora" else None,
-        "quantization_type": quant.kind if recipe.four_bit else None,
+        "quantization_type": recipe.bnb_4bit_type,
         "double_quantization": quant.double_quant if recipe.four_bit else None,
         "flash_attn": {"eager": "disabled", "sdpa": "sdpa", "flash2": "fa2"}[training.attention],
         "disable_gradient_checkpointing": training.gradient_checkpointing == "none",
         "use_reentrant_gc": training.use_reentrant,
-        "enable_liger_kernel": True if shared.pop("use_liger_kernel", False) else None,
+        **({kernels.llama_factory_argument: True} if kernels.llama_factory_argument else {}),
         "dataset": LLAMA_FACTORY_DATASET,
         "dataset_dir": ".",
         "template": _template(recipe),
@@ -211,7 +219,7 @@ def llama_factory(recipe: Recipe) -> Export:
         notes.append(f"no template of LLaMA-Factory is known for {recipe.model.model_type}: check `template`")
     if recipe.padding == "grouped":
         notes.append("with transformers 4 write group_by_length: true instead of train_sampling_strategy")
-    if training.loss in ("chunked", "fused") and training.kernels == "none":
+    if recipe.in_chunks:
         notes.append("LLaMA-Factory has no chunked loss without liger: it takes the memory of whole fp32 logits")
     if training.gradient_checkpointing == "offload":
         notes.append("LLaMA-Factory offloads checkpoints only with unsloth (use_unsloth_gc); plain ones are written")
@@ -227,6 +235,10 @@ def llama_factory(recipe: Recipe) -> Export:
 
 
 # --- entrenar -------------------------------------------------------------------------------------------------------
+
+
+_ENTRENAR_OPTIMIZER = OPTIMIZERS["adamw"].entrenar_name
+"""What an optimizer becomes that it does not have."""
 
 
 def entrenar(recipe: Recipe) -> Export:
@@ -246,7 +258,7 @@ def entrenar(recipe: Recipe) -> Export:
             **_entrenar_columns(recipe),
         },
         "optimizer": {
-            "name": "sgd" if training.optimizer == "sgd" else "adamw",
+            "name": OPTIMIZERS[training.optimizer].entrenar_name or _ENTRENAR_OPTIMIZER,
             "lr": recipe.learning_rate,
             "weight_decay": recipe.weight_decay,
         },
@@ -258,7 +270,7 @@ def entrenar(recipe: Recipe) -> Export:
             "quantize_base": recipe.four_bit,
             "double_quantize": training.quantization.double_quant,
         },
-        "quantize": {"bits": 8 if training.quantization.kind == "int8" else 4, "symmetric": True, "per_channel": True}
+        "quantize": {"bits": QUANTIZATIONS[training.quantization.kind].bits, "symmetric": True, "per_channel": True}
         if recipe.adapter == "qlora"
         else None,
         "training": {
@@ -282,8 +294,8 @@ def entrenar(recipe: Recipe) -> Export:
     ]
     if recipe.epochs != round(recipe.epochs):
         notes.append(f"entrenar takes whole epochs: {recipe.epochs:g} is rounded")
-    if training.optimizer not in ("adamw", "adamw-fused", "sgd"):
-        notes.append(f"entrenar has adam, adamw and sgd; {training.optimizer} becomes adamw")
+    if not OPTIMIZERS[training.optimizer].entrenar_name:
+        notes.append(f"entrenar has adam, adamw and sgd; {training.optimizer} becomes {_ENTRENAR_OPTIMIZER}")
     return Export(
         artifacts=(_file("entrenar.yaml", recipe, "entrenar train entrenar.yaml", values),), notes=tuple(notes)
     )

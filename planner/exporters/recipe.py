@@ -11,6 +11,7 @@ from planner.model.spec import ModelSpec
 from planner.runs.dataset.batches import Padding
 from planner.runs.schedule import Shape
 from planner.training import optimizers
+from planner.training.losses import KERNEL_SETS, LOSSES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
@@ -101,7 +102,35 @@ class Recipe:
     @property
     def four_bit(self) -> bool:
         """Whether the base is loaded in 4 bit."""
-        return self.training.quantization.kind in ("nf4", "fp4")
+        return QUANTIZATIONS[self.training.quantization.kind].packed_4bit
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether the base is loaded in 8 bit."""
+        return QUANTIZATIONS[self.training.quantization.kind].by_rows
+
+    @property
+    def bnb_4bit_type(self) -> str | None:
+        """The base's type in BitsAndBytesConfig; None: it is not loaded in 4 bit."""
+        return QUANTIZATIONS[self.training.quantization.kind].bnb_4bit_type or None
+
+    @property
+    def optim(self) -> str:
+        """The optimizer in transformers' words.
+
+        Raises:
+            Contradiction: transformers has no name for it.
+        """
+        name = self.training.optimizer
+        if not OPTIMIZERS[name]:
+            known = ", ".join(other for other, word in OPTIMIZERS.items() if word)
+            raise Contradiction(f"transformers' trainers have no {name}: choose another optimizer ({known})")
+        return OPTIMIZERS[name]
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether the plan never holds fp32 logits of all tokens, without kernels that see to it."""
+        return LOSSES[self.training.loss].logits != "whole" and self.training.kernels == "none"
 
     @property
     def packing(self) -> bool:
@@ -112,7 +141,7 @@ class Recipe:
 def common_notes(recipe: Recipe) -> list[str]:
     """What the plan has and an export cannot say."""
     training, notes = recipe.training, []
-    if training.kernels in ("unsloth", "fms-fused"):
+    if training.kernels != "none" and not KERNEL_SETS[training.kernels].transformers_argument:
         notes.append(f"the plan uses {training.kernels} kernels, which only their own trainer has; they are left out")
     if training.lora is not None and training.lora.target_slices:
         notes.append("target_slices exist in litgpt only; whole modules are adapted instead")

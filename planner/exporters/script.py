@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.exporters.recipe import ATTENTION, DTYPES, OPTIMIZERS, Artifact, Export, Recipe, common_notes
+from planner.exporters.recipe import ATTENTION, DTYPES, Artifact, Export, Recipe, common_notes
 from planner.exporters.text import comment, python
+from planner.training.losses import KERNEL_SETS, LOSSES
 
 NAME = "train.py"
 
@@ -68,7 +69,7 @@ def notes(recipe: Recipe) -> list[str]:
     found = common_notes(recipe)
     if recipe.template == "plain" and recipe.data_shape not in ("text", "prompt"):
         found.append(f"template plain reads text or prompt rows; the data is {recipe.data_shape}")
-    if recipe.training.loss.startswith("full"):
+    if LOSSES[recipe.training.loss].logits == "whole":
         found.append(
             "trl 1.16 computes the loss in chunks: the run takes less memory than planned (--loss fused plans it)"
         )
@@ -115,11 +116,11 @@ def _quantization(recipe: Recipe) -> list[str]:
     quant = recipe.training.quantization
     if recipe.adapter != "qlora":
         return []
-    if quant.kind == "int8":
+    if recipe.eight_bit:
         return [f"quantization = {_call('BitsAndBytesConfig', {'load_in_8bit': 'True'})}"]
     arguments = {
         "load_in_4bit": "True",
-        "bnb_4bit_quant_type": python(quant.kind),
+        "bnb_4bit_quant_type": python(recipe.bnb_4bit_type),
         "bnb_4bit_use_double_quant": python(quant.double_quant),
         "bnb_4bit_compute_dtype": f"torch.{DTYPES[quant.compute_dtype]}",
     }
@@ -179,7 +180,7 @@ def sft_values(recipe: Recipe) -> dict[str, Any]:
         "warmup_steps": recipe.warmup_steps,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": OPTIMIZERS[training.optimizer],
+        "optim": recipe.optim,
         "gradient_checkpointing": training.gradient_checkpointing != "none",
         "bf16": training.autocast == "bf16",
         "fp16": training.autocast == "fp16",
@@ -194,8 +195,9 @@ def sft_values(recipe: Recipe) -> dict[str, Any]:
         values["activation_offloading"] = True
     if recipe.padding == "grouped":
         values["train_sampling_strategy"] = "group_by_length"
-    if training.kernels == "liger":
-        values["use_liger_kernel"] = True
+    switch = KERNEL_SETS[training.kernels].transformers_argument
+    if switch:
+        values[switch] = True
     if training.compile:
         values["torch_compile"] = True
     if recipe.max_steps:

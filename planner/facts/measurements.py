@@ -15,44 +15,38 @@ from typing import Any
 
 from planner.base.errors import InvalidInput, one_line, unknown
 from planner.base.units import MiB
+from planner.training.kinds import Choice, Number, Whole, YesNo
+from planner.training.settings import LIBRARIES, SETTINGS, SettingRow
 
 MAX_BYTES = 64 * MiB
 MAX_CELL = 2000
 
 COUNTERS = ("allocated", "reserved", "device", "unspecified")
 
+SETTING_COLUMNS: dict[str, str] = {row.column: key for key, row in SETTINGS.items() if row.column}
+"""Columns that hold a setting -> its key."""
+
 COLUMNS: tuple[str, ...] = (
-    "id", "source", "model", "framework", "method", "quantization", "double_quant", "quantized_modules", "base_dtype",
-    "compute_dtype", "autocast", "adapter_dtype", "rank", "alpha", "dropout", "target_modules", "micro_batch",
-    "grad_accum", "seq_len", "seq_len_max", "mean_tokens_per_row", "packing", "checkpointing", "attention", "loss",
-    "optimizer", "kernels", "compile", "gpu", "num_gpus", "parallel", "cpu_offload", "torch", "transformers", "peft",
-    "bitsandbytes", "outcome",
+    "id", "source", "model", "framework", *SETTING_COLUMNS, "seq_len_max", "mean_tokens_per_row", "packing", "gpu",
+    "num_gpus", "parallel", "cpu_offload", *LIBRARIES, "outcome",
     *(f"{counter}_bytes_{end}" for counter in COUNTERS for end in ("low", "high")),
     "micro_step_s", "optimizer_step_s", "tokens_per_s_per_gpu", "token_convention", "time_scope",
     "confidence_memory", "confidence_time", "notes",
 )  # fmt: skip
 
-_DTYPES = ("fp32", "bf16", "fp16")
 _FLAGS = ("true", "false")
+
+
+def _words(row: SettingRow) -> tuple[str, ...]:
+    """The words that the column of a setting may hold; none: it holds a number or names."""
+    if isinstance(row.kind, YesNo):
+        return _FLAGS
+    return (*row.kind.words, *row.column_words) if isinstance(row.kind, Choice) else ()
+
+
 ENUMERATIONS: dict[str, tuple[str, ...]] = {
-    "method": ("lora", "qlora", "dora", "full"),
-    "quantization": ("none", "nf4", "fp4", "int8", "gptq4", "gptq8", "awq4", "other"),
-    "double_quant": _FLAGS,
-    "quantized_modules": ("linears", "adapted-only", "none"),
-    "base_dtype": _DTYPES,
-    "compute_dtype": _DTYPES,
-    "autocast": ("none", "bf16", "fp16"),
-    "adapter_dtype": _DTYPES,
+    **{row.column: _words(row) for row in SETTINGS.values() if row.column and _words(row)},
     "packing": _FLAGS,
-    "checkpointing": ("none", "full", "offload", "selective"),
-    "attention": ("eager", "sdpa", "flash2", "flex", "xformers", "other"),
-    "loss": ("full-logits", "full-logits-fp32", "chunked", "fused"),
-    "optimizer": (
-        "adamw", "adamw-fused", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "adamw-bf16-states", "lion",
-        "lion-8bit", "sgd", "adafactor", "other",
-    ),
-    "kernels": ("none", "liger", "unsloth", "fms-fused", "other"),
-    "compile": _FLAGS,
     "parallel": ("single", "ddp", "fsdp", "fsdp2", "zero2", "zero3", "tp", "mixed"),
     "cpu_offload": _FLAGS,
     "outcome": ("ok", "oom"),
@@ -60,14 +54,21 @@ ENUMERATIONS: dict[str, tuple[str, ...]] = {
     "time_scope": ("step", "fwd-bwd", "micro-avg", "train-loop", "with-warmup"),
     "confidence_memory": ("A", "B", "C"),
     "confidence_time": ("A", "B", "C"),
-}  # fmt: skip
+}
 """Allowed values of each enumerated column; an empty cell is always allowed."""
 
+
+def _columns_of(kind: type[Whole] | type[Number]) -> tuple[str, ...]:
+    return tuple(row.column for row in SETTINGS.values() if row.column and isinstance(row.kind, kind))
+
+
 _WHOLE = (
-    "rank", "micro_batch", "grad_accum", "seq_len", "seq_len_max", "num_gpus",
+    *_columns_of(Whole), "seq_len_max", "num_gpus",
     *(f"{counter}_bytes_{end}" for counter in COUNTERS for end in ("low", "high")),
 )  # fmt: skip
-_DECIMAL = ("alpha", "dropout", "mean_tokens_per_row", "micro_step_s", "optimizer_step_s", "tokens_per_s_per_gpu")
+_DECIMAL = (
+    *_columns_of(Number), "mean_tokens_per_row", "micro_step_s", "optimizer_step_s", "tokens_per_s_per_gpu",
+)  # fmt: skip
 _WHOLE_NUMBER = re.compile(r"\d{1,15}")
 _DECIMAL_NUMBER = re.compile(r"\d{1,12}(\.\d{1,12})?")
 Row = Mapping[str, str]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from planner.base.errors import InvalidInput
 from planner.facts import catalog
 from planner.importers.document import Document, quote
+from planner.training import optimizers, quantizations
+from planner.training.losses import KERNEL_SETS
 
 WORDS = "words"
 """The table that is no framework: value maps that several frameworks share."""
@@ -121,9 +123,20 @@ def _framework(name: str, tables: Mapping[str, Mapping[str, Any]]) -> Framework:
         missing=tuple(whole["missing"]),
         refuse=tuple(whole["refuse"]),
         warn=tuple(whole["warn"]),
-        maps=tables[WORDS]["maps"],
+        maps=word_maps(tables[WORDS]["maps"]),
         known=frozenset(known),
     )
+
+
+def word_maps(others: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Names that frameworks give to values: those that rows know, and those that only come close to one (`others`)."""
+    own = {
+        "optimizers": optimizers.by_transformers_name(),
+        "torch_optimizers": optimizers.by_class(),
+        "quant_types": quantizations.by_bnb_type(),
+    }
+    # the first word of a value is the one that a change writes into a config
+    return {name: {**others.get(name, {}), **own.get(name, {})} for name in (*own, *others)}
 
 
 def _row_keys(row: Mapping[str, Any]) -> Iterator[str]:
@@ -143,7 +156,10 @@ def _inherited(name: str, tables: Mapping[str, Mapping[str, Any]], prefix: str) 
             for place, keys in table.get("defaults", {}).items()
             for key, value in keys.items()
         },
-        "options": {key: [_prefixed(row, prefix) for row in rows] for key, rows in table.get("options", {}).items()},
+        "options": {
+            key: [_prefixed(row, prefix) for written in rows for row in _expanded(written)]
+            for key, rows in table.get("options", {}).items()
+        },
         "neutral": [prefix + key for key in table.get("neutral", ())],
         "files": [prefix + key for key in table.get("files", ())],
     }
@@ -158,6 +174,14 @@ def _inherited(name: str, tables: Mapping[str, Mapping[str, Any]], prefix: str) 
         for part in ("neutral", "files", "missing", "refuse", "warn"):
             whole[part].extend(inner[part])
     return whole
+
+
+def _expanded(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A row as it is, or, of the switches of fused kernels, one for each set that has such a switch."""
+    if "switch" not in row:
+        return [row]
+    switches = {name: getattr(kernels, row["switch"]) for name, kernels in KERNEL_SETS.items()}
+    return [{"value": name, "when": {key: True}} for name, key in switches.items() if key]
 
 
 def _prefixed(row: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from planner.importers.files import read_document
 from planner.importers.model_names import inside, readable
 from planner.importers.rules import KeyUse, Missing, Reading, Value
 from planner.training.spec import Versions
+from planner.training.stacks import CUSTOM
 
 MAX_FILES = 20
 """Files of one job, those that its configs name included."""
@@ -74,7 +75,7 @@ def read_job(
     stack = next((r for r in reversed(readings) if r.framework.stack), None)
     return Job(
         files=tuple(document.path for document in documents),
-        stack=stack.framework.stack or "custom" if stack else "custom",
+        stack=stack.framework.stack or CUSTOM if stack else CUSTOM,
         stack_origin=f"file {stack.document.name}: {stack.framework.title}" if stack else "loraplan default",
         model=model,
         model_origin=origin,

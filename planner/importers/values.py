@@ -1,4 +1,4 @@
-"""A value of a foreign config as an option of `planner.training.stacks`: one strict conversion per kind of option."""
+"""A value of a foreign config as an option of `planner.training.settings`: one strict conversion per kind."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-_WHOLE = {
-    "r": (1, 2**20), "micro_batch_size": (1, 2**20), "seq_len": (1, 2**27), "gradient_accumulation_steps": (1, 2**20),
-    "group_size": (1, 2**20),
-}  # fmt: skip
-"""Options that are whole numbers, with their bounds."""
-_NUMBERS = {"lora_alpha": (0.0, 1e9), "lora_dropout": (0.0, 0.999_999), "max_grad_norm": (0.0, 1e9)}
-_FLAGS = frozenset(
-    {"double_quant", "use_dora", "use_rslora", "use_reentrant", "padded", "compile", "optimizer_in_backward"}
-    | {"kbit_preparation", "fp32_norms_only"}
-)
-_LISTS = frozenset(("target_modules", "modules_to_save", "skip_modules"))
+from planner.training.kinds import Names, Number, Whole, YesNo
+from planner.training.settings import SETTINGS
+
 MAX_NAMES = 500
 
 
@@ -26,39 +18,46 @@ def option_value(option: str, raw: Any, row: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: saying what is allowed.
     """
-    if option in _WHOLE:
-        value = _whole(raw, *_WHOLE[option])
+    kind = SETTINGS[option].kind if option in SETTINGS else None
+    if isinstance(kind, Whole):
+        value = _whole(raw, kind)
         step = row.get("round_up", 1)
         return -(-value // step) * step
-    if option in _NUMBERS:
-        return _number(raw, *_NUMBERS[option]) * row.get("times", 1)
-    if option in _FLAGS:
+    if isinstance(kind, Number):
+        return _number(raw, kind) * row.get("times", 1)
+    if isinstance(kind, YesNo):
         return _flag(raw) is not row.get("invert", False)
-    if option in _LISTS:
+    if isinstance(kind, Names):
         return _names(raw)
     if not isinstance(raw, str):
         raise ValueError("must be a word")
     return raw
 
 
-def _whole(raw: Any, low: int, high: int) -> int:
-    value = _number(raw, -1e300, 1e300)
-    if value != int(value) or not low <= value <= high:
-        raise ValueError(f"must be a whole number from {low} to {high}")
+def _whole(raw: Any, kind: Whole) -> int:
+    value = _finite(raw)
+    if value is None or value != int(value) or not kind.low <= value <= kind.high:
+        raise ValueError(f"must be a whole number from {kind.low} to {kind.high}")
     return int(value)
 
 
-def _number(raw: Any, low: float, high: float) -> float:
+def _number(raw: Any, kind: Number) -> float:
+    value = _finite(raw)
+    if value is None or not kind.holds(value):
+        raise ValueError(kind.allowed)
+    return value
+
+
+def _finite(raw: Any) -> float | None:
+    """The number that a value is or writes; None: it is none."""
     if isinstance(raw, str) and len(raw) < 40:
         try:
             raw = float(raw)
         except ValueError:
-            raw = None
-    if isinstance(raw, int) and raw.bit_length() > 256:
-        raw = None
-    if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not math.isfinite(raw) or not low <= raw <= high:
-        raise ValueError(f"must be a number from {low:g} to {high:g}")
-    return float(raw)
+            return None
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)) or (isinstance(raw, int) and raw.bit_length() > 256):
+        return None
+    return float(raw) if math.isfinite(raw) else None
 
 
 def _flag(raw: Any) -> bool:

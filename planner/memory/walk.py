@@ -9,48 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from planner.base.records import record
+from planner.memory.owners import CATEGORIES, OWNERS
 from planner.step.engine import Record, Segment
 
 BLOCK = 512  # CUDACachingAllocator.h kMinBlockSize
-
-CATEGORIES = (
-    "base weights", "adapters", "gradients", "optimizer state", "activations", "checkpoints", "logits and loss",
-    "activation gradients", "weight copies", "workspaces", "inputs",
-)  # fmt: skip
-"""Owners of memory in the ledger, in the order they are printed.
-
-- base weights, adapters: parameters and buffers as they lie there after loading;
-- gradients: of trainable parameters, from the moment they are theirs;
-- optimizer state: what the optimizer keeps from step to step;
-- checkpoints: layer inputs kept (or, offloaded, loaded again) for recomputation;
-- logits and loss: everything between the last layer's output and its gradient: final norm, logits, loss, backward;
-- weight copies: weights dequantized or cast for a product;
-- workspaces: memory inside CUDA kernels and libraries, and the optimizer's temporaries;
-- inputs: token ids, masks, positions, rotary tables;
-- activation gradients: made by the backward of layers; activations: the rest of forward and recomputation.
-
-calibrate.oracle.ledger sorts the storages of a trace by the same rules.
-"""
-
-_BY_OP = {
-    "weight": "base weights",
-    "adapter": "adapters",
-    "gradient": "gradients",
-    "optimizer_state": "optimizer state",
-    "optimizer_temporary": "workspaces",
-    "checkpoint": "checkpoints",
-    "checkpoint_reload": "checkpoints",
-    "dequantize": "weight copies",
-    "autocast_weight": "weight copies",
-    "lora_factor": "weight copies",
-    "cublas": "workspaces",
-    "int8_product": "workspaces",
-    "softmax_grad_times_output": "workspaces",
-    "input_ids": "inputs",
-    "attention_mask": "inputs",
-    "positions": "inputs",
-    "rotary_tables": "inputs",
-}
 
 
 @record
@@ -60,6 +22,8 @@ class Moment:
     phase: str
     layer: int
     op: str
+    in_head: bool = False
+    """Whether it is in a backward that has not reached the last layer; a trace has a phase of its own for that."""
 
     def __str__(self) -> str:
         where = {"loss": "head and loss"}.get(self.phase, self.phase)
@@ -143,6 +107,7 @@ def breakdown(record: Record, layer_names: dict[int, int] | None = None, block: 
         phase=segment.phase,
         layer=(layer_names or {}).get(segment.layer, segment.layer) + sublayer,
         op=record.ops[storage],
+        in_head=_in_head(record, record.segments.index(segment), _layers_backward_begins(record)),
     )
     ledger = _ledger(record, segment, position, repetitions, block)
     return MemoryBreakdown(
@@ -185,23 +150,20 @@ def _layers_backward_begins(record: Record) -> int:
     return len(record.segments)
 
 
+def _in_head(record: Record, number: int, layers_back: int) -> bool:
+    """Whether a segment of the backward lies before the layers' backward."""
+    return record.segments[number].phase == "backward" and number < layers_back
+
+
 def category(record: Record, index: int, layers_back: int) -> str:
     """The owner of a storage: by the operation that made it and the place it was made in.
 
     `layers_back`: the first segment of the layers' backward.
+
+    Raises:
+        UnknownName: the operation has no row in OWNERS.
     """
-    op = record.ops[index]
-    known = _BY_OP.get(op)
-    if known:
-        return known
-    if op.startswith("weight_") and op != "weight_grad":
-        return "base weights"
-    if op.endswith("_workspace"):
-        return "workspaces"
+    owner = OWNERS[record.ops[index]]
     number = record.segment_of[index]
-    phase = record.segments[number].phase
-    if phase == "loss" or (phase == "backward" and number < layers_back):
-        return "logits and loss"
-    if op.endswith("_grad") or op == "sum_to":
-        return "activation gradients"
-    return "activations"
+    in_head = record.segments[number].phase == "loss" or _in_head(record, number, layers_back)
+    return owner.in_head if in_head else owner.category

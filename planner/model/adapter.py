@@ -14,6 +14,7 @@ from planner.model import lora as adapters
 from planner.model.lora import Adapted
 from planner.model.spec import Linear, ModelSpec
 from planner.model.storage import is_quantized, quantized_bytes
+from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import DTYPE_BYTES, LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -178,7 +179,7 @@ def base_weights(model: ModelSpec, training: TrainingSpec, adapted: tuple[Adapte
     targets = {(id(item.layer), item.name) for item in adapted}
     elements = nbytes = 0
     for linear, layer_id, count in _linears(model):
-        if is_quantized(linear, quant, (layer_id, linear.name) in targets, training.uses_own_modules):
+        if is_quantized(linear, training, (layer_id, linear.name) in targets):
             elements += linear.weight_elements * count
             nbytes += count * sum(size for name, size in quantized_bytes(linear, quant) if name not in _TABLES)
     other = model.num_parameters - elements
@@ -194,7 +195,7 @@ def base_weights(model: ModelSpec, training: TrainingSpec, adapted: tuple[Adapte
 
 def _kept_in_fp32(model: ModelSpec, training: TrainingSpec) -> int:
     """Elements that transformers' class keeps in fp32 beside a 16-bit base."""
-    if training.uses_own_modules:
+    if not OWN_MODULES[training.own_modules].keeps_fp32:
         return 0
     return model.elements_kept_in_fp32(training.base_dtype, training.versions.transformers)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from planner.device import cuda_rules
 from planner.model.spec import Linear
+from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
-from planner.training.spec import QuantizationSpec
+from planner.training.spec import QuantizationSpec, TrainingSpec
 
 
 def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, int]]:
@@ -32,11 +33,12 @@ def quantized_bytes(spec: Linear, quant: QuantizationSpec) -> list[tuple[str, in
     return [*tensors, ("g_idx", spec.in_features * 4)] if row.keeps_column_groups else tensors
 
 
-def is_quantized(spec: Linear, quant: QuantizationSpec, adapted: bool, own_modules: bool = False) -> bool:
-    """Whether the library that quantizes would convert this module; `own_modules`: the framework's, all nn.Linear."""
+def is_quantized(spec: Linear, training: TrainingSpec, adapted: bool) -> bool:
+    """Whether the library that quantizes would convert this module."""
+    quant, exact = training.quantization, OWN_MODULES[training.own_modules].exact_linears
     if quant.kind == "none" or quant.quantized_modules == "none":
         return False
-    if spec.cls == "subclass" and QUANTIZATIONS[quant.kind].by_bitsandbytes and not own_modules:
+    if spec.cls == "subclass" and QUANTIZATIONS[quant.kind].by_bitsandbytes and not exact:
         return False  # bitsandbytes converts exactly nn.Linear and Conv1D (transformers integrations/bitsandbytes.py)
     if quant.quantized_modules == "adapted-only" and not adapted:
         return False

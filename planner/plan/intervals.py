@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from planner.base.records import record, replace
 from planner.device.hardware import CPU, Gpu
 from planner.memory import allocator, sequence, walk
 from planner.model.spec import ModelSpec
-from planner.step.modules import quantized
+from planner.step.classes.registry import habits_of
+from planner.training.losses import KERNEL_SETS, LOSSES
+from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
@@ -100,18 +100,19 @@ FRAGMENTATION = 0.05
 def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, float], ...]:
     """Why the allocated figure may be off, each with its relative share."""
     reasons = [("kernel temporaries and library releases", 0.01)]
-    if training.loss == "chunked" and not training.uses_own_modules:
+    if LOSSES[training.loss].logits == "chunks" and not OWN_MODULES[training.own_modules].knows_chunks:
         reasons.append(("chunked loss: chunk count and lifetimes differ between implementations", 0.03))
-    if training.kernels == "unsloth":
-        reasons.append(("unsloth's fused kernels are modelled coarsely", 0.06))
+    doubt = KERNEL_SETS[training.kernels].doubt
+    if doubt:
+        reasons.append((f"{training.kernels}'s fused kernels are modelled coarsely", doubt))
     if training.compile:
         reasons.append(("torch.compile decides what it keeps", 0.10))
     if training.gradient_checkpointing == "offload":
         reasons.append(("offloading keeps some inputs on the GPU until their copy is done", 0.03))
     if QUANTIZATIONS[training.quantization.kind].grouped:
         reasons.append(("group size of the quantized checkpoint", 0.02))
-    if training.uses_own_modules:
-        reasons += _own_modules(model, training)
+    doubts = habits_of(model.model_type, training.own_modules).doubts
+    reasons += doubts(model, training) if doubts is not None else ()
     own_attention = any(
         not layer.attention.has_sdpa(training.versions.transformers)
         and not layer.attention.logit_softcap
@@ -129,15 +130,3 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     if training.lora is not None and training.lora.use_dora:
         reasons.append(("DoRA's weight norms", 0.03))
     return tuple(reasons)
-
-
-def _own_modules(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
-    """What is not known of litgpt's modules (planner.step.classes.litgpt)."""
-    dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
-    four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
-    if not dense:
-        yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15
-    elif four_bit and training.versions.bitsandbytes < quantized.KEEPS_NO_INPUT:
-        yield "what bitsandbytes before 0.43 kept between litgpt's micro batches is not wholly explained", 0.15
-    else:
-        yield "litgpt's releases differ", 0.03

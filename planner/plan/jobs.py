@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from planner.plan.words import LIBRARIES
+from planner.training.settings import LIBRARIES
 
 if TYPE_CHECKING:
     from planner.importers import Job

@@ -95,10 +95,12 @@ def _fp32_weights(prediction: Prediction, settings: Mapping[str, Setting]) -> It
 
 def _fp4(prediction: Prediction, settings: Mapping[str, Setting]) -> Iterator[Trap]:
     t = prediction.training
-    if t.quantization.kind == "fp4":
+    kind = t.quantization.kind
+    better = QUANTIZATIONS[kind].better
+    if better:
         asked = "" if settings["quantization"].is_given else ", transformers' default,"
-        what = f"fp4{asked} is as large as nf4 and less accurate"
-        yield _priced(prediction, Trap("fp4", what, "quantization", "nf4"), _quantized(t, kind="nf4"))
+        what = f"{kind}{asked} is as large as {better} and less accurate"
+        yield _priced(prediction, Trap(kind, what, "quantization", better), _quantized(t, kind=better))
 
 
 def _single_quantization(prediction: Prediction, _: Mapping[str, Setting]) -> Iterator[Trap]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
+from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
@@ -28,9 +29,13 @@ def training_warnings(model: ModelSpec | None, training: TrainingSpec, gpu: Gpu 
             f"autocast {training.autocast} makes a copy of every {training.base_dtype} weight it meets: "
             f"--base-dtype {training.autocast} avoids it"
         )
-    if training.uses_own_modules and (training.kernels != "none" or training.attention == "eager"):
-        asked = "eager attention" if training.attention == "eager" else f"{training.kernels} kernels"
-        notes.append(f"litgpt's own modules have no {asked}: the estimate is without")
+    own = OWN_MODULES[training.own_modules]
+    if training.attention == "eager" and not own.takes_eager:
+        notes.append(f"{training.own_modules}'s own modules have no eager attention: the estimate is without")
+    elif training.kernels != "none" and not own.takes_kernels:
+        notes.append(
+            f"{training.own_modules}'s own modules have no {training.kernels} kernels: the estimate is without"
+        )
     if training.attention == "flash2" and capability and capability < (8, 0):
         notes.append(f"FlashAttention-2 needs compute capability 8.0, {gpu.name if gpu else ''} has less: use sdpa")
     if model is None:

@@ -20,7 +20,6 @@ from planner.plan.verdict import Verdict, verdict_of
 from planner.step import program
 from planner.step.architecture import architecture
 from planner.step.engine import Record
-from planner.step.transfers import PAGED_TRANSFER
 from planner.timing import rates, step_time
 from planner.timing.coefficients import Coefficients, Selection, priors
 from planner.training.spec import TrainingSpec
@@ -158,7 +157,7 @@ def _time(
     if gpu is None or not rates.predictable(gpu):
         return None
     room = None
-    if any(kernel.op == PAGED_TRANSFER for kernel in record.kernels):
+    if any(kernel.kind.only_without_room for kernel in record.kernels):
         room = gpu.rooms[1] - walk.peak_bytes(record)
     return step_time.step_time(record, training, gpu, coefficients or priors(gpu), room)
 

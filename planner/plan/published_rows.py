@@ -7,21 +7,15 @@ from typing import Any, NamedTuple
 
 from planner.base import config_values
 from planner.base.errors import one_line
-from planner.facts.measurements import ENUMERATIONS, Row
+from planner.facts.measurements import ENUMERATIONS, SETTING_COLUMNS, Row
 from planner.training import stacks
 from planner.training import versions as training_versions
+from planner.training.kinds import Names, Number, Whole, YesNo
+from planner.training.losses import LOSSES, UPCAST
 from planner.training.optimizers import OPTIMIZERS
 from planner.training.quantizations import BNB
+from planner.training.settings import LIBRARIES, SETTINGS
 from planner.training.spec import Versions
-
-_NOT_MODELLED = {
-    "quantization": ("other",), "checkpointing": ("selective",), "attention": ("other",), "optimizer": ("other",),
-    "kernels": ("other",),
-}  # fmt: skip
-
-_ATTENTION = {"flex": "sdpa", "xformers": "sdpa"}  # memory as SDPA's flash kernel: no score matrix, one logsumexp
-
-_LISTED = frozenset(stacks.STACKS) - {"custom"}
 
 # Settings that have no column: the table's fixed wording for them in `notes`, and the option they set.
 _NOTED: tuple[tuple[str, str], ...] = (
@@ -54,15 +48,13 @@ _ROW_LENGTHS: dict[str, RowLengths] = {
     "ms-swift-2023": RowLengths(3234.4, 2547.5, 91, "modelscope/ms-swift@97e4d198b:docs/source/LLM/Benchmark.md"),
 }  # fmt: skip
 
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-
 
 class NotScored(Exception):
     """A row that cannot be compared; the message is the reason."""
 
 
 def row_options(row: Row) -> dict[str, Any]:
-    """Map a table row to the option keys of `planner.training.stacks`, plus "stack" and "row_lengths".
+    """Map a table row to the keys of `planner.training.settings`, plus "stack" and "row_lengths".
 
     A filled cell is a given value and wins; an empty one is left to the framework's defaults.
 
@@ -70,27 +62,18 @@ def row_options(row: Row) -> dict[str, Any]:
         NotScored: for an unknown value, or a run that is not modelled; the message names it.
     """
     _check_modelled(row)
-    stack = row["framework"] if row["framework"] in _LISTED else "custom"
+    stack = row["framework"] if row["framework"] in stacks.LISTED else stacks.CUSTOM
     versions = training_versions.parse_versions(_stated(row))
     options: dict[str, Any] = {
         "stack": stack,
-        "method": row["method"],
+        **{key: _cell(row, key) for key in SETTING_COLUMNS.values() if _applies(row, key)},
         "versions": versions,
         "seq_len": _length(row),
-        "micro_batch_size": _whole(row, "micro_batch"),
-        "gradient_accumulation_steps": _whole(row, "grad_accum"),
-        "gradient_checkpointing": row["checkpointing"],
-        "attention": _ATTENTION.get(row["attention"], row["attention"]),
-        "autocast": row["autocast"],
-        "base_dtype": row["base_dtype"],
-        "kernels": row["kernels"],
         "loss": _loss(row),
         "optimizer": _optimizer(row, stack, versions),
-        "compile": _flag(row, "compile"),
         "padded": _padded(row, stack),
         "row_lengths": _row_lengths(row),
-        **_quantization_options(row, stack),
-        **_adapter_options(row),
+        **_quantization_options(row),
     }
     if row["optimizer"]:  # the row says how the optimizer ran: a framework's default of stepping in backward is off
         options["optimizer_in_backward"] = False
@@ -101,7 +84,7 @@ def row_options(row: Row) -> dict[str, Any]:
 def row_flags(row: Row) -> tuple[str, ...]:
     """Return the assumptions under which the row is scored."""
     flags = []
-    if row["framework"] not in _LISTED:
+    if row["framework"] not in stacks.LISTED:
         named = one_line(row["framework"], 40) or "not named"
         flags.append(f"framework {named}: scored with the habits of a transformers training loop")
     lengths = _row_lengths(row)
@@ -117,7 +100,7 @@ def _assumed_releases(row: Row) -> Iterator[str]:
     if row["source"] in _RELEASES:
         yield f"library releases as required at the time: {_RELEASES[row['source']][1]}"
         return
-    used = [name for name in _LIBRARIES if row["method"] != "full" or name != "peft"]
+    used = [name for name in LIBRARIES if row["method"] != "full" or name != "peft"]
     if row["quantization"] not in BNB and row["optimizer"] not in OPTIMIZERS.where(lambda kind: kind.is_8bit):
         used = [name for name in used if name != "bitsandbytes"]
     left_out = [name for name in used if not row[name]]
@@ -126,7 +109,7 @@ def _assumed_releases(row: Row) -> Iterator[str]:
     if len(left_out) == len(used):
         yield "no library release given: the newest are assumed"
         return
-    versions = training_versions.parse_versions({name: row[name] for name in _LIBRARIES})
+    versions = training_versions.parse_versions({name: row[name] for name in LIBRARIES})
     assumed = ", ".join(f"{name} {'.'.join(map(str, getattr(versions, name)))}" for name in left_out)
     yield f"library releases of the time of those given: {assumed}"
 
@@ -134,7 +117,7 @@ def _assumed_releases(row: Row) -> Iterator[str]:
 def _stated(row: Row) -> dict[str, str]:
     """Library -> the release that the row states, or that its source implies."""
     known = _RELEASES.get(row["source"], ({}, ""))[0]
-    return {name: row[name] or known.get(name, "") for name in _LIBRARIES}
+    return {name: row[name] or known.get(name, "") for name in LIBRARIES}
 
 
 def _check_modelled(row: Row) -> None:
@@ -142,7 +125,7 @@ def _check_modelled(row: Row) -> None:
         value = row[column]
         if value and value not in allowed:
             raise NotScored(f"unknown {column} {one_line(value, 60)!r}")
-        if value in _NOT_MODELLED.get(column, ()):
+        if column in SETTING_COLUMNS and SETTINGS[SETTING_COLUMNS[column]].column_words.get(value) == "":
             raise NotScored(f"{column} {value} is not modelled")
     for column in ("method", "outcome"):
         if not row[column]:
@@ -155,34 +138,38 @@ def _check_modelled(row: Row) -> None:
         raise NotScored("parameters on the CPU are not modelled")
 
 
-def _quantization_options(row: Row, stack: str) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "quantization": row["quantization"],
-        "double_quant": _flag(row, "double_quant"),
-        "compute_dtype": row["compute_dtype"],
-    }
+def _applies(row: Row, key: str) -> bool:
+    """Whether a column counts: a full fine-tuning has no adapter, an unquantized base no quantized modules."""
+    if SETTINGS[key].belongs_to == "adapter":
+        return row["method"] != "full"
+    return key != "quantized_modules" or row["quantization"] not in ("", "none")
+
+
+def _cell(row: Row, key: str) -> Any:
+    """The value of a setting in its column; None: the column is empty."""
+    setting, text = SETTINGS[key], row[SETTINGS[key].column]
+    if isinstance(setting.kind, Whole):
+        return _whole(row, setting.column)
+    if isinstance(setting.kind, Number):
+        return _decimal(row, setting.column)
+    if isinstance(setting.kind, YesNo):
+        return _flag(row, setting.column)
+    if isinstance(setting.kind, Names):
+        return config_values.names(key, text) or None
+    return setting.column_words.get(text, text)
+
+
+def _quantization_options(row: Row) -> dict[str, Any]:
+    options: dict[str, Any] = {}
     if row["quantization"] not in ("", "none"):
-        options["quantized_modules"] = row["quantized_modules"]
         if row["base_dtype"] == "fp32" and row["quantization"] in BNB and row["compute_dtype"] in ("bf16", "fp16"):
             # a 4-bit base computed in 16 bit beside fp32 weights is what PEFT's preparation leaves of a 16-bit model
             options.update(base_dtype=row["compute_dtype"], kbit_preparation=True)
         elif row["base_dtype"]:  # the column says how the unquantized weights lie: nothing is left to a preparation
             options["kbit_preparation"] = False
-        if stack == "fms" and _FMS_PLAIN_PREPARATION in row["notes"]:
+        if _FMS_PLAIN_PREPARATION in row["notes"]:
             options["fp32_norms_only"] = True
     return options
-
-
-def _adapter_options(row: Row) -> dict[str, Any]:
-    if row["method"] == "full":
-        return {}
-    return {
-        "r": _whole(row, "rank"),
-        "lora_alpha": _decimal(row, "alpha"),
-        "lora_dropout": _decimal(row, "dropout"),
-        "target_modules": config_values.names("target_modules", row["target_modules"]) or None,
-        "adapter_dtype": row["adapter_dtype"],
-    }
 
 
 def _length(row: Row) -> int:
@@ -203,8 +190,8 @@ def _loss(row: Row) -> str:
     transformers, torchtune and litgpt all compute the whole-logits loss in fp32 (loss_utils.py, transformer.py
     `output(h).float()`, Fabric's convert_output).
     """
-    if row["loss"] == "full-logits" and row["kernels"] in ("", "none"):
-        return "full-logits-fp32"
+    if row["loss"] and LOSSES[row["loss"]].logits == "whole" and row["kernels"] in ("", "none"):
+        return UPCAST
     return row["loss"]
 
 
@@ -217,7 +204,7 @@ def _optimizer(row: Row, stack: str, versions: Versions) -> str:
 
 def _padded(row: Row, stack: str) -> bool | None:
     """Rows padded to a common length carry a mask in transformers; litgpt and torchtune pass none in training."""
-    if row["packing"] != "false" or stack not in stacks.TRANSFORMERS_STACKS:
+    if row["packing"] != "false" or not stacks.STACKS[stack].transformers_code:
         return None
     useful = _decimal(row, "mean_tokens_per_row")
     return True if useful is not None and useful < _length(row) and row["micro_batch"] != "1" else None

@@ -10,30 +10,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
-from planner.base.records import NamedTuple, fields, replace
+from planner.base.records import NamedTuple, replace
 from planner.device.hardware import Gpu
 from planner.facts import calibration_files, sources
 from planner.facts.sources import LoadedConfig
 from planner.model import families, lora
 from planner.model.spec import ModelSpec
-from planner.plan.flags import flag_of
 from planner.plan.notes import lacks_bf16, training_warnings
 from planner.plan.predict import Prediction, predict
 from planner.plan.settled import NOTHING, Settled, settle, without_idle
 from planner.timing.coefficients import Selection
-from planner.training import settings as settings_of_training
 from planner.training import stacks
 from planner.training import versions as training_versions
-from planner.training.settings import Resolved, Setting
+from planner.training.options import flag_of
+from planner.training.settings import LIBRARIES, SETTINGS, Resolved, Setting
 from planner.training.spec import LoraSpec, TrainingSpec, Versions
 
 if TYPE_CHECKING:  # a run without data or config reads neither
     from planner.plan.datarun import DataRun
     from planner.runs.dataset.orders import Orders
     from planner.runs.dataset.scan import Scan, Source
-
-LIBRARIES = tuple(field.name for field in fields(Versions))
-"""Options that name a release of a library."""
 
 
 class Data(NamedTuple):
@@ -170,10 +166,10 @@ def resolve(request: Request, known: Known | None = None) -> Plan:
     stated = [name for name in LIBRARIES if given.get(name)]
     stack = (training_settings(given) if "stack" in given else None) or request.stack
     loaded = known.model(request.model)
-    run = data_run(request.data, loaded.spec, stack or "custom", given, known)
+    run = data_run(request.data, loaded.spec, stack or stacks.CUSTOM, given, known)
     card = request.card
     resolved, training = configure(
-        loaded.spec, stack or "custom", given, lenient=request.lenient, card=None if request.keeps_dtypes else card
+        loaded.spec, stack or stacks.CUSTOM, given, lenient=request.lenient, card=None if request.keeps_dtypes else card
     )
     chosen = _calibration(card, request.calibration, training.versions)
     return Plan(
@@ -391,7 +387,7 @@ def _resolved(stack: str, settled: Settled, user: Mapping[str, Any]) -> Resolved
 
 def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
     """Say which releases the user gave, and that the others are of the same time (planner.training.releases)."""
-    if not 0 < len(stated) < len(fields(Versions)):
+    if not 0 < len(stated) < len(LIBRARIES):
         return resolved
     origin = f"given: {', '.join(stated)}; the others as they were then"
     found = Setting(resolved["versions"], origin)
@@ -413,17 +409,9 @@ def _in_fp16(resolved: Resolved, given: Mapping[str, Any], card: Gpu) -> Resolve
 def _refuse_idle(resolved: Resolved, given: Mapping[str, Any]) -> None:
     """Refuse a given setting that the run has no use for: its user expects something else to be planned."""
     for key, value in given.items():
-        if value is None or value is False or key in ("method", "quantization") or resolved.applies(key):
-            continue
-        if key in settings_of_training.ADAPTER_KEYS:
-            why = "method full has no adapter; drop it, or choose --method lora or qlora"
-        elif key == "use_reentrant":
-            why = "there is no checkpointing; drop it, or add --checkpointing full"
-        elif key == "group_size" and resolved["quantization"] != "none":
-            why = f"group sizes belong to gptq and awq bases, not to {resolved['quantization']}; drop it"
-        else:
-            why = "the base is not quantized; drop it, or choose --method qlora"
-        raise Contradiction(f"{flag_of(key)} has no effect: {why}")
+        why = None if value is None or value is False else SETTINGS[key].why_idle(resolved)
+        if why is not None:
+            raise Contradiction(f"{flag_of(key)} has no effect: {why}")
 
 
 def _with_known_targets(model: ModelSpec, resolved: Resolved, given: Mapping[str, Any]) -> Resolved:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from planner.base.errors import PlannerError
 from planner.base.records import replace
@@ -20,8 +20,9 @@ from planner.plan.verdict import FITS, verdict_of
 from planner.step import program
 from planner.step.architecture import architecture
 from planner.training.choices import Method
+from planner.training.losses import LEAST, LOSSES
 from planner.training.optimizers import OPTIMIZERS, Optimizer
-from planner.training.quantizations import QUANTIZATIONS
+from planner.training.quantizations import QUANTIZATIONS, USUAL
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 MAX_PREDICTIONS = 40
@@ -206,11 +207,12 @@ def _checkpointing(train: TrainingSpec) -> _Step | None:
 
 
 def _fused_loss(train: TrainingSpec) -> _Step | None:
-    if train.loss == "fused":
+    if LOSSES[train.loss].logits == "never":
         return None
-    changed = replace(train, loss="fused", keeps_outputs=False)
-    settings: Settings = (("loss", "fused"),)
-    option = "--loss fused"
+    least: Any = LEAST
+    changed = replace(train, loss=least, keeps_outputs=False)
+    settings: Settings = (("loss", least),)
+    option = f"--loss {least}"
     if train.keeps_outputs:
         settings, option = (*settings, ("keeps_outputs", False)), f"{option} --no-keeps-outputs"
     return _Step("a fused loss that never holds all logits (Liger, cut cross entropy)", option, settings, changed)
@@ -260,14 +262,15 @@ def _quantize(train: TrainingSpec) -> _Step | None:
         return None
     dtype = train.autocast if train.autocast != "none" else train.base_dtype
     old = train.quantization
+    kind: Any = USUAL
     quantization = QuantizationSpec(
-        kind="nf4", double_quant=True, quantized_modules="linears", skip_modules=old.skip_modules, compute_dtype=dtype
+        kind=kind, double_quant=True, quantized_modules="linears", skip_modules=old.skip_modules, compute_dtype=dtype
     )
     method: Method = "dora" if train.method == "dora" else "qlora"
     changed = replace(train, method=method, quantization=quantization)
-    settings: Settings = (("method", method), ("quantization", "nf4"), ("double_quant", True))
-    option = f"--method {method} --quantization nf4 --double-quant"
-    return _Step("a 4-bit base (nf4, double quantization)", option, settings, changed)
+    settings: Settings = (("method", method), ("quantization", kind), ("double_quant", True))
+    option = f"--method {method} --quantization {kind} --double-quant"
+    return _Step(f"a 4-bit base ({kind}, double quantization)", option, settings, changed)
 
 
 def _adapters(train: TrainingSpec) -> _Step | None:

@@ -10,12 +10,12 @@ from planner.base.errors import Contradiction, InvalidInput, one_line
 from planner.base.records import NamedTuple
 from planner.model import lora
 from planner.model.spec import ModelSpec
-from planner.training import settings
+from planner.training import settings, stacks
 
 if TYPE_CHECKING:
     from planner.importers import Job
 
-_METHOD_KEYS = frozenset({"method", "quantization", *settings.QUANTIZATION_KEYS})
+_METHOD_KEYS = frozenset({"method", "quantization", *settings.keys_of("quantization")})
 _FUSED_QKV = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "W_pack")
 _QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _FUSED_PARTS = {
@@ -23,7 +23,6 @@ _FUSED_PARTS = {
     "down_proj": ("fc2", "dense_4h_to_h", "c_proj"), "o_proj": ("dense", "out_proj", "c_proj"),
 }  # fmt: skip
 """Module names of frameworks that split what transformers fuses or names otherwise (torchtune, litgpt)."""
-_OWN_NAMES = frozenset(("litgpt", "torchtune"))
 
 MAX_PATTERN = 500
 MAX_REPEATS = 3
@@ -65,7 +64,7 @@ def _overruled(user: Mapping[str, Any]) -> set[str]:
     if "method" in user or "quantization" in user:
         dropped |= _METHOD_KEYS
         if user.get("method") == "qlora" and "quantization" not in user:
-            dropped -= {"quantization", *settings.QUANTIZATION_KEYS}
+            dropped -= _METHOD_KEYS - {"method"}
     if user.get("method") == "dora":
         dropped.add("use_dora")
     return dropped
@@ -96,7 +95,7 @@ def _translate_targets(values: dict[str, Any], origins: dict[str, str], model: M
     known = set(_suffixes(model))
     present = [name for name in found if name in lora.KEYWORDS or name in known]
     absent = [name for name in found if name not in present]
-    if absent and stack in _OWN_NAMES:
+    if absent and stacks.STACKS[stack].splits_fused:
         fused, slices = _fused(absent, known)
         present += fused  # a name without a counterpart stays: the model's own check names it
         if slices:

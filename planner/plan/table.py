@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
 from planner.base.records import replace
 from planner.cli.data_options import known
-from planner.cli.options import TRAINING
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
 from planner.plan import notes as plan_notes
 from planner.plan import predict, sweep
-from planner.plan.flags import flag_of
 from planner.plan.request import Data, Known, Plan, Request, resolve
 from planner.plan.rows import Block
 from planner.plan.verdict import VERDICTS
 from planner.plan.words import COST
 from planner.runs import cost
 from planner.timing.coefficients import Coefficients, Selection
+from planner.training.kinds import Choice, Names, Number, Parts, Whole, YesNo
+from planner.training.options import OPTIONS, flag_of
 from planner.training.settings import Resolved
 from planner.training.spec import TrainingSpec
 
@@ -40,10 +40,6 @@ REPLAYED_CHOICES = 24
 """Up to this many combinations of choices the allocator is replayed once for each."""
 BLOCK_ROWS = 200_000
 """Rows evaluated and written at a time."""
-
-OPTIONS = {option.key: option for options in TRAINING.values() for option in options}
-WHOLE = ("target_modules", "modules_to_save", "skip_modules", "target_slices")
-"""Settings whose own value is a list: alternatives are repeated options."""
 
 
 Numbers = dict[str, tuple[int, ...]]
@@ -117,7 +113,7 @@ def parse_values(key: str, texts: Sequence[Any]) -> tuple[Any, ...]:
         raise unknown("setting", key, OPTIONS)
     found: list[Any] = []
     for text in texts:
-        if isinstance(text, str) and key not in WHOLE:
+        if isinstance(text, str) and not isinstance(OPTIONS[key].kind, (Names, Parts)):
             for part in text.split(","):
                 found += _parsed(key, part.strip())
         else:
@@ -129,19 +125,19 @@ def parse_values(key: str, texts: Sequence[Any]) -> tuple[Any, ...]:
 
 def _parsed(key: str, value: Any) -> list[Any]:
     kind = OPTIONS[key].kind
-    if kind is int:
+    if isinstance(kind, Whole):
         return _whole_numbers(key, value)
-    if kind is float:
+    if isinstance(kind, Number):
         return [_number(key, value)]
-    if kind is str:
-        if isinstance(value, (list, tuple)):
-            value = ",".join(map(str, value))
-        return [str(value)]
-    if hasattr(kind, "convert"):
+    if isinstance(kind, YesNo):
+        return [_truth(key, value)]
+    if isinstance(kind, Choice):
         if value is True or value is False:  # yaml reads an unquoted on, off, no as a truth value
             value = "on" if value else "none"
-        return [kind.convert(value, None, None)]
-    return [_truth(key, value)]
+        return [kind.word(OPTIONS[key].words, value)]
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
+    return [str(value)]
 
 
 def _truth(key: str, value: Any) -> bool:
@@ -567,10 +563,9 @@ def key_of(name: object) -> str:
 
     word = str(name).strip().lower().lstrip("-")
     known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu", "vram": "vram"}
-    for options in TRAINING.values():
-        for option in options:
-            known[option.key] = option.key
-            known.update({flag.partition("/")[0].lstrip("-"): option.key for flag in option.flags})
+    for option in OPTIONS.values():
+        known[option.key] = option.key
+        known.update({flag.partition("/")[0].lstrip("-"): option.key for flag in option.flags})
     found = known.get(word) or known.get(word.replace("_", "-"))
     if found is None:
         raise unknown("name", name, known)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from planner.device.hardware import Gpu
 from planner.facts.sources import LoadedConfig
 from planner.model.spec import ModelSpec
+from planner.training import stacks
 from planner.training.settings import Resolved
 from planner.training.spec import TrainingSpec
 
@@ -53,7 +54,7 @@ def _prepare(
         pass
     else:
         spec, notes = known.spec, known.warnings
-    resolved, training = configure(spec, stack or "custom", given, card=card)
+    resolved, training = configure(spec, stack or stacks.CUSTOM, given, card=card)
     return loaded, spec, notes_of(given, notes, card), resolved, training
 
 

@@ -4,5 +4,3 @@ from __future__ import annotations
 
 COST = ("tokens", "rows", "epochs", "mean_tokens", "price", "dbu_table", "dbu_rate")
 """Parameters that `cost_options` adds."""
-
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")

@@ -9,6 +9,7 @@ from planner.base.errors import one_line
 from planner.base.units import gib
 from planner.memory.walk import Moment
 from planner.plan.answer import Answer
+from planner.training.quantizations import USUAL
 from planner.training.spec import TrainingSpec
 
 
@@ -25,7 +26,7 @@ def run_words(answer: Answer) -> str:
 def training_words(name: str, t: TrainingSpec) -> str:
     """Describe the training of the model called `name` in a line."""
     words = [name, t.method]
-    if t.quantization.kind != "none" and t.quantization.kind != "nf4":
+    if t.quantization.kind not in ("none", USUAL):
         words.append(t.quantization.kind)
     if t.lora is not None:
         words += [f"r={t.lora.r}", target_words(t.lora.target_modules)]
@@ -64,13 +65,11 @@ _OUTSIDE = {
     "optimizer": "in the optimizer step",
 }
 
-_HEAD_OPS = ("log", "nll", "loss", "lm_head", "cross_entropy")
-
 
 def moment_words(moment: Moment, layers: int, recomputed: bool) -> str:
     """Say in words where in the step the peak is."""
-    if moment.phase == "backward" and moment.layer < 0 and moment.op.startswith(_HEAD_OPS):
-        return "at the start of the backward, in the loss and head"
+    if moment.in_head and moment.layer < 0:
+        return _OUTSIDE["head backward"]
     if moment.layer < 0:
         return _OUTSIDE.get(moment.phase, moment.phase)
     where = f"layer {moment.layer + 1} of {layers}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.base.units import GiB, gib
-from planner.memory.walk import CATEGORIES
+from planner.memory.owners import CATEGORIES
 from planner.plan.answer import Answer, components, context_name
 from planner.plan.intervals import Range
 from planner.plan.search import Change

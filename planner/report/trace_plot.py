@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from planner.base.units import GiB
-from planner.memory.walk import CATEGORIES
+from planner.memory.owners import CATEGORIES
 from planner.plan.traced import TracedSegment
 from planner.report.trace_view import TraceView, depth_words, peak_words, run_words
 

@@ -9,7 +9,8 @@ from planner.base.errors import one_line
 from planner.device.cuda_rules import Architecture
 from planner.device.hardware import Gpu
 from planner.facts.sources import LoadedConfig
-from planner.memory.walk import CATEGORIES, MemoryBreakdown
+from planner.memory.owners import CATEGORIES
+from planner.memory.walk import MemoryBreakdown
 from planner.plan.traced import Traced, TracedSegment
 from planner.report.answer import moment_words, training_words
 from planner.training.settings import Resolved

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.device import cuda_rules
 from planner.model.spec import ModelSpec
-from planner.step.engine import FP32, Engine, Size, Tensor
+from planner.step.engine import FP32, OUTSIDE, Dimensions, Engine, Owner, Size, Tensor, Unit
 from planner.step.habits import Habits
+from planner.step.scopes import Backwards, Handler, Scope
+from planner.training.own_modules import OWN_MODULES
 from planner.training.spec import TrainingSpec
 
 
@@ -13,9 +17,9 @@ class Step:
     """One configuration being run on the symbolic engine."""
 
     __slots__ = (
-        "alibi", "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "factors",
-        "habits", "kept_inputs", "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities", "seq",
-        "tokens", "train", "unquantized_dtype", "unused_probabilities", "widened",
+        "alibi", "arch", "autocast", "backward_began", "batch", "cache", "cos_sin", "embedding_dtype", "eng", "habits",
+        "handlers", "here", "kept_inputs", "lora_dropout", "mask", "model", "norm_dtype", "parameters", "probabilities",
+        "seq", "tokens", "train", "unquantized_dtype", "unused_probabilities", "widened",
     )  # fmt: skip
 
     def __init__(
@@ -40,12 +44,12 @@ class Step:
         self.unquantized_dtype = FP32 if train.kbit_preparation else train.base_dtype
         self.embedding_dtype = self.unquantized_dtype
         self.norm_dtype = FP32 if train.fp32_norms_only else self.unquantized_dtype
-        self.widened: list[tuple[int, Tensor]] = []
-        """(layer, 16-bit parameter) that k-bit preparation is going to cast to fp32."""
+        self.here: Unit = OUTSIDE
+        """Whose parameters are being loaded."""
+        self.widened: list[Tensor] = []
+        """16-bit parameters that k-bit preparation is going to cast to fp32."""
         self.parameters: list[Tensor] = []
         """Trainable leaves, in creation order."""
-        self.factors: list[Size] = []
-        """Rows + columns of each of them (0: a vector)."""
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
         self.alibi: Tensor | None = None
@@ -58,15 +62,28 @@ class Step:
         self.kept_inputs: dict[int, tuple[int, Size]] = {}
         """(layer, bytes) of every storage that a function keeps as an attribute: it lives as long as the graph."""
         self.backward_began = False
+        self.handlers: Sequence[Handler] = ()
+        """Strategies that act at the borders of units, in the order in which they come first."""
 
-    def trainable(self, numel: Size, dtype: str, op: str, factors: Size = 0) -> Tensor:
-        """Allocate a trainable parameter and remember it for the optimizer.
+    def handle(self, handlers: Sequence[Handler]) -> None:
+        """Let strategies act at the borders of units."""
+        self.handlers = handlers
+        self.eng.watcher = Backwards(self) if handlers else None
 
-        `factors`: rows + columns of a matrix, what a factored second moment keeps; 0 for a vector.
-        """
-        leaf = self.eng.parameter(numel, dtype, op, trainable=True)
+    def unit(self, unit: Unit, x: Tensor) -> Scope:
+        """The scope of a unit that runs on x."""
+        return Scope(self, unit, x)
+
+    def owned(self, tensor: Tensor, name: str, trainable: bool = False) -> Tensor:
+        """Make `tensor` the parameter `name` ("self_attn.q_proj.weight") of the unit that is being loaded."""
+        module, _, role = name.rpartition(".")
+        tensor.owner = Owner(self.here, module, role, trainable)
+        return tensor
+
+    def trainable(self, name: str, shape: Dimensions, dtype: str, op: str) -> Tensor:
+        """Allocate a trainable parameter and remember it for the optimizer."""
+        leaf = self.owned(self.eng.leaf(self.eng.empty(shape, dtype, op), is_parameter=True), name, True)
         self.parameters.append(leaf)
-        self.factors.append(factors)
         return leaf
 
     def arch_4bit_forward(self, m: Size, n: int, k: int, itemsize: int) -> list[Size]:
@@ -84,29 +101,29 @@ class Step:
     def keeps_fp32(self, name: str) -> bool:
         """Whether transformers' class keeps this parameter in fp32 when it is loaded in 16 bit."""
         train = self.train
-        if train.uses_own_modules:
+        if not OWN_MODULES[train.own_modules].keeps_fp32:
             return False
         dtype = self.model.stored_as(name, train.base_dtype, train.versions.transformers)
         return dtype == FP32 != train.base_dtype
 
-    def weight(self, name: str, numel: Size, factors: Size = 0) -> Tensor:
+    def weight(self, name: str, shape: Dimensions) -> Tensor:
         """Allocate an unquantized base weight of a module: frozen, or trainable in full fine-tuning."""
-        return self.base(name, numel, self.unquantized_dtype, factors)
+        return self.base(name, shape, self.unquantized_dtype)
 
-    def base(self, name: str, numel: Size, dtype: str, factors: Size = 0) -> Tensor:
+    def base(self, name: str, shape: Dimensions, dtype: str) -> Tensor:
         """Allocate a base parameter in `dtype`, or in fp32 where the class keeps it so."""
         dtype = FP32 if self.keeps_fp32(name) else dtype
         if self.train.method == "full":
-            return self.trainable(numel, dtype, "weight", factors)
-        return self.frozen(name, numel, dtype)
+            return self.trainable(name, shape, dtype, "weight")
+        return self.owned(self._frozen(name, shape, dtype), name)
 
-    def frozen(self, name: str, numel: Size, dtype: str) -> Tensor:
+    def _frozen(self, name: str, shape: Dimensions, dtype: str) -> Tensor:
         """Allocate a frozen base parameter; before k-bit preparation it lies in the dtype that was loaded."""
         if not self.train.kbit_preparation or self.keeps_fp32(name):
-            return self.eng.read(numel, dtype, "weight")
-        held = self.eng.read(numel, self.train.base_dtype, "weight")
+            return self.eng.read(shape, dtype, "weight")
+        held = self.eng.read(shape, self.train.base_dtype, "weight")
         if held.dtype != FP32:
-            self.widened.append((self.eng.layer, held))
+            self.widened.append(held)
         return held
 
     def widen(self, held: Tensor) -> None:

@@ -15,11 +15,14 @@ import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
-Size = Any
-"""int, or a Polynomial in a sweep."""
+from planner.base.records import NamedTuple
+from planner.step.kernels import Kernel
+from planner.step.kernels import Layout as Layout
+from planner.step.kernels import Shape as Shape
+from planner.step.kernels import Size as Size
 
 FP32, BF16, FP16, INT8, INT64 = "fp32", "bf16", "fp16", "int8", "int64"
 ITEMSIZE: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int64": 8}
@@ -45,39 +48,20 @@ class Storage:
             record.events.append((self.index, -self.nbytes))
 
 
-Shape = tuple[Size, Size, Size, Size]
-"""Of a matrix product: how many of them, and m, n, k of each ([m, k] x [k, n])."""
+Dimensions = tuple[Size, ...]
+"""Shape of a tensor, slowest dimension first."""
 
-Layout = Literal["nt", "nn", "tn"]
-"""How the two operands of a product lie in memory, in BLAS letters (t: transposed): x @ weight.T, grad @ weight,
-grad.T @ x."""
+
+def elements_of(shape: Dimensions) -> Size:
+    """Elements of a tensor of this shape."""
+    numel = shape[0]
+    for size in shape[1:]:
+        numel = numel * size
+    return numel
+
+
 INPUT_GRAD: dict[Layout, Layout] = {"nt": "nn", "nn": "nt", "tn": "nn"}
 """Layout of the product that gives the left operand's gradient; the right one's has "tn"."""
-
-
-class Kernel:
-    """One device kernel (or a few of the same kind): floating-point operations, bytes moved, launches."""
-
-    __slots__ = ("bytes", "count", "dtype", "elements", "flops", "layout", "op", "recomputed", "segment", "shape")
-
-    def __init__(
-        self, op: str, dtype: str, flops: Size, nbytes: Size, count: Size, segment: int, shape: Shape | None,
-        recomputed: bool, layout: Layout = "nt", elements: Size = 0,
-    ) -> None:  # fmt: skip
-        self.op = op
-        self.dtype = dtype
-        self.flops = flops
-        self.bytes = nbytes
-        self.count = count
-        self.segment = segment
-        self.shape = shape
-        self.recomputed = recomputed
-        """Whether checkpointing runs it a second time, inside the backward."""
-        self.layout = layout
-        """Of a matrix product."""
-        self.elements = elements
-        """Results of a kernel that computes an index for each ("indexed"): strides, broadcasts, conversions. Of a
-        fused attention kernel the FLOPs it really does."""
 
 
 class Segment:
@@ -122,15 +106,50 @@ class Record:
         self.closed = True
 
 
+class Unit(NamedTuple):
+    """What a strategy gathers, frees, recomputes and steps as one: a decoder layer, or all that is outside them."""
+
+    layer: int
+    """Of the record: an emulated layer or pattern of layers; -1: outside."""
+    sublayer: int = 0
+    """Which layer of a pattern."""
+
+
+OUTSIDE = Unit(-1)
+"""Embeddings, final norm and head."""
+
+
+class Owner(NamedTuple):
+    """Whose a parameter is."""
+
+    unit: Unit
+    module: str
+    """Path of the module inside its decoder layer, or in the model for what is outside ("self_attn.q_proj")."""
+    role: str
+    """Name of the parameter in the module: weight, bias, lora_A, lora_B, ...; of a quantized weight the part."""
+    trainable: bool
+
+
 class Tensor:
-    """A tensor without data: element count, dtype, storage, and its place in the autograd graph."""
+    """A tensor without data: shape, dtype, storage, and its place in the autograd graph.
 
-    __slots__ = ("dtype", "grad", "is_view", "node", "numel", "requires_grad", "slot", "storage")
+    A shape of one number only counts elements: not every module says the shapes of what it makes yet. All parameters
+    have theirs.
+    """
 
-    def __init__(self, storage: Storage, numel: Size, dtype: str) -> None:
+    __slots__ = ("dtype", "grad", "is_view", "node", "numel", "owner", "requires_grad", "shape", "slot", "storage")
+
+    def __init__(self, storage: Storage, shape: Size | Dimensions, dtype: str, numel: Size = None) -> None:
         self.storage = storage
-        self.numel = numel
+        if type(shape) is tuple:
+            self.shape = shape
+            self.numel = elements_of(shape) if numel is None else numel
+        else:
+            self.shape = (shape,)
+            self.numel = shape
         self.dtype = dtype
+        self.owner: Owner | None = None
+        """Of a parameter."""
         self.requires_grad = False
         self.node: Node | None = None
         self.slot = 0
@@ -182,6 +201,14 @@ class Node:
         self.sublayer = 0
 
 
+class Watcher(Protocol):
+    """What is told when the backward comes to the nodes of a unit, and when it leaves them."""
+
+    def before_backward(self, unit: Unit) -> None: ...
+
+    def after_backward(self, unit: Unit) -> None: ...
+
+
 class Frame:
     """A non-reentrant checkpoint: the nodes of a forward whose saved tensors are recomputed on first use."""
 
@@ -202,7 +229,7 @@ class Frame:
         self.stop_after = 0
 
 
-class _StopRecompute(Exception):
+class StopRecompute(Exception):
     """Every tensor the backward needs has been recomputed (torch.utils.checkpoint's early stop)."""
 
 
@@ -229,13 +256,17 @@ class Engine:
         """Whether a checkpoint runs its forward again."""
         self.in_backward = False
         """Whether autograd's own thread runs, recomputations included."""
+        self.watcher: Watcher | None = None
+        self._unit: Unit | None = None
+        """Whose nodes the backward runs."""
         self._seq = 0
 
     # --- making tensors ---------------------------------------------------------------------------------------
 
-    def empty(self, numel: Size, dtype: str, op: str) -> Tensor:
+    def empty(self, shape: Size | Dimensions, dtype: str, op: str) -> Tensor:
         """Allocate a tensor."""
-        return Tensor(Storage(self.record, numel * ITEMSIZE[dtype], op), numel, dtype)
+        numel = elements_of(shape) if type(shape) is tuple else shape
+        return Tensor(Storage(self.record, numel * ITEMSIZE[dtype], op), shape, dtype, numel)
 
     def enter(self, phase: str, layer: int = -1) -> None:
         """Begin a segment of the record."""
@@ -246,16 +277,11 @@ class Engine:
         """Allocate bytes inside a kernel; they live as long as the caller keeps the handle."""
         return Storage(self.record, nbytes, op)
 
-    def read(self, numel: Size, dtype: str, op: str) -> Tensor:
+    def read(self, shape: Size | Dimensions, dtype: str, op: str) -> Tensor:
         """Allocate a weight that comes from the checkpoint."""
-        tensor = self.empty(numel, dtype, op)
+        tensor = self.empty(shape, dtype, op)
         self.record.arrivals.append(tensor.storage.index)
         return tensor
-
-    def parameter(self, numel: Size, dtype: str, op: str, trainable: bool = False) -> Tensor:
-        """Allocate a leaf: frozen, or trainable with an AccumulateGrad node."""
-        tensor = self.empty(numel, dtype, op)
-        return self.leaf(tensor, is_parameter=True) if trainable else tensor
 
     def leaf(self, tensor: Tensor, is_parameter: bool = False) -> Tensor:
         """Make `tensor` a leaf that requires grad."""
@@ -270,7 +296,11 @@ class Engine:
         self, op: str, dtype: str, nbytes: Size, flops: Size = 0, count: Size = 1, shape: Shape | None = None,
         layout: Layout = "nt", elements: Size = 0,
     ) -> None:  # fmt: skip
-        """Record work on the device; `elements` of an "indexed" kernel."""
+        """Record work on the device, of a kind of KERNELS; `elements` of an "indexed" kernel.
+
+        Raises:
+            UnknownName: there is no such kind.
+        """
         record = self.record
         segment = len(record.segments) - 1
         record.kernels.append(
@@ -381,7 +411,7 @@ class Engine:
         if frame.recompute is not None:
             node.saved = ()  # refilled when the backward first asks for anything of this frame
         elif frame.saving == frame.stop_after:
-            raise _StopRecompute
+            raise StopRecompute
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
@@ -416,90 +446,6 @@ class Engine:
         if any(layer != here for layer in layers):
             self.enter("loss", here)
 
-    # --- checkpointing ----------------------------------------------------------------------------------------
-
-    def checkpoint(self, forward: LayerForward, x: Tensor, offload: bool = False) -> tuple[Tensor, Tensor | None]:
-        """torch.utils.checkpoint(use_reentrant=False) around `forward(x)`; offload moves the kept input to the host."""
-        autocast = self.autocast
-        kept: list[Tensor | None] = [None if offload else self._kept(x)]
-        shape = (x.numel, x.dtype, x.requires_grad, x.node, x.slot)
-
-        def recompute() -> None:
-            again = kept.pop() or self.empty(shape[0], shape[1], "checkpoint_reload")
-            again.requires_grad, again.node, again.slot = shape[2], shape[3], shape[4]
-            inner = Frame(None, frame)
-            inner.stop_after = frame.saving
-            outer, self.frame = self.frame, inner
-            grad, self.grad_enabled = self.grad_enabled, True
-            frame.recompute = None
-            frame.kept = None if offload else again.view()
-            before, self.recomputing = self.recomputing, True
-            try:
-                with self.autocasting(autocast):
-                    forward(again)
-            except _StopRecompute:
-                pass
-            finally:
-                self.recomputing = before
-                self.frame = outer
-                self.grad_enabled = grad
-            for reference, repeated in zip(frame.nodes, inner.again, strict=False):
-                original = reference()
-                if repeated is None or original is None:
-                    continue
-                if original.frame is not None:
-                    original.saved = repeated.saved
-                repeated.saved = ()
-            frame.nodes.clear()
-            inner.again.clear()  # no cycle may hold the frame: its input dies with its last node
-            inner.original = None
-
-        frame = Frame(recompute)
-        frame.forward = forward
-        outer, self.frame = self.frame, frame
-        try:
-            return forward(x)
-        finally:
-            self.frame = outer
-
-    def _kept(self, x: Tensor) -> Tensor:
-        """The input a checkpoint keeps: labelled so in the ledger, outside the graph."""
-        self.record.ops[x.storage.index] = "checkpoint"
-        return x.view()
-
-    def checkpoint_reentrant(
-        self, forward: LayerForward, x: Tensor, offload: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """torch.utils.checkpoint(use_reentrant=True): a node that reruns the forward and its backward.
-
-        A second output that the loss does not use gets a gradient of zeros (set_materialize_grads is on by default).
-        """
-        autocast, layer = self.autocast, self.layer
-        with self.no_grad():
-            out, second = forward(x)
-        numel, dtype = x.numel, x.dtype
-        other = None if second is None else (second.numel, second.dtype)
-
-        def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-            zeros = None if other is None else self.empty(other[0], other[1], "unused_grad")
-            source = self.empty(numel, dtype, "checkpoint_reload") if offload else node.saved[0]
-            detached = self.leaf(source.view())
-            del source
-            self.layer = layer
-            with self.autocasting(autocast):
-                grad, self.grad_enabled = self.grad_enabled, True
-                self.recomputing = True
-                again, unused = forward(detached)
-                self.recomputing = False
-                self.grad_enabled = grad
-            self.backward(again, grads[0], unused, zeros)
-            result, detached.grad, detached.node = detached.grad, None, None
-            return [result]
-
-        outputs = (out,) if second is None else (out, second)
-        self.link(outputs, (x,), backward, () if offload else (self._kept(x),))
-        return out, second
-
     # --- backward ---------------------------------------------------------------------------------------------
 
     def backward(
@@ -525,9 +471,7 @@ class Engine:
         while ready:
             node = heapq.heappop(ready)[2]
             if node.leaf is None:
-                self.record.sublayer = node.sublayer
-                if node.layer != self.layer:
-                    self.enter("backward", node.layer)
+                self._arrive(node)
             attributes = node.saved if node.attributes else ()
             results = self._evaluate(node, buffers.pop(id(node)))
             if attributes:
@@ -552,7 +496,27 @@ class Engine:
             node.edges = []
             del results, node
         self.grad_enabled, self.in_backward = outer, thread
+        if not thread:
+            self._leave()
         self._drop_attributes(held)
+
+    def _arrive(self, node: Node) -> None:
+        """The backward comes to a node that is not a leaf: it may be the first one of its unit."""
+        crosses = self._unit is None or self._unit[0] != node.layer or self._unit[1] != node.sublayer
+        if crosses:
+            self._leave()
+        self.record.sublayer = node.sublayer
+        if node.layer != self.layer:
+            self.enter("backward", node.layer)
+        if crosses and self.watcher is not None:
+            self._unit = Unit(node.layer, node.sublayer)
+            self.watcher.before_backward(self._unit)
+
+    def _leave(self) -> None:
+        """The backward has run all nodes of a unit that were ready, those that accumulate its gradients included."""
+        if self._unit is not None and self.watcher is not None:
+            self.watcher.after_backward(self._unit)
+        self._unit = None
 
     def _drop_attributes(self, held: list[tuple[int, tuple[Tensor, ...]]]) -> None:
         """Free what custom functions kept, in segments of the layers that it belongs to."""

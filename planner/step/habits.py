@@ -7,7 +7,7 @@ class that does something else. Modules ask `step.habits` and never for a model'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from planner.base.records import record
@@ -35,6 +35,9 @@ ALWAYS: Release = (0, 0)
 class Habits:
     """How one class of transformers, or a framework's own module, runs a decoder layer and what is around it."""
 
+    doubts: Callable[[ModelSpec, TrainingSpec], Iterator[tuple[str, float]]] | None = None
+    """Why the allocated figure of a framework's modules may be off, each with its relative share."""
+
     # --- the model and its layers ---------------------------------------------------------------------------------
 
     rebuild: Callable[[ModelSpec, TrainingSpec], tuple[ModelSpec, TrainingSpec]] | None = None
@@ -47,8 +50,8 @@ class Habits:
     """The layer's own calls of its linear modules instead of an MLP's; it takes its input out of the list."""
     makes_buffers: Callable[[Step], list[Tensor]] | None = None
     """Buffers of the model, made after the embedding while loading."""
-    makes_layer_buffer: Callable[[Step], Tensor] | None = None
-    """A buffer of every layer."""
+    makes_layer_buffer: Callable[[Step], Tensor | None] | None = None
+    """A buffer of every layer, in the releases that have it."""
     layer_buffer_first: bool = False
     """It is made before the layer's weights, not after them."""
     makes_own_state: Callable[[Step, Tensor], tuple[list[Tensor], list[Tensor]]] | None = None
@@ -57,10 +60,12 @@ class Habits:
     """How LoRA's factors lie, where not as PEFT's."""
     norm: Callable[[Step, Norm, Parameters, Tensor, Size], Tensor] | None = None
     """The final norm, where it is not a module of `planner.step.modules.norms`."""
-    scales_in_embedding: bool = False
-    """The embedding module multiplies its output itself, before a hook on it."""
-    quantizes_subclasses: bool = False
-    """bitsandbytes takes subclasses of nn.Linear too."""
+    scales_in_embedding_since: Release = NEVER
+    """Since: the embedding module multiplies its output itself, before a hook on it; else the model does."""
+    positions_of_rows_before: Release = ALWAYS
+    """Before: learned positions are looked up for every row, counted from its attention mask; else for one row."""
+    ignores_checkpoints: tuple[Release, Release] = (ALWAYS, ALWAYS)
+    """From the one to before the other: the class checkpoints nothing though asked to."""
     halves_quantized: bool = False
     """Modules with a quantized weight hold everything else in fp16."""
     adds_bias_apart: bool = True
@@ -78,18 +83,25 @@ class Habits:
     """Layers with a window have rotary tables of their own."""
     tables_per_layer_before: Release = ALWAYS
     """Before: the attention module calls rotary_emb itself, its results are names of the module's frame."""
+    loaded_tables_before: Release = ALWAYS
+    """Before: every attention module holds the tables of all positions as buffers (cos_cached, sin_cached), whose rows
+    apply_rotary_pos_emb copies."""
+    loaded_tables_fp32: bool = False
+    """Those buffers are fp32, not in the model's dtype."""
+    computes_beside_loaded: bool = False
+    """Those buffers are for older code to read: the tables are computed all the same."""
     half_tables: bool = False
     """Rotary tables hold each angle once."""
-    fp32_tables: bool = False
-    """cos and sin stay fp32: so are products with them, and both results are cast back at the end."""
+    fp32_tables_since: Release = NEVER
+    """Since: cos and sin stay fp32: so are products with them, and both results are cast back at the end."""
     fp32_rotary: bool = False
     """apply_rotary_pos_emb casts q and k to fp32 first, and back at its end."""
     casts_in_products: bool = False
     """q and k are cast to the tables' dtype in each product."""
     interleaves_tables: bool = False
     """cos and sin are copied in every layer, each entry twice."""
-    joins_nothing: bool = False
-    """What is not rotated is appended even where that is nothing: a copy."""
+    joins_nothing_since: Release = NEVER
+    """Since: what is not rotated is appended even where that is nothing: a copy."""
     rotate: Callable[[Step, Attention, Tensor, Tensor, str], tuple[Tensor, Tensor, Names]] | None = None
     """Rotates q and k, given v's dtype; and the parts that the frame names."""
     turn: Callable[[Step, Tensor, Size, Size, tuple[Tensor, Tensor]], Tensor] | None = None
@@ -107,10 +119,17 @@ class Habits:
     """The query is multiplied by the softmax scale before attention."""
     expands_heads: bool = False
     """Every key/value head is copied to its query heads first; a single one is left as it is, for SDPA to broadcast."""
-    repeats_in_module: bool = True
-    """Old releases: the attention module repeats key/value heads itself (repeat_kv)."""
+    repeats_in_module_before: Release = (4, 48)
+    """Before: the attention module itself repeats key/value heads to all query heads, under the same names (repeat_kv
+    in the attention classes of 4.40 to 5.12); since then the attention function does, if at all."""
     repeats_for_flash: bool = False
     """Their flash attention class did so too."""
+    passes_groups_since: Release = (4, 54)
+    """Since: grouped heads are left to SDPA where it has no mask (integrations/sdpa_attention.py use_gqa_in_sdpa; not
+    in 4.53.3)."""
+    copies_for_sdpa_since: Release = (4, 48)
+    """Since, until `attention.COPIES_FOR_SDPA_BEFORE`: SDPA gets contiguous copies of q, k, v (integrations/
+    sdpa_attention.py); NEVER: the class called SDPA itself."""
     caches_before: Release = ALWAYS
     """Before: checkpointing left use_cache on, so every layer's keys and values stay until the loss is taken."""
     fuses_lora: bool = True
@@ -126,7 +145,14 @@ class Habits:
     returns_probabilities: bool = False
     """The decoder layer returns the attention probabilities."""
     always_masks: bool = False
-    """SDPA gets a 4-D mask where its causal flag would do."""
+    """SDPA gets a 4-D mask of bools where its causal flag would do."""
+    hands_on_mask_before: Release = ALWAYS
+    """Before: the model makes an additive mask for SDPA though nothing is padded."""
+    mask_buffers_before: Release = ALWAYS
+    """Before: every layer holds a causal mask of bools for all positions (a buffer "bias"), by which eager attention
+    fills its scores (torch.where)."""
+    adds_mask_since: Release = NEVER
+    """Since: scores so filled get the model's additive mask too."""
     boolean_mask: bool = False
     """Eager attention fills by a bool mask instead of adding one."""
     alibi_in_mask: bool = False
@@ -155,6 +181,9 @@ class Habits:
     """Head and chunked loss of a framework."""
     slices_hidden_since: Release = (4, 45)
     """Since: the head reads hidden_states[:, -0:, :] (logits_to_keep)."""
+    upcasts_in_forward_before: Release = (4, 46)
+    """Before: the model's forward replaces the logits by their fp32 copy (`logits = logits.float()` in the modeling
+    files of 4.40 to 4.57)."""
     upcasts_since: Release = ALWAYS
     """Before: the class calls CrossEntropyLoss on 16-bit logits."""
     always_shifts: bool = False

@@ -52,7 +52,7 @@ def warm_up(step: Step, adapted: Iterable[tuple[int, str]]) -> None:
         spec.weight_elements * number
         for layer, number in model.distinct_layers()
         for spec in layer.linears
-        if model_storage.is_quantized(spec, train.quantization, (id(layer), spec.name) in targets)
+        if model_storage.is_quantized(spec, train, (id(layer), spec.name) in targets)
     )
     nbytes = warmup_bytes(
         model.num_parameters,

@@ -9,7 +9,7 @@ import typing
 
 from planner.base.errors import unknown
 from planner.step.context import Step
-from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor
+from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor, Unit, elements_of
 from planner.step.transfers import PAGED_TRANSFER
 from planner.training.optimizers import (
     BNB_8BIT_BLOCK,
@@ -22,34 +22,34 @@ from planner.training.optimizers import (
 TENSORS_PER_LAUNCH = 30
 """Tensors that one multi-tensor kernel takes (ATen/native/cuda/MultiTensorApply.cuh depth_to_max_tensors, 5 lists)."""
 
+MATRIX = 2
+"""Dimensions of a matrix; more of them are several matrices."""
+
 
 class OptimizerState:
     """The state of every trainable parameter, laid out layer by layer."""
 
-    def __init__(self, step: Step, owners: list[tuple[int, int]]) -> None:
+    def __init__(self, step: Step) -> None:
         self.step = step
         self.eng = step.eng
         self.row = OPTIMIZERS[step.train.optimizer]
-        self.groups: list[tuple[tuple[int, int], list[Tensor]]] = []
-        """((unit, layer in it), its parameters)."""
+        self.groups: list[tuple[Unit, list[Tensor]]] = []
+        """Parameters of one unit that were made in a row."""
         self.tensors_per_launch = 1 if step.arch.on_cpu else TENSORS_PER_LAUNCH
         """A CPU's foreach operations go through the tensors one by one (ATen/native/ForeachOpsKernels.cpp)."""
-        self.factors = {id(leaf): n for leaf, n in zip(step.parameters, step.factors, strict=True)}
-        position = 0
-        before, sublayer = -1, 0
-        for layer, number in owners:
-            sublayer = sublayer + 1 if layer == before else 0
-            before = layer
-            if number:
-                self.groups.append(((layer, sublayer), step.parameters[position : position + number]))
-            position += number
+        for leaf in step.parameters:
+            assert leaf.owner is not None
+            unit = leaf.owner.unit
+            if not self.groups or self.groups[-1][0] != unit:
+                self.groups.append((unit, []))
+            self.groups[-1][1].append(leaf)
         self.held: list[Storage] = []
         for where, leaves in self.groups:
             self._enter("state", where)
             for leaf in leaves:
                 self.held += [self.eng.workspace(n, "optimizer_state") for n in self.state_bytes(leaf)]
 
-    def _enter(self, phase: str, where: tuple[int, int]) -> None:
+    def _enter(self, phase: str, where: Unit) -> None:
         """Begin a segment for one layer's parameters."""
         layer, self.eng.record.sublayer = where
         self.eng.enter(phase, layer)
@@ -61,8 +61,7 @@ class OptimizerState:
         if row.state_layout == "none":
             sizes: list[Size] = []
         elif row.state_layout == "factors":
-            factors = self.factors.get(id(leaf), 0)
-            sizes = [4 * factors] if factors else [4 * n]
+            sizes = [4 * factors(leaf)]
         elif row.state_layout == "like-parameter":
             sizes = [leaf.nbytes] * row.state_tensors
         elif row.state_layout == "blocks-of-8-bit":
@@ -94,7 +93,7 @@ class OptimizerState:
         if self.step.train.max_grad_norm and not self.step.train.optimizer_in_backward:
             self._clip()
         if self.row.temporary == "copy-of-all-parameters" and not self.step.train.optimizer_in_backward:
-            held: list[tuple[tuple[int, int], list[Tensor]]] = []
+            held: list[tuple[Unit, list[Tensor]]] = []
             for layer, leaves in self.groups:
                 self._enter("optimizer", layer)
                 copies = [self.eng.empty(leaf.numel, leaf.dtype, "optimizer_temporary") for leaf in leaves]
@@ -108,7 +107,7 @@ class OptimizerState:
         for layer, leaves in self.groups:
             self._enter("optimizer", layer)
             for leaf in leaves:
-                if self.row.temporary == "adafactor":
+                if self.row.temporary == "factored-update":
                     self._adafactor(leaf, update)
                 self._update(leaf)
 
@@ -168,6 +167,14 @@ class OptimizerState:
         """Trainable parameters of the whole model."""
         repeats = self.eng.repeats
         return sum(leaf.numel * repeats.get(layer, 1) for (layer, _), leaves in self.groups for leaf in leaves)
+
+
+def factors(leaf: Tensor) -> Size:
+    """What a factored second moment keeps: a number for each row and each column of a matrix, all of a vector."""
+    if len(leaf.shape) < MATRIX:
+        return leaf.numel
+    *stacked, rows, columns = leaf.shape
+    return elements_of((*stacked, rows + columns))
 
 
 def _where(condition: Size, yes: Size, no: Size) -> Size:

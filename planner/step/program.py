@@ -15,19 +15,25 @@ from planner.device import cuda_rules
 from planner.model import storage
 from planner.model.lora import Adapted, resolve_targets
 from planner.model.spec import Attention, Layer, Linear, ModelSpec, Norm
-from planner.step import layers, loading, ops
+from planner.step import checkpoints, layers, loading, ops
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, Record, Tensor
+from planner.step.engine import FP32, INT64, OUTSIDE, LayerForward, Record, Tensor, Unit
 from planner.step.modules import linears, losses, positions
 from planner.step.modules import weights as modules_weights
-from planner.step.modules.attention import always_masks, needs_window_mask, runs_eager
-from planner.step.modules.eager import DROPOUT
+from planner.step.modules.attention import (
+    BOOLEAN_MASKS_SINCE,
+    always_masks,
+    hands_on_mask,
+    needs_window_mask,
+    runs_eager,
+)
+from planner.step.modules.eager import DROPOUT, adds_mask
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
-from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
 from planner.training.losses import LOSSES
+from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec
 
@@ -54,7 +60,7 @@ class Stack:
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
-        self.units: list[int] = []
+        self.units: list[Unit] = []
         """Unit of each emulated layer."""
         self.repeats: dict[int, int] = {}
         """Units that stand for several, with how many."""
@@ -65,7 +71,7 @@ class Stack:
         """Append one unit that stands for `times`; `first` is the model's layer it begins with."""
         unit = len(self.first)
         self.layers += pattern
-        self.units += [unit] * len(pattern)
+        self.units += [Unit(unit, place) for place in range(len(pattern))]
         self.first[unit] = first + (times - 1) * len(pattern)
         if times > 1:
             self.repeats[unit] = times
@@ -107,12 +113,13 @@ def run(
 ) -> Program:
     """Run one training step of `train` on `model` symbolically and return everything that happened."""
     model = model.with_tokens(train.added_tokens)
-    habits = registry.habits_of(model.model_type, train.uses_own_modules)
+    habits = registry.habits_of(model.model_type, train.own_modules)
     if habits.rebuild is not None:
         model, train = habits.rebuild(model, train)
     step = Step(model, train, arch, habits, accumulates_in_place)
     stack = plan_layers(model, full_depth)
     step.eng.repeats = stack.repeats
+    step.handle(checkpoints.handlers(step))
     collecting = gc.isenabled()
     gc.disable()  # lifetimes are reference counts; the collector only costs time
     try:
@@ -130,8 +137,6 @@ class _Run:
         self.eng = step.eng
         self.stack = stack
         self.weights: list[LayerWeights] = []
-        self.owners: list[tuple[int, int]] = []
-        """Per layer (-1 outside): how many of step.parameters belong to it, in creation order."""
         self.embedding: Tensor | None = None
         self.head: modules_weights.LinearWeights | None = None
         self.position_ids: Tensor | None = None
@@ -147,7 +152,7 @@ class _Run:
 
     def all(self) -> Program:
         self._load()
-        state = OptimizerState(self.step, self.owners)
+        state = OptimizerState(self.step)
         if self.step.train.gradient_accumulation_steps_exceed_one:
             state.hold_gradients()
         loss, kept = self._forward()
@@ -177,33 +182,28 @@ class _Run:
         step, model, train = self.step, self.step.model, self.step.train
         trainable = train.method == "full"
         adapted = {(id(a.layer), a.name): a for a in resolve_targets(model, train.lora)} if train.lora else {}
-        self._begin("load", -1)
+        self._load_unit(OUTSIDE)
         loading.warm_up(step, adapted)
         self.eng.record.readers = loading.readers(step)
         if loading.by_name(step) and not model.tied:
             self.head = self._load_head(trainable)
         table = model.token_embedding
         tables = [table] + ([model.position_embedding] if model.position_embedding else [])
-        loaded = [
-            step.base(f"{t.name}.weight", t.num_parameters, step.embedding_dtype, t.rows + t.width) for t in tables
-        ]
+        loaded = [step.base(f"{t.name}.weight", (t.rows, t.width), step.embedding_dtype) for t in tables]
         self.embedding = loaded[0]
         self.tables = loaded
         self.outer_norms = {n.name: self._norm(n) for n in (model.embedding_norm,) if n is not None}
         self.projections = [linears.load_base(step, p, False) for p in model.embedding_projections]
         if step.habits.makes_buffers is not None:
             self.buffers = step.habits.makes_buffers(step)
-        self._count(-1)
         for unit, layer in zip(self.stack.units, self.stack.layers, strict=True):
-            self._begin("load", unit)
+            self._load_unit(unit)
             self.weights.append(self._load_layer(layer, {name for where, name in adapted if where == id(layer)}))
-            self._count(unit)
-        self._begin("load", -1)
+        self._load_unit(OUTSIDE)
         if model.final_norm is not None:
             self.outer_norms[model.final_norm.name] = self._norm(model.final_norm)
         if self.head is None:
             self.head = self._load_head(trainable)
-        self._count(-1)
         if step.habits.makes_own_state is not None:
             buffers, self.stable = step.habits.makes_own_state(step, self.embedding)
             self.buffers += buffers
@@ -245,28 +245,27 @@ class _Run:
 
     def _prepare(self) -> None:
         """prepare_model_for_kbit_training: one parameter after the other (peft utils/other.py)."""
-        before = -2
-        for layer, held in self.step.widened:
-            if layer != before:
-                self._begin("load", layer)
-            before = layer
+        before: Unit | None = None
+        for held in self.step.widened:
+            assert held.owner is not None
+            if before is None or held.owner.unit.layer != before.layer:
+                self._load_unit(held.owner.unit)
+            before = held.owner.unit
             self.step.widen(held)
         if self.step.widened:
-            self._begin("load", -1)
+            self._load_unit(OUTSIDE)
 
-    def _begin(self, phase: str, layer: int) -> None:
-        self.eng.enter(phase, layer)
-        self._before = len(self.step.parameters)
-
-    def _count(self, layer: int) -> None:
-        self.owners.append((layer, len(self.step.parameters) - self._before))
+    def _load_unit(self, unit: Unit) -> None:
+        """What is loaded from here on belongs to `unit`."""
+        self.eng.enter("load", unit.layer)
+        self.step.here = unit
 
     def _norm(self, spec: Norm) -> tuple[Tensor | None, Tensor | None]:
         step, dtype = self.step, self.step.norm_dtype
-        elements = spec.weight_elements or spec.size
+        shape = (spec.weight_elements or spec.size,)
 
         def make(wanted: bool, part: str) -> Tensor | None:
-            return step.base(f"{spec.name}.{part}", elements, dtype) if wanted else None
+            return step.base(f"{spec.name}.{part}", shape, dtype) if wanted else None
 
         return make(spec.weight, "weight"), make(spec.bias, "bias")
 
@@ -288,65 +287,65 @@ class _Run:
             self._load_experts(held)
         if habits.makes_layer_buffer is not None and not habits.layer_buffer_first:
             held.buffer = habits.makes_layer_buffer(self.step)
+        held.tables = positions.load_tables(self.step, layer.attention)
         return held
 
     def _load_experts(self, held: LayerWeights) -> None:
         spec = held.spec.experts
         assert spec is not None
         weight, number, name = self.step.weight, spec.num_experts, spec.name
-        each = number * spec.hidden_size * spec.intermediate_size
         wide, narrow, hidden = 2 * spec.intermediate_size, spec.intermediate_size, spec.hidden_size
         held.experts = [
-            weight(f"{name}.{spec.gate_up_name}", 2 * each, number * (wide + hidden)),
-            weight(f"{name}.{spec.down_name}", each, number * (narrow + hidden)),
+            weight(f"{name}.{spec.gate_up_name}", (number, wide, hidden)),
+            weight(f"{name}.{spec.down_name}", (number, hidden, narrow)),
         ]
         if spec.bias:
-            held.experts.append(weight(f"{name}.biases", number * (2 * spec.intermediate_size + spec.hidden_size)))
+            held.experts.append(weight(f"{name}.biases", (number * (wide + hidden),)))
         if not spec.router_is_linear:
-            router = f"{spec.router.name}.weight"
-            held.router = weight(router, spec.router.num_parameters, spec.router.in_features + spec.router.out_features)
+            router = spec.router
+            columns = router.in_features + int(router.bias)  # a bias as one more of them
+            held.router = weight(f"{router.name}.weight", (router.out_features, columns))
 
     def _load_head(self, trainable: bool) -> modules_weights.LinearWeights:
         model, step = self.step.model, self.step
         held = modules_weights.LinearWeights(model.head)
-        if model.tied and not step.train.untied_head:
+        if model.tied and OWN_MODULES[step.train.own_modules].ties_head:
             held.weight = self.embedding
         elif not trainable and self._quantizes_head():
             held = linears.load_base(step, model.head, False)
         else:
-            elements, factors = model.head.weight_elements, model.vocab_size + model.hidden_size
-            held.weight = step.base(f"{model.head.name}.weight", elements, step.embedding_dtype, factors)
+            shape = model.head.out_features, model.head.in_features
+            held.weight = step.base(f"{model.head.name}.weight", shape, step.embedding_dtype)
         if model.head.bias and held.bias is None:
-            held.bias = step.base(f"{model.head.name}.bias", model.head.out_features, step.embedding_dtype)
+            held.bias = step.base(f"{model.head.name}.bias", (model.head.out_features,), step.embedding_dtype)
         return held
 
     def _quantizes_head(self) -> bool:
         """bitsandbytes skips the output embedding whatever its name; "lm_head" in skip_modules means that."""
-        quant = self.step.train.quantization
-        return "lm_head" not in quant.skip_modules and storage.is_quantized(self.step.model.head, quant, False)
+        train = self.step.train
+        skipped = "lm_head" in train.quantization.skip_modules
+        return not skipped and storage.is_quantized(self.step.model.head, train, False)
 
     def _load_adapters(self, adapted: dict[tuple[int, str], Adapted]) -> None:
         lora = self.step.train.lora
         assert lora is not None
         parameters = [a for a in adapted.values() if a.kind == "parameter"]
         for unit, held in zip(self.stack.units, self.weights, strict=True):
-            self._begin("load", unit)
+            self._load_unit(unit)
             for name, weights in held.linears.items():
                 if (id(held.spec), name) in adapted:
                     self._load_adapter(weights)
             for a in parameters:
                 if a.layer is held.spec:
                     stacked = a.rank * a.experts
-                    down = self.step.trainable(a.a_elements, lora.dtype, "adapter", stacked + a.in_features)
-                    up = self.step.trainable(a.b_elements, lora.dtype, "adapter", a.out_features + stacked)
+                    down = self.step.trainable(f"{a.name}.lora_A", (stacked, a.in_features), lora.dtype, "adapter")
+                    up = self.step.trainable(f"{a.name}.lora_B", (a.out_features, stacked), lora.dtype, "adapter")
                     held.expert_adapters[a.name] = (down, up)
-            self._count(unit)
-        self._begin("load", -1)
+        self._load_unit(OUTSIDE)
         if self.head is not None and (id(None), self.step.model.head.name) in adapted:
             self._load_adapter(self.head)
         for name in lora.modules_to_save:
             self._save_module(name)
-        self._count(-1)
 
     def _load_adapter(self, held: modules_weights.LinearWeights) -> None:
         lora = self.step.train.lora
@@ -361,10 +360,12 @@ class _Run:
         model, step = self.step.model, self.step
         assert step.train.lora is not None and self.head is not None
         dtype = step.train.lora.dtype
-        if model.head.name.endswith(name):
-            self.head.weight = step.trainable(model.head.weight_elements, dtype, "adapter")
-        elif model.token_embedding.name.endswith(name):
-            self.embedding = step.trainable(model.token_embedding.num_parameters, dtype, "adapter")
+        head, table = model.head, model.token_embedding
+        if head.name.endswith(name):
+            shape = (head.weight_elements,)
+            self.head.weight = step.trainable(f"{head.name}.weight", shape, dtype, "adapter")
+        elif table.name.endswith(name):
+            self.embedding = step.trainable(f"{table.name}.weight", (table.num_parameters,), dtype, "adapter")
 
     # --- forward ----------------------------------------------------------------------------------------------
 
@@ -402,11 +403,11 @@ class _Run:
         self._positions(hidden.dtype)
         outputs: tuple[Tensor, Tensor | None] = (hidden, None)
         for unit, held in zip(self.stack.units, self.weights, strict=True):
-            if unit != eng.layer:
-                eng.enter("forward", unit)
-                eng.record.sublayer = -1
-            eng.record.sublayer += 1
-            outputs = self._layer(held, hidden)  # the frame holds a layer's whole result until the next one returns
+            if unit.layer != eng.layer:
+                eng.enter("forward", unit.layer)
+            eng.record.sublayer = unit.sublayer
+            # the frame holds a layer's whole result until the next one returns
+            outputs = self._layer(unit, held, hidden)
             hidden = outputs[0]
         eng.record.sublayer = 0
         eng.enter("loss")
@@ -418,46 +419,28 @@ class _Run:
             self._drop_positions()
         return hidden
 
-    def _layer(self, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        step, eng, mode = self.step, self.eng, self.step.train.gradient_checkpointing
+    def _layer(self, unit: Unit, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        step = self.step
         spec = held.spec.attention
         window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
         mask = self.masks.get(self._masks_window(held))
         tables = self.rotary.get(step.habits.tables_by_window and bool(spec.sliding_window))
         arguments = (tables, mask, step.alibi, self.position_ids, window)
-        transfer = self._transfer()
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            if transfer:  # to the host, and back when this runs again
-                eng.kernel(transfer, x.dtype, x.nbytes)
-            step.cos_sin, step.mask, step.alibi = arguments[:3]
-            try:
-                return layers.decoder_layer(step, held, x), step.probabilities
-            finally:  # also when a recomputation stops early
-                step.probabilities = None
-                if step.backward_began:
-                    step.cos_sin = step.mask = step.alibi = None
+            with step.unit(unit, x):
+                step.cos_sin, step.mask, step.alibi = arguments[:3]
+                try:
+                    return layers.decoder_layer(step, held, x), step.probabilities
+                finally:  # also when a recomputation stops early
+                    step.probabilities = None
+                    if step.backward_began:
+                        step.cos_sin = step.mask = step.alibi = None
 
-        if mode == "none":
-            return forward(hidden)
-        if self._reenters() and hidden.requires_grad:
-            return eng.checkpoint_reentrant(forward, hidden, mode == "offload")
-        return eng.checkpoint(forward, hidden, mode == "offload")
-
-    def _transfer(self) -> str:
-        """How a checkpoint's input goes to the host and comes back; "": it stays on the card.
-
-        unsloth copies in a stream of its own, which the layer waits for at its end (forward) or before it is recomputed
-        (unsloth_zoo/gradient_checkpointing.py UnslothCheckpointFunction, two buffers in turn: while one layer's
-        backward runs, the next one's input comes). It leaves the last layer's input and those of up to 2 MiB on the
-        card, which is not modelled. transformers' own offloading (save_on_cpu with pinned memory: asynchronous copies
-        in the current stream) does not overlap; trl's activation_offloading, which can, is priced as if it did not.
-        """
-        train = self.step.train
-        if train.gradient_checkpointing != "offload":
-            return ""
-        aside = train.kernels == "unsloth" and not self.step.arch.on_cpu
-        return OVERLAPPED_TRANSFER if aside else HOST_TRANSFER
+        run: LayerForward = forward
+        for handler in step.handlers:
+            run = handler.wrap(step, run)
+        return run(hidden)
 
     def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The first layer's input, and what the model's frame names until the last layer: embeddings as looked up."""
@@ -469,17 +452,20 @@ class _Run:
         self._link_table(out, self.embedding)
         if self.stable:
             out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], step.tokens)
-        if model.embedding_scale and step.habits.scales_in_embedding:
+        in_module = step.train.versions.transformers >= step.habits.scales_in_embedding_since
+        if model.embedding_scale and in_module:
             out = ops.scale(eng, out, "embedding")
         if not out.requires_grad and step.train.method != "full" and step.train.gradient_checkpointing != "none":
             self.input_leaf = eng.leaf(out)  # enable_input_require_grads: a hook on the embedding module's output
-        if model.embedding_scale and not step.habits.scales_in_embedding:
+        if model.embedding_scale and not in_module:
             out = ops.scale(eng, out, "embedding")
         names = [out]
         for projection in self.projections[:1]:
             out = linears.base_forward(step, projection, out)
         if model.position_embedding is not None:
-            places = eng.empty(step.seq * model.hidden_size, self.embedding.dtype, "embedding")
+            every_row = step.train.versions.transformers < step.habits.positions_of_rows_before
+            rows = step.tokens if every_row else step.seq
+            places = eng.empty(rows * model.hidden_size, self.embedding.dtype, "embedding")
             self._link_table(places, self.tables[1])
             out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
             names.append(places)
@@ -529,9 +515,12 @@ class _Run:
             self._alibi(spec, dtype)
         if spec.position == "alibi" and habits.alibi_in_mask:
             self.masks[False] = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
-        elif eager or (step.train.padded and step.train.attention == "sdpa"):
+        elif (
+            (eager and adds_mask(step)) or hands_on_mask(step) or (step.train.padded and step.train.attention == "sdpa")
+        ):
             # made from the embedding's output; later norms and projections may have another dtype
-            kind = self.embedding.dtype if eager and not habits.boolean_mask else "int8"
+            old = step.train.versions.transformers < BOOLEAN_MASKS_SINCE
+            kind = self.embedding.dtype if (eager or old) and not habits.boolean_mask else "int8"
             for windowed in {self._masks_window(held) for held in self.weights}:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):

@@ -1,4 +1,4 @@
-"""Copies between the card and its host: three kinds of kernels that `timing.step_time` prices by the host's link."""
+"""Copies between the card and its host: names of three rows of `planner.step.kernels.KERNELS`."""
 
 from __future__ import annotations
 
@@ -8,4 +8,3 @@ OVERLAPPED_TRANSFER = "overlapped_transfer"
 """In a stream of its own beside the kernels of decoder layers."""
 PAGED_TRANSFER = "paged_transfer"
 """Of managed memory: as HOST_TRANSFER where the card has no room for it, else nothing moves."""
-TRANSFERS = (HOST_TRANSFER, OVERLAPPED_TRANSFER, PAGED_TRANSFER)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from planner.base.polynomials import Grid, Monomial, Number, Polynomial, terms_of, value_of
 from planner.device.hardware import Gpu
-from planner.step.engine import Kernel, Layout, Record
-from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER
+from planner.step.engine import Record
+from planner.step.kernels import Kernel, Layout
 from planner.timing.coefficients import Coefficients
+from planner.timing.prices import PRICES
 from planner.timing.rates import Rates
 from planner.timing.step_time import PARTS, Sums, WholeStep, part_of, shares_of
 from planner.training.spec import TrainingSpec
@@ -46,7 +47,9 @@ class CardRates(Rates):
         self.capability, self.compiled, self.gpu = first.capability, first.compiled, first.gpu
         self.multiprocessors = self._stacked([rates.multiprocessors for rates in self.each])
         self.bytes_per_s = self._stacked([rates.bytes_per_s for rates in self.each])
-        self.dequantize_bytes_per_s = self._stacked([rates.dequantize_bytes_per_s for rates in self.each])
+        self.bandwidths = {
+            name: self._stacked([rates.bandwidths[name] for rates in self.each]) for name in self.each[0].bandwidths
+        }
         rates = [rates.indexed_per_s for rates in self.each if rates.indexed_per_s is not None]
         self.indexed_per_s = self._stacked(rates) if rates else None
         self._tiles = self._tile_rates()
@@ -161,12 +164,13 @@ class Clock:
         shares: dict[tuple[str, bool], _Total] = {}
         for group in groups:
             seconds, bound, launches = self._seconds(group)
-            if group.kernel.op == PAGED_TRANSFER:
-                sums.paged = self._sum(group.bytes), seconds
+            kind = group.kernel.kind
+            if kind.only_without_room:
+                sums.paged = sums.paged[0] + self._sum(group.bytes), sums.paged[1] + seconds
                 continue
             calls = group.calls
-            host[group.part].add(self.rates.host_s(group.kernel.op, group.part, launches, calls))
-            if group.kernel.op == OVERLAPPED_TRANSFER:
+            host[group.part].add(self.rates.host_s(kind, group.part, launches, calls))
+            if kind.lane == "copy":
                 aside[group.part].add(seconds)
                 continue
             device[group.part].add(seconds)
@@ -196,7 +200,7 @@ class Clock:
             )  # fmt: skip
             price = self.rates.price(made, self._values(self.grid.length))
             seconds = self.grid.np.maximum(price.compute, price.memory)
-            bound = (price.compute > price.memory) * 1.0 if kernel.op == "indexed" else 0.0
+            bound = (price.compute > price.memory) * 1.0 if group.one_by_one else 0.0
         times = group.calls if group.one_by_one else 1
         latency = self.rates.c["kernel_latency"] * count * self.rates.latency_share(kernel)
         return seconds * times + latency, bound, count * self.rates.launched(kernel)
@@ -272,13 +276,13 @@ def kernel_groups(record: Record) -> list[Group]:
         counted[key] = counted.get(key, 0) + 1
         some[key] = kernel
     groups: dict[Any, Group] = {}
-    aside = any(kernel.op == OVERLAPPED_TRANSFER for kernel in some.values())
+    aside = any(kernel.kind.lane == "copy" for kernel in some.values())
     for key, number in counted.items():
         kernel, segment = some[key], record.segments[key[0]]
         part = part_of(segment.phase, kernel.recomputed)
         if part is None:
             continue
-        one_by_one = kernel.shape is not None or kernel.op.startswith(("flash", "efficient", "cudnn", "indexed"))
+        one_by_one = not PRICES[kernel.kind.price].proportional
         in_layers = aside and segment.layer >= 0
         place = (part, in_layers, kernel.op, *(key[3:] if one_by_one else ()))
         if place not in groups:

@@ -295,6 +295,9 @@ _PRIORS: tuple[tuple[str, float, float, tuple[str, float, float], Origin, str], 
     ("host_link", 22e9, 5e9, ("bytes/s", 1e9, 5e11), "assumed", "pinned copies over PCIe 4.0 x16"),
 )  # fmt: skip
 
+NAMES = frozenset(name for name, *_ in _PRIORS)
+"""Every coefficient that a card may have."""
+
 # name, value, standard error; one thread of an AVX-512 Xeon with MKL and oneDNN products was looked at for the scale
 _CPU_PRIORS: tuple[tuple[str, float, float, str], ...] = (
     ("matmul", 0.3, 0.15, "oneDNN bf16 products, converted where the CPU has no bf16 instructions"),

@@ -14,7 +14,8 @@ from typing import Any
 
 from planner.base.records import replace
 from planner.device.hardware import CPU, Gpu
-from planner.step.engine import Kernel, Layout, Record, Segment, Shape
+from planner.step.engine import Record, Segment
+from planner.step.kernels import KERNELS, Kernel, Layout, Shape
 from planner.timing import rates as timing_rates
 from planner.timing import step_time
 from planner.timing.coefficients import Coefficient, Coefficients, priors
@@ -64,15 +65,15 @@ def toy_coefficients() -> Coefficients:
 
 def toy_kernels(segment: int = 0, recomputed: bool = False) -> Iterator[Kernel]:
     """Kernels of every kind, of about a second each on the toy cards."""
-    for number, op in enumerate(step_time.LEDGER_CLASS):
-        if op in ("lora", "bmm"):
-            yield Kernel(op, "bf16", 1e8, 1e8, 2, segment, PRODUCTS[0], recomputed)
-        if op in ("matmul", "lora", "bmm"):
+    for number, (op, kind) in enumerate(KERNELS.items()):
+        if kind.price == "product":
+            if number:  # the first is among `toy_products`
+                yield Kernel(op, "bf16", 1e8, 1e8, 2, segment, PRODUCTS[0], recomputed)
             continue
         moved = (0.5 + 0.01 * number) * 1e9
-        for dtype in ("bf16", "fp32") if op.endswith(("attention", "backward")) else ("bf16",):
-            elements = 2e9 if op.endswith(("attention", "backward")) else 3e8
-            yield Kernel(op, dtype, 1e9, moved, 1.5, segment, None, recomputed, elements=elements)
+        fused = kind.attention is not None
+        for dtype in ("bf16", "fp32") if fused else ("bf16",):
+            yield Kernel(op, dtype, 1e9, moved, 1.5, segment, None, recomputed, elements=2e9 if fused else 3e8)
 
 
 def toy_products() -> Iterator[Kernel]:
@@ -105,7 +106,7 @@ def _prices(
         yield kernel.op, *price, rates.latency_share(kernel), rates.launched(kernel)
     for part in step_time.PARTS:
         for op in ("elementwise", "optimizer", "dequantize", "int8_quantize"):
-            yield rates.host_s(op, part, 2.0, 3.0)
+            yield rates.host_s(KERNELS[op], part, 2.0, 3.0)
     sums = step_time.Sums(rates, training)
     sums.room = 0.0
     for kernel in run.kernels:
@@ -141,7 +142,7 @@ def fingerprint() -> str:
     """Eight hexadecimal digits that stand for what the formulas say now."""
     coefficients = toy_coefficients()
     kernels, run = (*toy_kernels(), *toy_products()), toy_step()
-    found: list[Any] = [step_time.class_of(op, layer) for op in step_time.LEDGER_CLASS for layer in (-1, 0)]
+    found: list[Any] = [kind.ledger_class(layer) for kind in KERNELS.values() for layer in (-1, 0)]
     for card in CARDS:
         for training in TRAININGS if card is CARD else TRAININGS[:1]:
             found += _prices(kernels, run, card, training, coefficients)

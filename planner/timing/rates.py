@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from planner.base.records import NamedTuple
 from planner.device.hardware import Gpu
-from planner.step.engine import FP32, ITEMSIZE, Kernel, Layout, Shape
-from planner.step.transfers import TRANSFERS
+from planner.step.engine import FP32, ITEMSIZE
+from planner.step.kernels import COMPILED, Kernel, KernelKind, Layout, Shape
 from planner.timing.arrays import Number, ceil, minimum
 from planner.timing.coefficients import Coefficients, old_dequantize_factor
+from planner.timing.prices import PRICES
 from planner.training.spec import TrainingSpec
 
 TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
@@ -20,25 +21,14 @@ FP32_LANES = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64, (8, 7)
 """fp32 lanes of a multiprocessor by compute capability, else 128 (CUDA C++ Programming Guide, arithmetic throughput):
 with the data sheet's fp32 rate they give multiprocessors times clock."""
 
+FP32_ATTENTION = "efficient_fp32"
+"""The coefficient of fused attention on fp32 inputs, without matrix units: on a CPU, and of xFormers' kernel."""
+
 PORTABLE_VECTORS = ("avx2", "avx", "unknown")
 """Vector units of CPUs without 16-bit products in oneDNN."""
 
-_FUSED = ("flash_attention", "efficient_attention", "cudnn_attention")
 
-_INT8 = {"int8_quantize": 0.48, "int8_dequantize": 0.67}
-"""bitsandbytes' 8-bit kernels and the share of the reached bandwidth that each has (H200 profiles: kInt8VectorQuant, a
-block a row, 2.0 TB/s; kdequant_mm_int32_fp16 2.9 TB/s)."""
-
-COMPILED_LAUNCHES = 0.3
-"""Share of the launches that torch.compile leaves where it fuses element-wise kernels: assumed."""
-
-LOG_SOFTMAX_PASSES = 2.0
-"""Rows of a whole vocabulary do not fit a block's shared memory: log_softmax reads its input three times and writes
-once, its backward reads the gradient twice and the result once (ATen/native/cuda/SoftMax.cu cunn_SoftMaxForward,
-cunn_SoftMaxBackward), where the program counts input and output once."""
-
-
-class _Price(NamedTuple):
+class Priced(NamedTuple):
     """Seconds of one recorded kernel, by what it waits for."""
 
     compute: Number
@@ -58,7 +48,11 @@ class Rates:
         dequantize = self.c["dequantize"]
         if training.versions.bitsandbytes < (0, 48):
             dequantize /= old_dequantize_factor(self.capability)
-        self.dequantize_bytes_per_s = self.bytes_per_s * dequantize
+        self.bandwidths: dict[str, Number] = {
+            "bandwidth": self.bytes_per_s,
+            "dequantize": self.bytes_per_s * dequantize,
+        }
+        """Bytes/s by coefficient; others are added when a kernel asks for them (`traffic_rate`)."""
         self.compiled = training.compile
         self.tf32 = training.tf32 and gpu.tf32_flops_per_s > 0
         self._tiles = self._tile_rates()
@@ -141,56 +135,46 @@ class Rates:
         """
         return self.gpu.synchronous and not self.simt(dtype) and self.gpu.architecture in PORTABLE_VECTORS
 
+    def traffic_rate(self, coefficient: str) -> Number:
+        """Bytes/s of kernels that reach this share of the bandwidth."""
+        if coefficient not in self.bandwidths:
+            self.bandwidths[coefficient] = self.bytes_per_s * self.c[coefficient]
+        return self.bandwidths[coefficient]
+
     def attention_s(self, kernel: Kernel, tokens_per_row: Number) -> Number:
         """Arithmetic seconds of a fused attention kernel, by the FLOPs that it does."""
-        backward = kernel.op.endswith("_backward")
-        way = "backward" if backward else "forward"
-        share = self.c[f"{kernel.op.partition('_')[0]}_{way}"]
-        if kernel.dtype == FP32 and (kernel.op.startswith("efficient") or self.gpu.synchronous):
-            return kernel.elements / (self.product(FP32) * self.c["efficient_fp32"])
-        if kernel.op.startswith("flash") and self.capability >= (9, 0):
-            share = share * self.c["flash_hopper"]
-        if kernel.op.startswith(("flash", "cudnn")):
-            share = share * tokens_per_row / (tokens_per_row + self.c["flash_length_half"])
+        kind, special = kernel.kind, kernel.kind.attention
+        assert special is not None
+        if kernel.dtype == FP32 and (special.own_fp32 or self.gpu.synchronous):
+            return kernel.elements / (self.product(FP32) * self.c[FP32_ATTENTION])
+        assert kind.coefficient is not None
+        share = self.c[kind.coefficient]
+        if special.hopper is not None and self.capability >= (9, 0):
+            share = share * self.c[special.hopper]
+        if special.short_rows is not None:
+            share = share * tokens_per_row / (tokens_per_row + self.c[special.short_rows])
         return kernel.elements / (self.product(kernel.dtype) * share)
 
-    def price(self, kernel: Kernel, tokens_per_row: Number) -> _Price:
+    def attention_name(self, kernel: Kernel) -> str:
+        """The coefficient of a fused attention kernel."""
+        assert kernel.kind.coefficient is not None
+        return FP32_ATTENTION if kernel.dtype == FP32 else kernel.kind.coefficient
+
+    def price(self, kernel: Kernel, tokens_per_row: Number) -> Priced:
         """Seconds of one recorded kernel, were it alone."""
-        latency = self.c["kernel_latency"] * kernel.count
-        if kernel.shape is not None:
-            compute, memory = self.matmul_s(kernel.shape, kernel.dtype, kernel.layout)
-            return _Price(compute, memory, latency)
-        if kernel.op.startswith(_FUSED):
-            return _Price(self.attention_s(kernel, tokens_per_row), kernel.bytes / self.bytes_per_s, latency)
-        if kernel.op == "dequantize":
-            return _Price(0.0, kernel.bytes / self.dequantize_bytes_per_s, latency)
-        if kernel.op in _INT8:
-            return _Price(0.0, kernel.bytes / (self.bytes_per_s * _INT8[kernel.op]), latency)
-        if kernel.op in TRANSFERS:  # on a CPU both ends are the same memory
-            link = self.bytes_per_s / 2 if self.gpu.synchronous else self.c["host_link"]
-            return _Price(0.0, kernel.bytes / link, latency)
-        traffic = kernel.bytes / self.bytes_per_s
-        if kernel.op == "log_softmax" and not self.gpu.synchronous:
-            traffic = traffic * LOG_SOFTMAX_PASSES
-        if kernel.op == "indexed" and self.indexed_per_s is not None and not self.compiled:
-            return _Price(kernel.elements / self.indexed_per_s, traffic, latency)
-        if self.latency_share(kernel) != 1.0:
-            traffic = traffic * self.c["compiled_traffic"]
-        return _Price(0.0, traffic, latency * self.latency_share(kernel))
+        compute, memory = PRICES[kernel.kind.price].seconds(self, kernel, tokens_per_row)
+        return Priced(compute, memory, self.c["kernel_latency"] * kernel.count * self.latency_share(kernel))
 
     def latency_share(self, kernel: Kernel) -> float:
         """Share of the recorded kernels that run: torch.compile merges element-wise ones."""
-        ops = (*_FUSED, *_INT8, *TRANSFERS, "dequantize", "optimizer")
-        own = kernel.shape is not None or kernel.op.startswith(ops)
-        return COMPILED_LAUNCHES if self.compiled and not own else 1.0
+        return COMPILED[kernel.kind.compiled].latency_share if self.compiled else 1.0
 
     def launched(self, kernel: Kernel) -> float:
         """Share of the recorded launches that the host still makes."""
-        fused = self.compiled and kernel.shape is None and kernel.op not in ("optimizer", *TRANSFERS)
-        return COMPILED_LAUNCHES if fused else 1.0
+        return COMPILED[kernel.kind.compiled].launched_share if self.compiled else 1.0
 
-    def host_s(self, op: str, part: str, launches: Number, calls: Number) -> Number:
-        """Seconds the host takes to launch kernels of an operation that is called `calls` times.
+    def host_s(self, kind: KernelKind, part: str, launches: Number, calls: Number) -> Number:
+        """Seconds the host takes to launch kernels of a kind, in `calls` calls.
 
         A GPU's optimizer also touches every tensor once, however many share a kernel. A recomputation has its own
         cost: non-reentrant checkpoints pack and unpack every saved tensor in Python (torch/utils/checkpoint.py).
@@ -201,8 +185,8 @@ class Rates:
             if part == "optimizer":
                 launches = launches + calls
         seconds = launches * self.c[own.get(part, "launch_forward")]
-        if op in ("dequantize", "int8_quantize"):
-            seconds = seconds + calls * self.c["launch_quantized"]
+        if kind.call_cost is not None:
+            seconds = seconds + calls * self.c[kind.call_cost]
         return seconds
 
 

@@ -12,30 +12,20 @@ from typing import Any
 
 from planner.base.records import NamedTuple, record
 from planner.device.hardware import Gpu
-from planner.step.engine import FP32, Kernel, Record
-from planner.step.transfers import OVERLAPPED_TRANSFER, PAGED_TRANSFER, TRANSFERS
+from planner.step.engine import Record
+from planner.step.kernels import LEDGER, LINK_CLASS, LINK_COEFFICIENT, Kernel
+from planner.timing import lanes
 from planner.timing.arrays import Number, is_more, maximum, mostly, some
 from planner.timing.coefficients import Coefficients
-from planner.timing.rates import _FUSED, Rates, _Price
+from planner.timing.prices import PRICES, Shares
+from planner.timing.rates import Priced, Rates
 from planner.training.spec import TrainingSpec
 
 PARTS = ("forward", "recomputation", "backward", "optimizer")
-CLASSES = (
-    "matrix products", "adapters", "attention", "dequantization", "element-wise", "loss", "optimizer", "host transfer",
-)  # fmt: skip
-"""Classes of operations in the time ledger."""
-
-LEDGER_CLASS: dict[str, str | None] = {
-    "matmul": "matrix products", "lora": "adapters", "bmm": "attention",
-    "flash_attention": "attention", "flash_attention_backward": "attention",
-    "efficient_attention": "attention", "efficient_attention_backward": "attention",
-    "cudnn_attention": "attention", "cudnn_attention_backward": "attention",
-    "dequantize": "dequantization", "int8_quantize": "dequantization", "int8_dequantize": "dequantization",
-    "optimizer": "optimizer", **dict.fromkeys(TRANSFERS, "host transfer"),
-    "softmax": None, "log_softmax": None, "indexed": None, "elementwise": None, "norm": None, "reduce": None,
-    "cast": None, "copy": None, "dropout": None,
-}  # fmt: skip
-"""Every kind of kernel and its ledger class; None: by where it runs (`class_of`)."""
+MICRO_BATCH = (("forward",), ("recomputation", "backward"))
+"""The phases of a micro batch by their parts: the host is ahead of the device by phases."""
+CLASSES = tuple(LEDGER)
+"""Classes of kernels in the time ledger."""
 SHORTEST_KERNEL_S = 1.6e-6
 """What a profiler shows of the shortest kernels (H200: 1.5 to 1.8 us); the rest of kernel_latency is the gap to the
 next."""
@@ -190,7 +180,7 @@ class Sums:
         self.class_s: dict[str, Number] = dict.fromkeys(CLASSES, 0.0)
         """Seconds that kernels run over one optimizer step, by class: without the gaps between them."""
         self.by_coefficient: dict[str, Number] = {}
-        self.known: dict[tuple[Any, ...], _Price] = {}
+        self.known: dict[tuple[Any, ...], Priced] = {}
         self.accumulation = training.gradient_accumulation_steps
 
     def add(self, kernel: Kernel, run: Record) -> None:
@@ -199,43 +189,45 @@ class Sums:
         part = part_of(segment.phase, kernel.recomputed)
         if part is None:
             return
-        times = segment.repeat
+        times, kind = segment.repeat, kernel.kind
         price = self._price(kernel)
         seconds = maximum(price.compute, price.memory) + price.latency
-        if kernel.op == PAGED_TRANSFER:
+        if kind.only_without_room:
             self.paged = self.paged[0] + kernel.bytes * times, self.paged[1] + seconds * times
             return
         launches = kernel.count * self.rates.launched(kernel) * times
-        self.host[part] += self.rates.host_s(kernel.op, part, launches, times)
+        self.host[part] += self.rates.host_s(kind, part, launches, times)
         steps = times if part == "optimizer" else times * self.accumulation
-        if kernel.op in TRANSFERS:
+        over_link = PRICES[kind.price].over_link
+        if over_link:
             self.transfers += seconds * steps
-        if kernel.op == OVERLAPPED_TRANSFER:
+        if kind.lane == "copy":
             self.aside[part] += seconds * times
-            self.classes["host transfer"][2] += kernel.bytes * steps
-            self.classes["host transfer"][3] += launches * steps / times
+            self.classes[kind.ledger][2] += kernel.bytes * steps
+            self.classes[kind.ledger][3] += launches * steps / times
             return
         self.device[part] += seconds * times
         if segment.layer >= 0:
             self.in_layers[part] += seconds * times
-        kind = class_of(kernel.op, segment.layer)
+        name = kind.ledger_class(segment.layer)
         busy = maximum(price.compute, price.memory) + kernel.count * SHORTEST_KERNEL_S
-        self.class_s[kind] += busy * steps
+        self.class_s[name] += busy * steps
         if not self.explained:
             return
         self.flops[part] += kernel.flops * times
-        if kernel.op not in TRANSFERS:
+        if not over_link:
             self.compute += price.compute * steps
             self.memory += price.memory * steps
             self.latency += price.latency * steps
         bound = is_more(price.compute, price.memory)
-        line = self.classes[kind]
+        line = self.classes[name]
         for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
             line[place] += amount * steps
-        for name, share in shares_of(self.rates, kernel, bound):
-            self.by_coefficient[name] = self.by_coefficient.get(name, 0.0) + seconds * share * steps
+        for coefficient, share in shares_of(self.rates, kernel, bound):
+            held = self.by_coefficient.get(coefficient, 0.0)
+            self.by_coefficient[coefficient] = held + seconds * share * steps
 
-    def _price(self, kernel: Kernel) -> _Price:
+    def _price(self, kernel: Kernel) -> Priced:
         key = (
             kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count, kernel.layout,
             kernel.elements,
@@ -270,16 +262,16 @@ class Sums:
         equal layers the device waits for what the copies of all take longer than the kernels of all. Managed memory
         moves only where the card has less room than its bytes (each is counted twice, in and out).
         """
-        for parts in (("forward",), ("recomputation", "backward")):
+        for parts in MICRO_BATCH:
             aside = self.aside[parts[0]]
             if some(aside):
-                beside = sum(self.in_layers[part] for part in parts)
-                self._wait_for_host(parts[0], maximum(aside - beside, 0.0 * aside), self.accumulation)
+                layers = sum(self.in_layers[part] for part in parts)
+                self._wait_for_host(parts[0], lanes.beside(layers, "copy", aside), self.accumulation)
         moved, seconds = self.paged
         if self.room is not None and some(moved):
             moves = (moved / 2 > self.room) * 1.0
             self.transfers = self.transfers + seconds * moves
-            line = self.classes["host transfer"]
+            line = self.classes[LINK_CLASS]
             line[2] = line[2] + moved * moves
             self._wait_for_host("optimizer", seconds * moves, 1)
 
@@ -287,34 +279,16 @@ class Sums:
         """Count seconds of a part, which occurs `steps` times in an optimizer step, as the host's link's."""
         self.device[part] = self.device[part] + seconds
         whole = seconds * steps
-        self.by_coefficient["host_link"] = self.by_coefficient.get("host_link", 0.0) + whole
-        self.class_s["host transfer"] = self.class_s["host transfer"] + whole
-        line = self.classes["host transfer"]
+        self.by_coefficient[LINK_COEFFICIENT] = self.by_coefficient.get(LINK_COEFFICIENT, 0.0) + whole
+        self.class_s[LINK_CLASS] = self.class_s[LINK_CLASS] + whole
+        line = self.classes[LINK_CLASS]
         line[0] = line[0] + whole  # out of place: in a sweep either may be the wider array
 
     def _queued(self) -> Number:
-        """Seconds of a step whose host launches ahead: the slowest way through it.
-
-        The device begins a phase when the host does, and the host runs ahead of it until the step ends: up to some
-        phase the host decides, from there on the device. Of the micro batches only the first and the last matter.
-        """
-        host, device = (
-            (p["forward"], p["recomputation"] + p["backward"], p["optimizer"]) for p in (self.host, self.device)
-        )
-        slower = [maximum(h, d) for h, d in zip(host, device, strict=True)]
-        more = self.accumulation - 1
-        hosts, devices = more * (host[0] + host[1]), more * (device[0] + device[1])
-        ways = (
-            slower[0] + device[1] + devices + device[2],
-            host[0] + slower[1] + devices + device[2],
-            hosts + slower[0] + device[1] + device[2],
-            hosts + host[0] + slower[1] + device[2],
-            hosts + host[0] + host[1] + slower[2],
-        )
-        longest = ways[0]
-        for way in ways[1:]:
-            longest = maximum(longest, way)
-        return longest
+        """Seconds of a step whose host launches ahead."""
+        micro = [(sum(self.host[p] for p in parts), sum(self.device[p] for p in parts)) for parts in MICRO_BATCH]
+        last = self.host["optimizer"], self.device["optimizer"]
+        return lanes.launched_ahead(micro, self.accumulation, last)
 
     def parts(self, whole: WholeStep) -> dict[str, Number]:
         """Seconds of each part: its kernels, and its share of the waiting for the host."""
@@ -361,7 +335,7 @@ class Sums:
     def _bound(self, wait: Number, device: Number) -> str:
         if mostly(wait / maximum(device + wait, 1e-12) * 2.0):  # a quarter of the step spent waiting
             return "kernel launch"
-        if mostly(self.classes["host transfer"][0] / maximum(device, 1e-12)):
+        if mostly(self.classes[LINK_CLASS][0] / maximum(device, 1e-12)):
             return "host transfer"
         arithmetic = sum(line[4] for line in self.classes.values())
         return "compute" if mostly(arithmetic / maximum(device, 1e-12)) else "memory bandwidth"
@@ -372,23 +346,9 @@ class Sums:
         return LedgerLine(name=name, seconds=seconds, flops=flops, bytes=moved, launches=launches, bound=bound)
 
 
-def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> tuple[tuple[str, Number], ...]:
+def shares_of(rates: Rates, kernel: Kernel, bound: Number) -> Shares:
     """The coefficients that a kernel's time is proportional to, with their shares; `bound`: 1 where by arithmetic."""
-    if kernel.shape is not None:
-        own = [(rates.product_name(kernel.dtype), bound), ("bandwidth", 1.0 - bound)]
-        if kernel.layout != "nt" and rates.portable(kernel.dtype):
-            own.append((f"portable_{kernel.layout}", bound))
-        return tuple(own)
-    if kernel.op.startswith(_FUSED):
-        if kernel.dtype == FP32:
-            return (("efficient_fp32", 1.0),)
-        family = kernel.op.partition("_")[0]
-        return ((f"{family}_{'backward' if kernel.op.endswith('_backward') else 'forward'}", 1.0),)
-    if kernel.op == "indexed" and rates.indexed_per_s is not None:
-        return (("indexed", bound), ("bandwidth", 1.0 - bound))
-    if kernel.op in TRANSFERS and not rates.gpu.synchronous:
-        return (("host_link", 1.0),)
-    return (("dequantize" if kernel.op == "dequantize" else "bandwidth", 1.0),)
+    return PRICES[kernel.kind.price].follows(rates, kernel, bound)
 
 
 def part_of(phase: str, recomputed: bool) -> str | None:
@@ -398,16 +358,6 @@ def part_of(phase: str, recomputed: bool) -> str | None:
     if phase in ("load", "state"):
         return None
     return phase if phase in ("backward", "optimizer") else "forward"
-
-
-def class_of(op: str, layer: int) -> str:
-    """The ledger class of a kernel in a decoder layer, or outside of them (-1); KeyError: of an unknown kind."""
-    known = LEDGER_CLASS[op]
-    if known is not None:
-        return known
-    if layer < 0:
-        return "loss"
-    return "attention" if op == "softmax" else "element-wise"
 
 
 def _uncertainty(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from planner.base.errors import InvalidInput, one_line, unknown
 from planner.training.losses import KERNEL_SETS, LOSSES
 from planner.training.optimizers import OPTIMIZERS
+from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -27,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSSES),
     "optimizer": tuple(OPTIMIZERS),
     "kernels": tuple(KERNEL_SETS),
+    "own modules": tuple(OWN_MODULES),
 }
 
 

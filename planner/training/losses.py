@@ -7,7 +7,8 @@ ops/), unsloth kernels/, fms-acceleration plugins/fused-ops-and-kernels.
 from __future__ import annotations
 
 import typing
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from planner.base.records import Rows, record
 
@@ -44,6 +45,11 @@ LOSSES = Rows(
     ),
 )
 
+LEAST = LOSSES.where(lambda row: row.logits == "never")[0]
+"""The loss that holds the least of the logits."""
+UPCAST = LOSSES.where(lambda row: row.logits == "whole" and row.upcasts)[0]
+"""Whole logits in fp32, as transformers, torchtune and litgpt compute them unless told."""
+
 
 @record
 class KernelSet:
@@ -63,7 +69,23 @@ class KernelSet:
     """unsloth's cross entropy: keeps the logits it was given and writes the gradient over them."""
     upcasts_logits: bool
     """The logits are copied to fp32 whatever the loss is called (fms runs transformers' own forward)."""
+    offloads_aside: bool
+    """Its checkpointing copies offloaded inputs in a stream of its own (unsloth_zoo/gradient_checkpointing.py)."""
+    doubt: float
+    """Share of allocated memory by which it may be off, as it is modelled coarsely."""
+    transformers_argument: str
+    """The argument of TrainingArguments that switches it on; empty: only its own trainer has it."""
+    llama_factory_argument: str
+    """The key of LLaMA-Factory that does; empty: none."""
+    axolotl_values: Mapping[str, Any]
+    """The keys of axolotl that do; empty: none."""
+    default_loss: Loss | Literal[""]
+    """The loss of a run with these kernels where nobody names one; empty: as without kernels."""
 
+
+_AXOLOTL_LIGER = {
+    "plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_fused_linear_cross_entropy": True,
+}  # fmt: skip
 
 KERNEL_SETS = Rows(
     "kernels",
@@ -72,18 +94,26 @@ KERNEL_SETS = Rows(
         ("none", KernelSet(
             fuses_rotary=False, fuses_norms=False, norm_grad_in_place=False, fuses_swiglu=False, fuses_lora=False,
             loss_grad_in_place=False, upcasts_logits=False,
+            offloads_aside=False, doubt=0.0, transformers_argument="",
+            llama_factory_argument="", axolotl_values={}, default_loss="",
         )),
         ("liger", KernelSet(
             fuses_rotary=True, fuses_norms=True, norm_grad_in_place=True, fuses_swiglu=True, fuses_lora=False,
             loss_grad_in_place=False, upcasts_logits=False,
+            offloads_aside=False, doubt=0.0, transformers_argument="use_liger_kernel",
+            llama_factory_argument="enable_liger_kernel", axolotl_values=_AXOLOTL_LIGER, default_loss="fused",
         )),
         ("unsloth", KernelSet(
             fuses_rotary=True, fuses_norms=True, norm_grad_in_place=False, fuses_swiglu=True, fuses_lora=False,
             loss_grad_in_place=True, upcasts_logits=False,
+            offloads_aside=True, doubt=0.06, transformers_argument="",
+            llama_factory_argument="", axolotl_values={}, default_loss="fused",
         )),
         ("fms-fused", KernelSet(
             fuses_rotary=True, fuses_norms=True, norm_grad_in_place=True, fuses_swiglu=False, fuses_lora=True,
             loss_grad_in_place=True, upcasts_logits=True,
+            offloads_aside=False, doubt=0.0, transformers_argument="",
+            llama_factory_argument="", axolotl_values={}, default_loss="full-logits",
         )),
     ),
 )  # fmt: skip

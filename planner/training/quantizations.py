@@ -32,6 +32,10 @@ class QuantizationRow:
     warm_up_half_bytes: int | None
     """Half bytes that transformers 5 reckons for a quantized weight before it loads (modeling_utils.py
     get_total_byte_count); None: as many as for one that is not quantized."""
+    bnb_4bit_type: str
+    """Its name in BitsAndBytesConfig.bnb_4bit_quant_type; empty: it is none of those."""
+    better: Quantization | Literal[""]
+    """One as large and more accurate; empty: none."""
     aliases: tuple[str, ...]
     """What else the command line takes for it."""
 
@@ -39,6 +43,11 @@ class QuantizationRow:
     def packed_4bit(self) -> bool:
         """Whether bitsandbytes packs two weights in a byte (nf4, fp4): scales can be quantized again."""
         return self.storing == "blocks-of-4-bit"
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is LLM.int8(): products in 8 bit of values with a scale for every row."""
+        return self.storing == "rows-of-8-bit"
 
     @property
     def grouped(self) -> bool:
@@ -52,37 +61,46 @@ QUANTIZATIONS = Rows(
     (
         ("none", QuantizationRow(
             storing="plain", bits=0, by_bitsandbytes=False, keeps_column_groups=False, warm_up_half_bytes=None,
-            aliases=("no",),
+            bnb_4bit_type="", better="", aliases=("no",),
         )),
         ("nf4", QuantizationRow(
             storing="blocks-of-4-bit", bits=4, by_bitsandbytes=True, keeps_column_groups=False, warm_up_half_bytes=1,
-            aliases=("4bit", "int4"),
+            bnb_4bit_type="nf4", better="", aliases=("4bit", "int4"),
         )),
         ("fp4", QuantizationRow(
             storing="blocks-of-4-bit", bits=4, by_bitsandbytes=True, keeps_column_groups=False, warm_up_half_bytes=1,
-            aliases=(),
+            bnb_4bit_type="fp4", better="nf4", aliases=(),
         )),
         ("int8", QuantizationRow(
             storing="rows-of-8-bit", bits=8, by_bitsandbytes=True, keeps_column_groups=False, warm_up_half_bytes=2,
-            aliases=("8bit",),
+            bnb_4bit_type="", better="", aliases=("8bit",),
         )),
         ("gptq4", QuantizationRow(
             storing="groups", bits=4, by_bitsandbytes=False, keeps_column_groups=True, warm_up_half_bytes=None,
-            aliases=(),
+            bnb_4bit_type="", better="", aliases=(),
         )),
         ("gptq8", QuantizationRow(
             storing="groups", bits=8, by_bitsandbytes=False, keeps_column_groups=True, warm_up_half_bytes=None,
-            aliases=(),
+            bnb_4bit_type="", better="", aliases=(),
         )),
         ("awq4", QuantizationRow(
             storing="groups", bits=4, by_bitsandbytes=False, keeps_column_groups=False, warm_up_half_bytes=None,
-            aliases=("awq",),
+            bnb_4bit_type="", better="", aliases=("awq",),
         )),
     ),
 )  # fmt: skip
 
 BNB_4BIT = QUANTIZATIONS.where(lambda row: row.packed_4bit)
 BNB = QUANTIZATIONS.where(lambda row: row.by_bitsandbytes)
+USUAL = QUANTIZATIONS.where(lambda row: row.packed_4bit and not row.better)[0]
+"""What is meant by a 4-bit base without a further word."""
+EIGHT_BIT = QUANTIZATIONS.where(lambda row: row.by_rows)[0]
+"""What BitsAndBytesConfig's load_in_8bit means."""
+
+
+def by_bnb_type() -> dict[str, str]:
+    """BitsAndBytesConfig.bnb_4bit_quant_type -> the name of the row."""
+    return {row.bnb_4bit_type: name for name, row in QUANTIZATIONS.items() if row.bnb_4bit_type}
 
 
 def words() -> dict[str, str]:

@@ -12,6 +12,7 @@ from planner.base.records import field, fields, record
 from planner.training.choices import AttentionKernel, Checkpointing, Dtype, Method, _positive, choice
 from planner.training.losses import KERNEL_SETS, LOSSES, Kernels, Loss
 from planner.training.optimizers import OPTIMIZERS, Optimizer
+from planner.training.own_modules import ModulesOf
 from planner.training.quantizations import QUANTIZATIONS, Quantization
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -35,7 +36,7 @@ class LoraSpec:
     """Adapt only these parts of a fused projection, as litgpt adapts the q and v slices of one qkv module."""
 
     def __post_init__(self) -> None:
-        _positive("LoRA rank r", self.r)
+        _positive("LoRA rank r", self.r, highest=2**20)
         if not 0 <= self.lora_dropout < 1:
             raise InvalidInput(f"lora_dropout is {self.lora_dropout}; must be at least 0 and below 1")
         if not self.target_modules:
@@ -108,8 +109,8 @@ class TrainingSpec:
     compile: bool = False
     tf32: bool = False
     """fp32 products run on tensor cores (torch.set_float32_matmul_precision "high"; off in PyTorch by default)."""
-    untied_head: bool = False
-    """The framework trains its own modules, litgpt's: among others, the head is never tied."""
+    own_modules: ModulesOf = "none"
+    """Whose modules are trained: transformers' classes, or a framework's own."""
     longest_first: bool = False
     """The longest micro batch is the first of the run: nothing of one before it is alive."""
     optimizer_in_backward: bool = False
@@ -126,6 +127,7 @@ class TrainingSpec:
         choice("loss", self.loss)
         choice("optimizer", self.optimizer)
         choice("kernels", self.kernels)
+        choice("own modules", self.own_modules)
         choice("dtype", self.base_dtype)
         if self.autocast not in ("none", "bf16", "fp16"):
             raise unknown("autocast", self.autocast, ("none", "bf16", "fp16"))
@@ -152,11 +154,6 @@ class TrainingSpec:
     def gradient_accumulation_steps_exceed_one(self) -> bool:
         """Whether gradients of an earlier micro batch are alive during the forward."""
         return self.gradient_accumulation_steps > 1
-
-    @property
-    def uses_own_modules(self) -> bool:
-        """Whether the framework trains its own modules, not transformers' classes (litgpt: its head is untied)."""
-        return self.untied_head
 
     @property
     def rows_tokens(self) -> Any:
@@ -186,6 +183,8 @@ def training_from_dict(values: dict[str, Any]) -> TrainingSpec:
             nested.setdefault(group, {})[leaf] = value
         elif not (value is None and group in nested):
             nested[name] = value
+    if "untied_head" in nested:  # as files of earlier releases say it
+        nested["own_modules"] = "litgpt" if nested.pop("untied_head") else "none"
     parts: tuple[tuple[str, Any], ...] = (
         ("lora", LoraSpec),
         ("quantization", QuantizationSpec),

@@ -7,50 +7,59 @@ keeps where it came from, so that `--explain` can print each default that was us
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from planner.base.errors import Contradiction, one_line, unknown
-from planner.base.records import NamedTuple, fields
+from planner.base.records import Rows, record
 from planner.training.choices import choice
 from planner.training.optimizers import OPTIMIZERS
 from planner.training.quantizations import BNB, BNB_4BIT, QUANTIZATIONS
-from planner.training.settings import ADAPTER_KEYS, KEYS, Resolved, Setting, _checked
+from planner.training.settings import SETTINGS, Default, Resolved, Setting, checked, conditions, neutral, values_of
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 
 GPTQ = QUANTIZATIONS.where(lambda row: row.keeps_column_groups)
 TORCH_ADAMW = OPTIMIZERS.where(lambda row: row.state_layout == "like-parameter")
 
 
-# Default and Setting are named tuples: a dataclass costs a millisecond of start-up each, and `fits` starts often.
-class Default(NamedTuple):
-    """One default of a framework: the value of `key` where all conditions hold. The first that holds wins."""
-
-    key: str
-    value: object
-    source: str
-    when: tuple[tuple[str, tuple[object, ...]], ...] = ()
-    """Pairs of an earlier key and the values it must have."""
-    before: tuple[str, tuple[int, int]] | None = None
-    """A library and a release: holds for releases before it."""
-
-    def holds(self, known: Mapping[str, Setting]) -> bool:
-        """Whether this default applies, given the settings resolved so far."""
-        if self.before is not None and getattr(known["versions"].value, self.before[0]) >= self.before[1]:
-            return False
-        return all(_is_one_of(known[key].value, allowed) for key, allowed in self.when)
+_PLACES = {key: place for place, key in enumerate(SETTINGS)}
 
 
-class Stack(NamedTuple):
-    """A training framework: its defaults, what this table cannot express, and what it was read from."""
+@record
+class Stack:
+    """A training framework. All fields are required: what is forgotten fails at import, by name."""
 
-    name: str
-    defaults: tuple[Default, ...]
-    notes: tuple[str, ...] = ()
-    read: str = ""
+    defaults: tuple[tuple[str, Default], ...]
+    """Setting and default: of those of one setting, the first that holds wins."""
+    notes: tuple[str, ...]
+    """What the defaults cannot express."""
+    read: str
     """Releases or commits the defaults were read from."""
-    torch_adamw: str = "adamw"
+    torch_adamw: str
     """Which torch AdamW the framework runs when it says only "AdamW": foreach ("adamw") or "adamw-fused"."""
+    transformers_code: bool
+    """It runs the modelling code of transformers (padding masks, fp32 loss, its Trainer's optimizers), not its own."""
+    splits_fused: bool
+    """Target modules have the names of modules that it splits, or names otherwise, where transformers fuses them."""
+
+    def __post_init__(self) -> None:
+        for key, entry in self.defaults:
+            late = [name for name, _ in entry.when if _PLACES.get(name, len(_PLACES)) >= _PLACES.get(key, -1)]
+            if key not in _PLACES:
+                raise TypeError(f"Stack: a default of {key}, which is no setting")
+            if late:
+                raise TypeError(f"Stack: a default of {key} depends on {', '.join(late)}: no setting before it")
+        if self.torch_adamw not in TORCH_ADAMW:
+            raise TypeError(f"Stack: torch_adamw {self.torch_adamw!r} is not one of {', '.join(TORCH_ADAMW)}")
+
+
+_READ: list[tuple[str, Stack]] = []
+"""Every framework of this file, in its order."""
+
+
+def _stack(name: str, defaults: tuple[tuple[str, Default], ...], **facts: Any) -> None:
+    """Write down a framework: the one place where it is listed."""
+    _READ.append((name, Stack(defaults=defaults, **facts)))
 
 
 def resolve(stack: str, *, method: str, given: Mapping[str, object]) -> Resolved:
@@ -61,121 +70,57 @@ def resolve(stack: str, *, method: str, given: Mapping[str, object]) -> Resolved
         Contradiction: if `given` names another method.
     """
     if stack not in STACKS:
-        raise unknown("stack", stack, STACKS, "(use custom for your own loop)")
-    chosen = {"method": method, **_checked(given)}
+        raise unknown("stack", stack, STACKS, f"(use {CUSTOM} for your own loop)")
+    chosen = {"method": method, **checked(given)}
     if chosen["method"] != method:
         raise Contradiction(f"method is {method} and {one_line(chosen['method'])!r} at once; give it once")
     choice("method", method)
     if method == "dora" and chosen.get("use_dora") is False:
         raise Contradiction("method dora with use_dora false; drop use_dora, or choose method lora")
     known: dict[str, Setting] = {}
-    for key in KEYS:
-        known[key] = Setting(chosen[key], "given") if key in chosen else _default(STACKS[stack], key, known)
+    for key in SETTINGS:
+        known[key] = Setting(chosen[key], "given") if key in chosen else _default(stack, key, known)
     return Resolved(stack=stack, settings=known, notes=STACKS[stack].notes)
 
 
 def torch_adamw(stack: str, versions: Versions) -> str:
-    """Return the torch AdamW implementation ("adamw" is foreach) behind a plain "AdamW" of this framework."""
-    if stack in TRANSFORMERS_STACKS and versions.transformers < (5, 0):
+    """Return the torch AdamW implementation ("adamw" is foreach) behind a plain "AdamW" of this framework.
+
+    Raises:
+        UnknownName: for an unknown framework.
+    """
+    row = STACKS[stack]
+    if row.transformers_code and versions.transformers < (5, 0):
         return "adamw"
-    return STACKS[stack].torch_adamw if stack in STACKS else "adamw"
+    return row.torch_adamw
 
 
 def to_training_spec(resolved: Resolved) -> TrainingSpec:
     """Build the TrainingSpec of a resolved run; its own checks raise on settings that exclude each other."""
     value = resolved.__getitem__
-    lora = None
-    if value("method") != "full":
-        lora = LoraSpec(
-            dtype=value("adapter_dtype"),
-            **{key: value(key) for key in sorted(ADAPTER_KEYS - {"adapter_dtype"})},
-        )
-    quantized = value("quantization") != "none"
-    quantization = QuantizationSpec(
-        kind=value("quantization"),
-        double_quant=value("double_quant"),
-        quantized_modules=value("quantized_modules") if quantized else "none",
-        skip_modules=value("skip_modules"),
-        group_size=value("group_size"),
-        compute_dtype=value("compute_dtype"),
-    )
-    rest = {f.name for f in fields(TrainingSpec)} & set(KEYS) - {"quantization"}
-    return TrainingSpec(lora=lora, quantization=quantization, **{key: value(key) for key in sorted(rest)})
+    lora = LoraSpec(**values_of("lora", value)) if value("method") != "full" else None
+    stored = values_of("quantization", value)
+    if value("quantization") == "none":
+        stored["quantized_modules"] = "none"
+    return TrainingSpec(lora=lora, quantization=QuantizationSpec(**stored), **values_of("training", value))
 
 
-def _default(stack: Stack, key: str, known: Mapping[str, Setting]) -> Setting:
+def _default(name: str, key: str, known: Mapping[str, Setting]) -> Setting:
     """Return the first default of the framework that holds, else the first neutral one."""
-    for entry in stack.defaults:
-        if entry.key == key and entry.holds(known):
-            return Setting(entry.value, f"stack {stack.name}: {entry.source}")
-    return next(Setting(e.value, "loraplan default") for e in _NEUTRAL if e.key == key and e.holds(known))
+    for setting, entry in STACKS[name].defaults:
+        if setting == key and entry.holds(known):
+            return Setting(entry.value, f"stack {name}: {entry.source}")
+    return Setting(neutral(key, known), "loraplan default")
 
 
-def _is_one_of(value: object, allowed: Sequence[object]) -> bool:
-    # An array (a sweep) never decides a default: one run of the table serves all its cells.
-    return not hasattr(value, "shape") and value in allowed
-
-
-def _d(key: str, value: object, source: str, before: tuple[str, tuple[int, int]] | None = None, **when: Any) -> Default:
+def _d(
+    key: str, value: object, source: str, before: tuple[str, tuple[int, int]] | None = None, **when: Any
+) -> tuple[str, Default]:
     """Write one table row: `_d(key, value, source, earlier_key=value_or_tuple)`."""
-    pairs = tuple((k, v if isinstance(v, tuple) else (v,)) for k, v in when.items())
-    return Default(key, value, source, pairs, before)
+    return key, Default(value, source, conditions(when), before)
 
 
 _BEFORE_V5 = ("transformers", (5, 0))
-
-_NEUTRAL: tuple[Default, ...] = (
-    _d("versions", Versions(), ""),
-    _d("quantization", "nf4", "", method="qlora"),
-    _d("quantization", "none", ""),
-    _d("double_quant", False, ""),
-    _d("base_dtype", "bf16", ""),
-    _d("autocast", "fp16", "", base_dtype="fp16"),
-    _d("autocast", "bf16", ""),
-    _d("compute_dtype", "fp16", "", autocast="fp16"),
-    _d("compute_dtype", "bf16", "", autocast="bf16"),
-    _d("compute_dtype", "fp16", "", base_dtype="fp16"),
-    _d("compute_dtype", "fp32", "", base_dtype="fp32"),
-    _d("compute_dtype", "bf16", ""),
-    _d("adapter_dtype", "fp32", ""),
-    _d("kbit_preparation", False, ""),
-    _d("fp32_norms_only", False, ""),
-    _d("quantized_modules", "linears", ""),
-    _d("skip_modules", ("lm_head",), ""),
-    _d("group_size", 128, ""),
-    _d("r", 8, ""),
-    _d("lora_alpha", 16.0, ""),
-    _d("lora_dropout", 0.0, ""),
-    _d("target_modules", ("all-linear",), ""),
-    _d("target_slices", (), ""),
-    _d("modules_to_save", (), ""),
-    _d("use_dora", True, "", method="dora"),
-    _d("use_dora", False, ""),
-    _d("use_rslora", False, ""),
-    _d("micro_batch_size", 1, ""),
-    _d("seq_len", 2048, ""),
-    _d("gradient_accumulation_steps", 1, ""),
-    _d("gradient_checkpointing", "full", ""),
-    _d("use_reentrant", False, ""),
-    _d("attention", "sdpa", ""),
-    _d("padded", False, ""),
-    _d("kernels", "none", ""),
-    _d("loss", "fused", "", kernels=("liger", "unsloth")),
-    _d("loss", "full-logits", "", kernels="fms-fused"),
-    _d("loss", "full-logits-fp32", ""),
-    _d("optimizer", "adamw", ""),
-    _d("optimizer_in_backward", False, ""),
-    _d("max_grad_norm", 1.0, ""),
-    _d("keeps_outputs", False, ""),
-    _d("outputs_to_fp32", False, ""),
-    _d("compile", False, ""),
-    _d("tf32", False, ""),
-    _d("untied_head", False, ""),
-    _d("longest_first", False, ""),
-    _d("added_tokens", 0, ""),
-    _d("device_map", True, "", quantization=BNB),
-    _d("device_map", False, ""),
-)
 
 _TF = "transformers 5.23 training_args.py"
 _TF4 = "transformers 4.45 to 4.57 training_args.py"
@@ -189,12 +134,12 @@ _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 _HF_TRAINER_HABITS = (
     _d("use_reentrant", True, _GC4, before=_BEFORE_V5),
-    _d("optimizer", "adamw", _TF4, before=_BEFORE_V5),
+    _d("optimizer", "adamw", "transformers 4.40 to 4.53 training_args.py", before=("transformers", (4, 54))),
     _d("optimizer", "adamw-fused", f"{_TF} (torch 2.8 and later)"),
     _d("outputs_to_fp32", True, _ACC, autocast=("bf16", "fp16")),
 )
 
-_HF_TRAINER = Stack(
+_stack(
     "hf-trainer",
     (
         _d("base_dtype", "fp32", "transformers 4 from_pretrained loads fp32 unless told", before=_BEFORE_V5),
@@ -210,13 +155,15 @@ _HF_TRAINER = Stack(
     notes=("double quantization is off in transformers' BitsAndBytesConfig, whose default type is fp4, not nf4",),
     read="transformers 5.23.0, huggingface/peft@5d602fd",
     torch_adamw="adamw-fused",
+    transformers_code=True,
+    splits_fused=False,
 )
 
 _TRL_CONFIG = "huggingface/trl@f2cd577:trl/trainer/sft_config.py"
 _TRL_MODEL = "huggingface/trl@f2cd577:trl/trainer/model_config.py"
 _TRL_SFT = "huggingface/trl@f2cd577:trl/trainer/sft_trainer.py"
 _BEFORE_CHUNKS = ("transformers", (5, 12))  # TRL's release is no input: 1.7.0 (2026-06-25) came after 5.12
-_TRL = Stack(
+_stack(
     "trl",
     (
         _d("base_dtype", "fp32", f"{_TRL_MODEL} dtype float32"),
@@ -244,12 +191,14 @@ _TRL = Stack(
     ),
     read="huggingface/trl@f2cd577 (2026-07-24); the loss in trl 1.4.0 to 1.16.0",
     torch_adamw="adamw-fused",
+    transformers_code=True,
+    splits_fused=False,
 )
 
 _LOOP = "huggingface/peft@5d602fd:method_comparison/MetaMathQA/default_training_params.json"
 _LOOP_CODE = "huggingface/peft@5d602fd:method_comparison/MetaMathQA/run.py"
 _PREPARE = "huggingface/peft@5d602fd:src/peft/utils/other.py prepare_model_for_kbit_training (the PEFT recipe)"
-_PEFT_LOOP = Stack(
+_stack(
     "peft-loop",
     (
         _d("autocast", "none", f"{_LOOP} use_amp"),
@@ -266,10 +215,13 @@ _PEFT_LOOP = Stack(
     ),
     notes=("your own loop around PEFT: accelerate's fp32 copy of the logits is not made",),
     read="huggingface/peft@5d602fd (2026-08-21)",
+    torch_adamw="adamw",
+    transformers_code=True,
+    splits_fused=False,
 )
 
 _AX = "axolotl-ai-cloud/axolotl@067b021"
-_AXOLOTL = Stack(
+_stack(
     "axolotl",
     (
         _d("double_quant", True, f"{_AX}:src/axolotl/loaders/model.py", quantization=BNB_4BIT),
@@ -291,11 +243,13 @@ _AXOLOTL = Stack(
     ),
     read=f"{_AX} (2026-07-24)",
     torch_adamw="adamw-fused",
+    transformers_code=True,
+    splits_fused=False,
 )
 
 _LF = "hiyouga/LLaMA-Factory@ff6d4d1"
 _LF_EXAMPLE = f"{_LF}:examples/train_lora/qwen3_lora_sft.yaml"
-_LLAMA_FACTORY = Stack(
+_stack(
     "llama-factory",
     (
         _d("double_quant", True, f"{_LF}:src/llamafactory/hparams/model_args.py", quantization=BNB_4BIT),
@@ -314,10 +268,12 @@ _LLAMA_FACTORY = Stack(
     notes=("no k-bit preparation; upcast_layernorm and upcast_lmhead_output are off unless asked",),
     read=f"{_LF} (2026-08-18)",
     torch_adamw="adamw-fused",
+    transformers_code=True,
+    splits_fused=False,
 )
 
 _US = "unslothai/unsloth@015bdef"
-_UNSLOTH = Stack(
+_stack(
     "unsloth",
     (
         _d("double_quant", True, f"{_US}:unsloth/models/llama.py", quantization=BNB_4BIT),
@@ -338,11 +294,14 @@ _UNSLOTH = Stack(
     ),
     read=f"{_US} (2026-08-22)",
     torch_adamw="adamw-fused",
+    notes=(),
+    transformers_code=True,
+    splits_fused=False,
 )
 
 _TT = "torchtune 0.4.0 recipes/configs/llama3_2/3B"
 _TT_FULL = f"{_TT}_full_single_device.yaml"
-_TORCHTUNE = Stack(
+_stack(
     "torchtune",
     (
         _d("double_quant", True, "torchtune 0.4.0 modules/low_precision (NF4 scalers are int8)", quantization="nf4"),
@@ -367,13 +326,15 @@ _TORCHTUNE = Stack(
     notes=("until July 2024 only linears with an adapter were quantized (quantized_modules adapted-only)",),
     read="torchtune 0.4.0 (2024-11), pytorch/torchtune@bd2a0fc",
     torch_adamw="adamw-fused",
+    transformers_code=False,
+    splits_fused=True,
 )
 
 _LIT = "Lightning-AI/litgpt@2685705"
 _LIT_LORA = f"{_LIT}:litgpt/finetune/lora.py"
 _FABRIC = "lightning 2.1.2 fabric/plugins/precision"
 _FUSED_QKV = (("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("W_pack",))
-_LITGPT = Stack(
+_stack(
     "litgpt",
     (
         _d("versions", Versions(bitsandbytes=(0, 49)), f"{_LIT}:pyproject.toml (bitsandbytes below 0.50)"),
@@ -399,7 +360,7 @@ _LITGPT = Stack(
         _d("optimizer", "adamw", f"{_LIT_LORA} torch AdamW (foreach)"),
         _d("max_grad_norm", 0.0, f"{_LIT}:litgpt/args.py max_norm"),
         _d("keeps_outputs", True, f"{_LIT_LORA} fit (the logits list stays bound during backward)"),
-        _d("untied_head", True, f"{_LIT}:litgpt/model.py"),
+        _d("own_modules", "litgpt", f"{_LIT}:litgpt/model.py (its head is never tied)"),
         _d("device_map", False, f"{_LIT}:litgpt/utils.py (loads by itself)"),
     ),
     notes=(
@@ -408,12 +369,15 @@ _LITGPT = Stack(
         "since 2024-10 a quantized run holds a second embedding and a gradient that is never zeroed (StableEmbedding)",
     ),
     read=f"{_LIT} (2026-06-29), Lightning-AI/litgpt@f684138 (2023-10-30)",
+    torch_adamw="adamw",
+    transformers_code=False,
+    splits_fused=True,
 )
 
 _FMS = "foundation-model-stack/fms-acceleration@24bdadb"
 _FMS_BENCH = f"{_FMS}:scripts/benchmarks/scenarios.yaml"
 _FT = "foundation-model-stack/fms-hf-tuning@v2.5.0"
-_FMS_STACK = Stack(
+_stack(
     "fms",
     (
         _d("double_quant", True, f"{_FMS}:plugins/accelerated-peft (framework_plugin_bnb.py)", quantization=BNB_4BIT),
@@ -440,6 +404,9 @@ _FMS_STACK = Stack(
         "a quantized run with the Liger loss keeps the stock RMSNorm (the shipped configuration misspells the key)",
     ),
     read=f"{_FMS} (2025-02-07), {_FT}, transformers 4.48.1, peft 0.13.2, trl 0.13.0",
+    torch_adamw="adamw",
+    transformers_code=True,
+    splits_fused=False,
 )
 
 _SWIFT = "modelscope/ms-swift@8a27ae2"
@@ -447,7 +414,7 @@ _SWIFT = "modelscope/ms-swift@8a27ae2"
 # says reentrant from 4.38 on (modeling_utils.py gradient_checkpointing_enable), ms-swift 3.0 and later do themselves.
 _SWIFT_CHECKPOINT = f"{_SWIFT}:swift/llm/utils/model.py fix_gradient_checkpointing_warning"
 _BEFORE_PINNED_REENTRANT = ("transformers", (4, 38))
-_MS_SWIFT = Stack(
+_stack(
     "ms-swift",
     (
         _d("double_quant", True, f"{_SWIFT}:swift/llm/utils/argument.py", quantization=BNB_4BIT),
@@ -472,23 +439,22 @@ _MS_SWIFT = Stack(
     notes=("no k-bit preparation: norms, embeddings and head keep the load dtype",),
     read=f"{_SWIFT} (2023-12-30), ms-swift 1.5.2",
     torch_adamw="adamw-fused",
+    transformers_code=True,
+    splits_fused=False,
 )
 
-_CUSTOM = Stack(
+_stack(
     "custom",
     (),
     notes=("framework not listed: the habits of a transformers training loop under the settings given",),
+    read="",
+    torch_adamw="adamw",
+    transformers_code=True,
+    splits_fused=False,
 )
 
-STACKS: dict[str, Stack] = {
-    stack.name: stack
-    for stack in (
-        _HF_TRAINER, _TRL, _PEFT_LOOP, _AXOLOTL, _LLAMA_FACTORY, _UNSLOTH, _TORCHTUNE, _LITGPT, _FMS_STACK,
-        _MS_SWIFT, _CUSTOM,
-    )
-}  # fmt: skip
-
-# Stacks that run the modelling code of transformers (padding masks, fp32 loss) and not their own.
-TRANSFORMERS_STACKS = frozenset(
-    {"hf-trainer", "trl", "peft-loop", "axolotl", "llama-factory", "unsloth", "fms", "ms-swift", "custom"}
-)
+STACKS = Rows("stack", (name for name, _ in _READ), _READ)
+CUSTOM = "custom"
+"""Of which nothing is known but the settings that are given."""
+LISTED = tuple(name for name in STACKS if name != CUSTOM)
+"""Frameworks whose defaults are known."""

@@ -16,12 +16,12 @@ import pytest
 
 from planner.cli import terminal
 from planner.cli.main import cli, wants_json
-from planner.cli.options import FORMATS, TRAINING
+from planner.cli.options import FORMATS
 from planner.facts import catalog, local_gpu
-from planner.plan.flags import flag_of
 from planner.training import settings as training_settings
 from planner.training import stacks
 from planner.training.choices import CHOICES
+from planner.training.options import OPTIONS, flag_of
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "openai-community/gpt2"
@@ -123,11 +123,12 @@ def test_a_card_of_ones_own_is_its_memory(run):
 
 
 def test_every_key_of_the_stacks_has_a_flag():
-    flags = {option.key for options in TRAINING.values() for option in options}
-    assert set(training_settings.KEYS) - {"versions"} <= flags
+    assert set(training_settings.SETTINGS) - {"versions"} <= set(OPTIONS)
     assert flag_of("micro_batch_size") == "--micro-batch-size"
-    options = [option for section in TRAINING.values() for option in section]
-    assert {o.key: flag_of(o.key) for o in options} == {o.key: o.flags[-1].partition("/")[0] for o in options}
+    command = cli.get_command(click.Context(cli), "fits")
+    assert command is not None
+    offered = {flag for param in command.params for flag in param.opts}
+    assert {flag_of(key) for key in OPTIONS} <= offered
 
 
 def test_the_help_lists_every_stack_and_every_choice(run):
@@ -182,7 +183,7 @@ def test_default_targets_that_the_model_lacks_are_replaced_visibly(run):
 
 def test_explain_prints_every_setting_with_its_origin(run):
     text = run("fits", "meta-llama/Llama-3.1-8B", "--gpu", "a100-80gb", "--stack", "axolotl", "--explain").said
-    for key in training_settings.KEYS:
+    for key in training_settings.SETTINGS:
         assert f" {key} = " in text
     assert " r = 32 [stack axolotl" in text
     assert "highest level in each part of the step" in text

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.device.hardware import Gpu
-from planner.step.engine import Kernel, Record, Segment
+from planner.step.engine import Record, Segment
+from planner.step.kernels import Kernel
 from planner.timing import rates as timing_rates
 from planner.timing.coefficients import Coefficient, Coefficients
 from planner.training.spec import LoraSpec, TrainingSpec

@@ -152,7 +152,7 @@ def test_unknown_keys_never_fail_and_known_gaps_are_named(tmp_path: Path) -> Non
 
 
 def test_wrong_values_name_file_line_and_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"a.yml:2 lora_r is 'many'; must be a number .*; correct it"):
+    with pytest.raises(InvalidInput, match=r"a.yml:2 lora_r is 'many'; must be a whole number .*; correct it"):
         read_job([write(tmp_path, "a.yml", "base_model: x/y\nlora_r: many\n")])
     with pytest.raises(InvalidInput, match=r"micro_batch_size is 0; must be a whole number from 1"):
         read_job([write(tmp_path, "a.yml", "base_model: x/y\nmicro_batch_size: 0\n")])
@@ -245,12 +245,12 @@ def test_tables_and_stacks_agree_on_every_default() -> None:
 
 def test_tables_set_known_options_to_known_values() -> None:
     for framework in frameworks.frameworks():
-        assert framework.options.keys() <= set(settings.KEYS), framework.name
+        assert framework.options.keys() <= set(settings.SETTINGS), framework.name
         for option, rows in framework.options.items():
             for row in rows:
                 if "value" in row:
                     value = tuple(row["value"]) if isinstance(row["value"], list) else row["value"]
-                    settings._checked({option: value})
+                    settings.checked({option: value})
     for words in catalog.framework_tables()["words"]["maps"].values():
         for found in words.values():
             assert isinstance(found, str) or {"value", "note", "effect"} == found.keys()

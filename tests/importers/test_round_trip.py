@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from planner.cli.options import TRAINING
 from planner.exporters import frameworks, script
 from planner.exporters.recipe import Export, Recipe
 from planner.model import lora
 from planner.model.spec import ModelSpec
 from planner.plan.jobs import job_of, with_job
 from planner.plan.request import configure, load_model, training_settings
+from planner.training.options import OPTIONS
 from planner.training.spec import TrainingSpec
 
 MODEL = "meta-llama/Llama-3.1-8B"
-NOTHING: dict[str, Any] = {option.key: None for options in TRAINING.values() for option in options}
+NOTHING: dict[str, Any] = dict.fromkeys(OPTIONS)
 READING = {"one_gpu": False, "allow_outside": False}
 
 TARGETS: dict[str, tuple[Callable[[Recipe], Export], str]] = {

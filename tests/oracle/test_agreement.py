@@ -16,7 +16,7 @@ for _library in ("transformers", "peft", "bitsandbytes"):
 from calibrate.oracle import agreement  # noqa: E402
 from calibrate.oracle.agreement import PEAK_PCT  # noqa: E402
 from calibrate.oracle.cases import MODELS, Case, cases, draw  # noqa: E402
-from planner.memory.walk import CATEGORIES  # noqa: E402
+from planner.memory.owners import CATEGORIES  # noqa: E402
 from tests.helpers.agreement_cases import DIRECTED  # noqa: E402
 
 pytestmark = pytest.mark.oracle

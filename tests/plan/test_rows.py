@@ -119,7 +119,7 @@ def test_a_made_up_quantization_is_no_weight_of_another() -> None:
     quant = altered(quantization="nf3").quantization
     for use in (
         lambda: storage.quantized_bytes(spec, quant),
-        lambda: storage.is_quantized(dataclasses.replace(spec, cls="subclass"), quant, True),
+        lambda: storage.is_quantized(dataclasses.replace(spec, cls="subclass"), altered(quantization="nf3"), True),
         lambda: loading.warmup_bytes(100, 100, "nf3", itemsize=2, transformers=(5, 0)),
     ):
         with pytest.raises(UnknownName):

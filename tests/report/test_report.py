@@ -68,18 +68,18 @@ def test_json_is_one_document():
 
 
 @pytest.mark.parametrize(
-    ("phase", "layer", "op", "words"),
+    ("phase", "layer", "in_head", "words"),
     [
-        ("backward", -1, "log_softmax_grad", "at the start of the backward, in the loss and head"),
-        ("backward", -1, "embedding_grad", "in the backward, outside the layers"),
-        ("backward", 3, "linear", "in the backward of layer 4 of 8, recomputed from its checkpoint"),
-        ("forward", 7, "linear", "in the forward of layer 8 of 8"),
-        ("optimizer", -1, "x", "in the optimizer step"),
-        ("load", 0, "x", "while the model is loaded, layer 1 of 8"),
+        ("backward", -1, True, "at the start of the backward, in the loss and head"),
+        ("backward", -1, False, "in the backward, outside the layers"),
+        ("backward", 3, False, "in the backward of layer 4 of 8, recomputed from its checkpoint"),
+        ("forward", 7, False, "in the forward of layer 8 of 8"),
+        ("optimizer", -1, False, "in the optimizer step"),
+        ("load", 0, False, "while the model is loaded, layer 1 of 8"),
     ],
 )
-def test_the_moment_is_said_in_words(phase, layer, op, words):
-    assert moment_words(Moment(phase=phase, layer=layer, op=op), 8, True) == words
+def test_the_moment_is_said_in_words(phase, layer, in_head, words):
+    assert moment_words(Moment(phase=phase, layer=layer, op="x", in_head=in_head), 8, True) == words
 
 
 def test_values_are_said_in_words():

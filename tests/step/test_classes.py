@@ -11,7 +11,7 @@ import pytest
 from planner.step.classes import registry
 from planner.step.habits import COMMON, Habits
 
-STEP = Path(import_module("planner.step").__file__ or "").parent.parent
+STEP = Path(import_module("planner.step").__file__ or "").parent
 CLASSES = STEP / "classes"
 
 
@@ -34,7 +34,7 @@ def test_a_class_without_a_file_does_what_most_do() -> None:
 
 
 def test_a_frameworks_modules_keep_of_a_class_what_they_do_not_replace() -> None:
-    own = registry.habits_of("qwen2_moe", own_modules=True)
+    own = registry.habits_of("qwen2_moe", own_modules="litgpt")
     assert own.shared_first and own.router_dtype == "logits"
     assert own.layer is not None and not own.repeats_for_flash
 

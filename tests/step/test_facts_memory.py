@@ -18,13 +18,14 @@ import pytest
 
 from planner.device import cuda_rules
 from planner.memory import sequence, walk
+from planner.memory.owners import OWNERS
 from planner.model import storage
 from planner.model.spec import Linear
 from planner.step import program
 from planner.step.classes import registry
 from planner.step.context import Step
 from planner.step.engine import Record, Storage
-from planner.step.habits import COMMON
+from planner.step.habits import ALWAYS, COMMON, NEVER, Habits
 from planner.step.optimizers import OptimizerState
 from planner.training.spec import QuantizationSpec
 from tests.helpers.step_toy import architecture, recorded, toy, training
@@ -109,8 +110,16 @@ def quantized(kind: str, out: int, into: int, **quant: Any) -> dict[str, int]:
 def _state(optimizer: str, dtype: str, elements: int, factors: int, cpu: bool = False) -> tuple[OptimizerState, Any]:
     arch = cuda_rules.Architecture.plain() if cpu else architecture()
     step = Step(toy("llama"), training(optimizer=optimizer), arch, COMMON)
-    leaf = step.trainable(elements, dtype, "weight", factors)
-    return OptimizerState(step, [(-1, 1)]), leaf
+    leaf = step.trainable("weight", _shape(elements, factors), dtype, "weight")
+    return OptimizerState(step), leaf
+
+
+def _shape(elements: int, factors: int) -> tuple[int, ...]:
+    """Of a vector, or of the matrix that has so many elements and so many rows and columns together."""
+    if not factors:
+        return (elements,)
+    rows = next(rows for rows in range(1, factors) if rows * (factors - rows) == elements)
+    return rows, factors - rows
 
 
 def state_bytes(optimizer: str, dtype: str, elements: int, factors: int = 0) -> list[int]:
@@ -141,11 +150,21 @@ def habit(field: str) -> dict[str, Any] | list[str]:
     return sorted(found) if any(map(callable, found.values())) else found
 
 
+def common_habit(field: str) -> Any:
+    """What most classes do."""
+    return getattr(COMMON, field)
+
+
+def owners(operations: list[str]) -> dict[str, str]:
+    """Operation -> the line of the ledger that its storages are in, wherever they are made."""
+    return {op: OWNERS[op].category for op in operations}
+
+
 PROBES: dict[str, Callable[..., Any]] = {
     probe.__name__: probe
     for probe in (
         allocated, alive, made_by_the_loss, kernels, peak_of_all_steps, weights_read, readers, quantized, state_bytes,
-        optimizer_step, sdpa, habit,
+        optimizer_step, sdpa, habit, owners, common_habit,
     )
 }  # fmt: skip
 
@@ -193,7 +212,7 @@ def test_every_release_of_the_step_is_a_fact() -> None:
         inside = path.relative_to(folder.parent).with_suffix("").as_posix().replace("/", ".")
         module = importlib.import_module(f"planner.{inside}")
         for name, value in vars(module).items():
-            if not name.isupper() or name.startswith("_") or name in ("NEVER", "ALWAYS"):
+            if not name.isupper() or name.startswith("_") or name in ("NEVER", "ALWAYS", "OUTSIDE"):
                 continue
             releases = value.values() if isinstance(value, dict) else [value]
             if all(isinstance(v, tuple) and len(v) == 2 and all(isinstance(n, int) for n in v) for v in releases):
@@ -204,6 +223,12 @@ def test_every_habit_of_a_class_is_a_fact() -> None:
     """What any class of transformers does otherwise than most needs a row that says which do, and by what source."""
     named = {json.loads(row["arguments"])["field"] for row in rows() if row["function"] == "habit"}
     assert {field for field in vars(COMMON) if habit(field)} == named
+
+
+def test_every_release_that_most_classes_share_is_a_fact() -> None:
+    named = {json.loads(row["arguments"])["field"] for row in rows() if row["function"] == "common_habit"}
+    shared = {field for field in vars(COMMON) if "Release" in str(Habits.__annotations__[field])}
+    assert {field for field in shared if getattr(COMMON, field) not in (ALWAYS, NEVER, (ALWAYS, ALWAYS))} == named
 
 
 def test_a_walk_by_hand() -> None:

@@ -108,5 +108,5 @@ def test_k_bit_preparation_widens_the_rest_only_and_litgpt_has_its_own_modules()
     training = TrainingSpec(lora=LoraSpec(r=1), quantization=quant, kbit_preparation=True)
     facts = base_weights(spec, training, ())
     assert facts.other_bytes == 4 * facts.other_elements
-    own = TrainingSpec(method="lora", lora=LoraSpec(r=1), untied_head=True)
+    own = TrainingSpec(method="lora", lora=LoraSpec(r=1), own_modules="litgpt")
     assert base_weights(spec, own, ()).other_bytes == 2 * spec.num_parameters

@@ -185,8 +185,8 @@ def test_eight_bit_states_are_the_known_exception_to_growth() -> None:
     from planner.step.optimizers import OptimizerState
 
     step = program.Step(model(), qlora(optimizer="adamw-8bit"), ARCH, COMMON)
-    state = OptimizerState(step, [])
-    below, above = (step.eng.parameter(n, "fp32", "adapter", trainable=True) for n in (4095, 4096))
+    state = OptimizerState(step)
+    below, above = (step.trainable("lora_A", (1, n), "fp32", "adapter") for n in (4095, 4096))
     assert sum(state.state_bytes(above)) < sum(state.state_bytes(below))
 
 
@@ -208,8 +208,8 @@ def test_gradients_of_products_come_in_the_order_of_their_names() -> None:
 
     def made(biased: bool) -> list[str]:
         eng = Engine()
-        x, w = (eng.parameter(n, BF16, "leaf", trainable=True) for n in (6, 8))
-        bias = eng.parameter(4, BF16, "leaf", trainable=True) if biased else None
+        x, w = (eng.leaf(eng.empty(n, BF16, "leaf"), is_parameter=True) for n in (6, 8))
+        bias = eng.leaf(eng.empty(4, BF16, "leaf"), is_parameter=True) if biased else None
         out = ops.linear(eng, x, w, 3, 4, 2, bias)
         before = len(eng.record.ops)
         eng.backward(out, eng.empty(out.numel, BF16, "grad"))
@@ -219,7 +219,7 @@ def test_gradients_of_products_come_in_the_order_of_their_names() -> None:
     assert made(False) == ["weight", "input"]
     assert made(True) == ["input", "weight", "bias"]
     eng = Engine()
-    a, b = (eng.parameter(n, BF16, "leaf", trainable=True) for n in (6, 8))
+    a, b = (eng.leaf(eng.empty(n, BF16, "leaf"), is_parameter=True) for n in (6, 8))
     out = ops.bmm(eng, a, b, (1, 3, 4, 2))
     eng.backward(out, eng.empty(out.numel, BF16, "grad"))
     assert [n for _, n in eng.record.events if n > 0][-2:] == [16, 12]
@@ -237,7 +237,7 @@ def test_kbit_preparation_casts_what_was_loaded_in_16_bit() -> None:
 
 def test_backward_runs_later_nodes_first_and_frees_what_they_saved() -> None:
     eng = Engine()
-    leaf = eng.parameter(8, "fp32", "w", trainable=True)
+    leaf = eng.leaf(eng.empty(8, "fp32", "w"), is_parameter=True)
     hidden = ops.pointwise(eng, leaf, "first")
     out = ops.pointwise(eng, hidden, "second")
     del hidden
@@ -251,7 +251,7 @@ def test_backward_runs_later_nodes_first_and_frees_what_they_saved() -> None:
 
 def test_gradients_of_a_shared_input_are_added() -> None:
     eng = Engine(accumulates_in_place=False)
-    leaf = eng.parameter(4, "fp32", "w", trainable=True)
+    leaf = eng.leaf(eng.empty(4, "fp32", "w"), is_parameter=True)
     left, right = ops.scale(eng, leaf), ops.scale(eng, leaf)
     total: Tensor = ops.add(eng, left, right)
     eng.backward(total, eng.empty(4, "fp32", "seed"))

@@ -91,7 +91,7 @@ def cards() -> list[Gpu]:
     return [*catalog.gpus(), replace(plain, gpu_id="cpu-avx2"), replace(wide, gpu_id="cpu-avx512")]
 
 
-KEY_OF = {"dtype": "base_dtype", "checkpointing": "gradient_checkpointing"}
+KEY_OF = {"dtype": "base_dtype", "checkpointing": "gradient_checkpointing", "own modules": "own_modules"}
 """Where a setting is called otherwise than its row in CHOICES."""
 
 
@@ -125,7 +125,7 @@ def drawn(rng: random.Random, what: str, value: Any) -> tuple[ModelSpec, Trainin
     model = rng.choice(sorted(models()))
     given: dict[str, Any] = {}
     for key, values in CHOICES.items():
-        if key not in ("method", "dtype", "quantization") and rng.random() < 0.3:
+        if key not in ("method", "dtype", "quantization", "own modules") and rng.random() < 0.3:
             given[KEY_OF.get(key, key)] = rng.choice(values)
     if method == "qlora" and rng.random() < 0.5:
         given["quantization"] = rng.choice(CHOICES["quantization"])
@@ -134,7 +134,7 @@ def drawn(rng: random.Random, what: str, value: Any) -> tuple[ModelSpec, Trainin
     if rng.random() < 0.3:
         given["lora_dropout"] = 0.1
     for name in FLAGS:
-        if rng.random() < 0.1 and name != "untied_head":
+        if rng.random() < 0.1:
             given[name] = rng.choice((True, False))
     if rng.random() < 0.3:
         given["versions"] = versions_of(*rng.choice(releases_named()))

@@ -15,6 +15,7 @@ from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model import families
 from planner.plan.intervals import uncertainty
+from planner.step.kernels import KERNELS
 from planner.timing.coefficients import Coefficient, priors
 from planner.training.optimizers import OPTIMIZERS
 from planner.training.spec import training_from_dict
@@ -23,6 +24,9 @@ from tests.helpers.calibration_samples import CPU_FACTS
 FACTS = Path(__file__).parent.parent / "facts" / "timing.csv"
 with FACTS.open(encoding="utf-8", newline="") as _file:
     ROWS = list(csv.DictReader(_file))
+
+TABLES: dict[str, Any] = {"optimizer": OPTIMIZERS, "kernel": KERNELS}
+"""[row, field, ...] of a table of the planner."""
 
 
 def _card(name: str) -> Gpu:
@@ -52,8 +56,8 @@ def _value(function: str, arguments: list[Any]) -> Any:
     if function == "uncertainty_of":
         training = training_from_dict({"method": "lora", "lora.r": 8})
         return sum(share for _, share in uncertainty(_spec(arguments[0]), training))
-    if function == "optimizer":
-        return [getattr(OPTIMIZERS[arguments[0]], field) for field in arguments[1:]]
+    if function in TABLES:
+        return [getattr(TABLES[function][arguments[0]], field) for field in arguments[1:]]
     module, _, name = function.rpartition(".")
     if name == "get":
         module, _, table = module.rpartition(".")

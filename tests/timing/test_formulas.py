@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from planner.timing import coefficients, formulas, rates, step_time
+from planner.base.records import replace
+from planner.step.kernels import COMPILED, KERNELS
+from planner.timing import coefficients, formulas, prices, rates, step_time
 
 NOW: Callable[[], str] = formulas.fingerprint.__wrapped__
 
@@ -19,22 +21,55 @@ def test_a_fingerprint_is_short_and_repeats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("module", "name", "value"),
     [
-        ("COMPILED_LAUNCHES", 0.31),
-        ("LOG_SOFTMAX_PASSES", 1.0),
-        ("SHORTEST_KERNEL_S", 1.5e-6),
-        ("TILES", ((256, 128), (128, 128), (64, 64))),
-        ("SPLITS", (1, 2, 4)),
-        ("FP32_LANES", {}),
-        ("PORTABLE_VECTORS", ()),
-        ("_INT8", {"int8_quantize": 0.48, "int8_dequantize": 0.68}),
-        ("LEDGER_CLASS", {**step_time.LEDGER_CLASS, "norm": "attention"}),
-        ("LEDGER_CLASS", {**step_time.LEDGER_CLASS, "a_new_kind": None}),
+        (step_time, "SHORTEST_KERNEL_S", 1.5e-6),
+        (rates, "TILES", ((256, 128), (128, 128), (128, 64))),
+        (rates, "SPLITS", (1, 2, 4)),
+        (rates, "FP32_LANES", {}),
+        (rates, "PORTABLE_VECTORS", ()),
     ],
 )
-def test_another_constant_is_another_fingerprint(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates if hasattr(rates, name) else step_time, name, value)
+def test_another_constant_is_another_fingerprint(
+    module: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, value)
+    assert NOW() != formulas.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "changes"),
+    [
+        (COMPILED, "merged", {"latency_share": 0.31}),
+        (COMPILED, "merged", {"traffic": None}),
+        (COMPILED, "kept", {"launched_share": 0.31}),
+        (KERNELS, "log_softmax", {"gpu_passes": 1.0}),
+        (KERNELS, "int8_dequantize", {"bandwidth_share": 0.68}),
+        (KERNELS, "norm", {"ledger": "attention"}),
+        (KERNELS, "norm", {"coefficient": "dequantize"}),
+        (KERNELS, "norm", {"compiled": "kept"}),
+        (KERNELS, "int8_quantize", {"call_cost": None}),
+        (KERNELS, "flash_attention", {"attention": KERNELS["efficient_attention"].attention}),
+        (KERNELS, "overlapped_transfer", {"lane": "compute"}),
+        (KERNELS, "paged_transfer", {"only_without_room": False}),
+    ],
+)
+def test_another_row_is_another_fingerprint(
+    table: dict[str, Any], name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(table, name, replace(table[name], **changes))
+    assert NOW() != formulas.fingerprint()
+
+
+def test_a_new_kind_is_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "a_new_kind", replace(KERNELS["norm"], name="a_new_kind"))
+    assert NOW() != formulas.fingerprint()
+
+
+@pytest.mark.parametrize("way", ["product", "attention", "traffic", "index", "link"])
+def test_another_price_is_another_fingerprint(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = prices.PRICES[way]
+    monkeypatch.setitem(prices.PRICES, way, replace(row, seconds=_scaled(row.seconds)))
     assert NOW() != formulas.fingerprint()
 
 

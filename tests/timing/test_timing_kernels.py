@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from planner.base.errors import UnknownName
 from planner.device.hardware import CPU
+from planner.step.engine import Engine
+from planner.step.kernels import KERNELS
 from planner.timing import step_time
 from planner.training.spec import Versions
 from tests.helpers.timing_toy import CARD, kernel, rates
@@ -69,12 +72,14 @@ def test_a_kernel_costs_what_is_worked_by_hand(row: Row) -> None:
 
 
 def test_every_kind_of_kernel_has_a_row() -> None:
-    assert {row[0] for row in ROWS} == set(step_time.LEDGER_CLASS)
+    assert {row[0] for row in ROWS} == set(KERNELS)
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(KeyError, match="fused_everything"):
-        step_time.class_of("fused_everything", 0)
+    with pytest.raises(UnknownName, match="unknown kind of kernel 'fused_everything'"):
+        kernel("fused_everything")
+    with pytest.raises(UnknownName, match="unknown kind of kernel 'fused_everything'"):
+        Engine().kernel("fused_everything", "bf16", 2)
 
 
 def test_latency_counts_every_launch() -> None:
@@ -211,8 +216,8 @@ def test_layouts_cost_alike_with_avx512() -> None:
     ],
 )
 def test_the_hosts_seconds(op: str, part: str, on_gpu: float, on_cpu: float) -> None:
-    assert rates().host_s(op, part, 10, 3) == pytest.approx(on_gpu)
-    assert rates(ON_A_CPU).host_s(op, part, 10, 3) == pytest.approx(on_cpu)
+    assert rates().host_s(KERNELS[op], part, 10, 3) == pytest.approx(on_gpu)
+    assert rates(ON_A_CPU).host_s(KERNELS[op], part, 10, 3) == pytest.approx(on_cpu)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +275,8 @@ def test_which_coefficients_a_product_follows() -> None:
     ],
 )
 def test_classes_of_the_ledger(op: str, in_a_layer: str, outside: str) -> None:
-    assert step_time.class_of(op, 3) == in_a_layer
-    assert step_time.class_of(op, -1) == outside
+    assert KERNELS[op].ledger_class(3) == in_a_layer
+    assert KERNELS[op].ledger_class(-1) == outside
 
 
 def test_parts_of_the_step() -> None:

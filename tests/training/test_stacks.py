@@ -12,7 +12,8 @@ import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, UnknownName
 from planner.training import settings, stacks
-from planner.training.settings import KEYS
+from planner.training.own_modules import OWN_MODULES, OwnModules
+from planner.training.settings import SETTINGS
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec, Versions
 from planner.training.stacks import STACKS, resolve, to_training_spec, torch_adamw
 from planner.training.versions import parse_versions
@@ -36,26 +37,55 @@ def test_the_listed_frameworks_are_there() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_framework_resolves_every_key_for_every_method(name: str, method: str) -> None:
     resolved = resolve(name, method=method, given={})
-    assert tuple(resolved.settings) == KEYS
+    assert tuple(resolved.settings) == tuple(SETTINGS)
     assert resolved.settings["method"].origin == "given"
     assert isinstance(to_training_spec(resolved), TrainingSpec)
     assert json.loads(json.dumps(resolved.describe())) == resolved.describe()
 
 
 def test_keys_cover_the_training_types() -> None:
-    renamed = {"dtype": "adapter_dtype", "kind": "quantization", "lora": "", "quantization": "quantization"}
-    for cls in (TrainingSpec, LoraSpec, QuantizationSpec):
-        for name in (item.name for item in dataclasses.fields(cls)):
-            assert renamed.get(name, name) in (*KEYS, ""), name
+    filled = {(row.spec, row.field) for row in SETTINGS.values()}
+    specs = {"training": TrainingSpec, "lora": LoraSpec, "quantization": QuantizationSpec}
+    fields = {(spec, item.name) for spec, kind in specs.items() for item in dataclasses.fields(kind)}
+    assert fields - filled == {("training", "lora"), ("training", "quantization")}
 
 
-@pytest.mark.parametrize("stack", STACKS.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("stack", STACKS.values(), ids=list(STACKS))
 def test_defaults_name_a_source_and_depend_on_earlier_keys_only(stack: stacks.Stack) -> None:
-    for entry in stack.defaults:
+    keys = list(SETTINGS)
+    for setting, entry in stack.defaults:
         assert entry.source, entry
-        assert entry.key in KEYS
-        assert all(KEYS.index(key) < KEYS.index(entry.key) for key, _ in entry.when), entry
+        assert setting in keys
+        assert all(keys.index(key) < keys.index(setting) for key, _ in entry.when), entry
         assert "@" in entry.source or any(ch.isdigit() for ch in entry.source) or "torch" in entry.source, entry
+
+
+@pytest.mark.parametrize(("kind", "row"), [(stacks.Stack, STACKS["trl"]), (OwnModules, OWN_MODULES["litgpt"])])
+def test_a_row_without_a_field_fails_and_names_it(kind: Any, row: Any) -> None:
+    complete = {item.name: getattr(row, item.name) for item in dataclasses.fields(kind)}
+    for left_out in complete:
+        with pytest.raises(TypeError, match=rf"{kind.__name__} needs {left_out}$"):
+            kind(**{name: value for name, value in complete.items() if name != left_out})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"defaults": (("no_such", settings.Default(1)),)}, "a default of no_such, which is no setting"),
+        ({"defaults": (("r", settings.Default(1, "", (("compile", (True,)),))),)}, "of r depends on compile: no set"),
+        ({"torch_adamw": "sgd"}, "torch_adamw 'sgd' is not one of adamw"),
+    ],
+)
+def test_a_framework_that_contradicts_the_tables_fails(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        dataclasses.replace(STACKS["trl"], **changes)
+
+
+def test_every_default_of_a_framework_is_a_value_that_its_setting_takes() -> None:
+    for stack in STACKS.values():
+        settings_given = [(key, entry.value) for key, entry in stack.defaults]
+        for key, value in settings_given:
+            assert settings.checked({key: value}) == {key: value}
 
 
 def test_given_wins_over_stack_over_neutral() -> None:
@@ -68,8 +98,8 @@ def test_given_wins_over_stack_over_neutral() -> None:
 
 def test_defaults_used_leaves_out_what_does_not_apply() -> None:
     full = resolve("hf-trainer", method="full", given={}).defaults_used()
-    assert not set(full) & settings.ADAPTER_KEYS
-    assert not set(full) & settings.QUANTIZATION_KEYS
+    assert not set(full) & settings.keys_of("adapter")
+    assert not set(full) & settings.keys_of("quantization")
     assert "use_reentrant" not in full  # no checkpointing
     nf4 = resolve("trl", method="qlora", given={"r": 4}).defaults_used()
     assert "group_size" not in nf4
@@ -122,7 +152,8 @@ def test_releases_decide_trainer_defaults() -> None:
     assert not spec("hf-trainer", "lora").use_reentrant
     assert torch_adamw("hf-trainer", Versions(transformers=(4, 57))) == "adamw"
     assert torch_adamw("torchtune", Versions(transformers=(4, 57))) == "adamw-fused"
-    assert torch_adamw("nobody", Versions()) == "adamw"
+    with pytest.raises(UnknownName):
+        torch_adamw("nobody", Versions())
 
 
 def test_litgpt_habits() -> None:
@@ -130,7 +161,7 @@ def test_litgpt_habits() -> None:
     assert training.lora is not None
     assert training.lora.target_slices == (0, 2)
     assert training.quantization.skip_modules == ()
-    assert (training.untied_head, training.keeps_outputs, training.optimizer) == (True, True, "paged-adamw")
+    assert (training.own_modules, training.keeps_outputs, training.optimizer) == ("litgpt", True, "paged-adamw")
     unfused = spec("litgpt", "lora", target_modules=["q_proj", "v_proj"], base_dtype="bf16")
     assert unfused.lora is not None
     assert (unfused.lora.target_slices, unfused.lora.dtype, unfused.autocast) == ((), "bf16", "none")
@@ -206,7 +237,7 @@ def test_versions() -> None:
         ({"target_modules": [1]}, InvalidInput, "target_modules is"),
         ({"target_modules": ""}, InvalidInput, "no target_modules"),
         ({"target_slices": [9]}, InvalidInput, "target_slices is"),
-        ({"r": 0}, InvalidInput, "LoRA rank r is 0"),
+        ({"r": 0}, InvalidInput, "r is 0"),
         ({"method": "full"}, Contradiction, "method is lora and 'full' at once"),
         ({"quantization": "nf4"}, Contradiction, "use method qlora"),
     ],

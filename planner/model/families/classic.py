@@ -35,7 +35,8 @@ def opt(config: Config, model_id: str) -> ModelSpec:
         return Norm(name=name, size=s.hidden, kind="layernorm", weight=affine, bias=affine)
 
     layer = Layer(
-        attention=standard_attention(s, out="out_proj", bias=bias, position="learned"),
+        # OptSdpaAttention; not in 4.45.2
+        attention=standard_attention(s, out="out_proj", bias=bias, position="learned", sdpa_since=(4, 46)),
         mlp=plain_mlp(
             s.hidden,
             s.intermediate,

@@ -66,7 +66,15 @@ def _positions(s: Sizes) -> Table:
 
 def gpt2(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, four_times=True, attention_dropout=0.1, max_position_embeddings=1024)
-    attention = fused_attention(s, qkv="attn.c_attn", out="attn.c_proj", bias=True, cls="Conv1D", position="learned")
+    attention = fused_attention(
+        s,
+        qkv="attn.c_attn",
+        out="attn.c_proj",
+        bias=True,
+        cls="Conv1D",
+        position="learned",
+        sdpa_since=(4, 42),  # GPT2SdpaAttention; not in 4.41.2
+    )
     mlp = _mlp(config, s, "c_fc", "c_proj", cls="Conv1D")
     layer = _layer(config, s, attention, mlp, pre_mlp_norm=layer_norm("ln_2", s.hidden), dropout=0.1)
     return _model(config, model_id, s, uniform(s, layer), tied=True, dropout=0.1, position_embedding=_positions(s))
@@ -158,6 +166,7 @@ def gpt_neox(config: Config, model_id: str) -> ModelSpec:
         out="attention.dense",
         bias=boolean(config, "attention_bias", default=True),
         rotary_dim=rotary_width(config, s.head_dim, 0.25),
+        sdpa_since=(4, 42),  # GPTNeoXSdpaAttention; not in 4.41.2
     )
     mlp = plain_mlp(
         s.hidden,

@@ -64,6 +64,7 @@ def phi3(config: Config, model_id: str) -> ModelSpec:
         out="self_attn.o_proj",
         sliding_window=optional_integer(config, "sliding_window"),
         rotary_dim=rotary_width(config, s.head_dim),
+        sdpa_since=(4, 45),  # Phi3SdpaAttention is there before, _supports_sdpa is not (modeling_phi3.py v4.44.2)
     )
     mlp = fused_gated_mlp(s.hidden, s.intermediate, act=activation(config))
     layer = pre_norm_layer(attention, mlp, s, hidden_dropout=drops(config, "resid_pdrop"))

@@ -90,7 +90,7 @@ HABITS = {
         eager=_eager,
         activation=_bloom_gelu,
         returns_probabilities=True,
-        upcasts_since=(4, 49),
-        slices_hidden_since=(5, 0),  # not in 4.48, in 5.24
+        upcasts_since=(4, 48),
+        slices_hidden_since=(5, 0),  # not in 4.57
     )
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from planner.step.habits import Habits
+from planner.step.habits import ALWAYS, Habits
 
 HABITS = {
-    "ernie4_5": Habits(fp32_tables=True, interleaves_tables=True, casts_in_products=True),
+    "ernie4_5": Habits(fp32_tables_since=ALWAYS, interleaves_tables=True, casts_in_products=True),
 }

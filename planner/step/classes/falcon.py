@@ -6,7 +6,7 @@ from planner.model.spec import Attention
 from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Tensor
-from planner.step.habits import Habits
+from planner.step.habits import ALWAYS, NEVER, Habits
 from planner.step.modules import eager, picking
 from planner.step.modules.attention import attention
 from planner.step.modules.weights import LayerWeights
@@ -101,13 +101,16 @@ HABITS = {
         layer=_layer,
         splits_projection=_split,
         expands_heads=True,
-        repeats_in_module=False,
+        repeats_in_module_before=ALWAYS,
+        copies_for_sdpa_since=NEVER,  # calls it itself
         eager=_eager,
         returns_probabilities=True,
         always_masks=True,  # allow_is_causal_skip=False
         alibi_in_mask=True,
         tables_beside_alibi=True,
-        upcasts_since=(4, 49),
+        tables_per_layer_before=(4, 45),
+        loaded_tables_before=(4, 45),
+        upcasts_since=(4, 48),
         slices_hidden_since=(4, 47),
     )
 }

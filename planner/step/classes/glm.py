@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.step.habits import Habits
+from planner.step.habits import ALWAYS, Habits
 
 HABITS = {
-    "glm": Habits(interleaves_tables=True, joins_nothing=True),
-    "glm4": Habits(interleaves_tables=True, joins_nothing=True),
+    "glm": Habits(interleaves_tables=True, joins_nothing_since=ALWAYS),
+    "glm4": Habits(interleaves_tables=True, joins_nothing_since=ALWAYS),
     "helium": Habits(interleaves_tables=True),
 }

@@ -6,7 +6,8 @@ from planner.base.records import replace
 from planner.step import layers
 from planner.step.context import Step
 from planner.step.engine import Tensor
-from planner.step.habits import Habits
+from planner.step.habits import ALWAYS, NEVER, Habits
+from planner.step.modules import eager
 from planner.step.modules.weights import LayerWeights
 
 
@@ -15,20 +16,18 @@ def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     return layers.parallel_layer(step, held, x) if held.spec.parallel else layers.named_layer(step, held, x)
 
 
-def _mask(step: Step) -> Tensor:
-    """A causal mask [positions, positions] of bools."""
-    return step.eng.empty(step.model.max_position_embeddings**2, "int8", "weight")
-
-
 def _masks(step: Step) -> list[Tensor]:
-    return [_mask(step)]
+    return [eager.causal_mask(step)]
 
 
 _GPT2 = Habits(
     layer=_layer,
     keeps_scores_dtype=True,
-    upcasts_since=(4, 49),
-    slices_hidden_since=(5, 0),  # not in 4.48, in 5.24
+    makes_layer_buffer=eager.mask_buffer,
+    mask_buffers_before=(5, 2),
+    adds_mask_since=(4, 52),  # _update_causal_mask; not in 4.51.3
+    upcasts_since=(4, 48),
+    slices_hidden_since=(4, 53),
 )
 
 HABITS = {
@@ -37,17 +36,26 @@ HABITS = {
         _GPT2,
         keeps_scores_dtype=False,
         makes_buffers=_masks,
-        repeats_in_module=False,
+        makes_layer_buffer=None,
+        mask_buffers_before=ALWAYS,
+        slices_hidden_since=(5, 0),  # not in 4.57
+        repeats_in_module_before=ALWAYS,
+        passes_groups_since=ALWAYS,  # expands its one head: a view
+        copies_for_sdpa_since=NEVER,  # calls it itself
+        hands_on_mask_before=(4, 54),  # v4.53.3
+        positions_of_rows_before=(4, 53),  # of the mask that the trainer hands on
+        # no _gradient_checkpointing_func and no GradientCheckpointingLayer in v4.54.1 to 4.57.1
+        ignores_checkpoints=((4, 54), (5, 0)),
         fuses_lora=False,
         # views of the whole fused projection stayed in the outputs (modeling_gpt_bigcode.py v4.48.1)
         caches_before=(4, 53),
     ),
     "gpt_neo": Habits(
         layer=_layer,
-        makes_layer_buffer=_mask,  # local layers add it to the common mask
+        makes_layer_buffer=eager.causal_mask,  # local layers add it to the common mask
         masks_by_window=False,
         keeps_scores_dtype=True,
         returns_probabilities=True,
-        slices_hidden_since=(5, 0),  # not in 4.48, in 5.24
+        slices_hidden_since=(5, 0),  # not in 4.57
     ),
 }

@@ -6,6 +6,7 @@ from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import Tensor
 from planner.step.habits import Habits
+from planner.step.modules import eager
 from planner.step.modules.attention import attention
 from planner.step.modules.weights import LayerWeights
 
@@ -25,7 +26,13 @@ def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 HABITS = {
     "gpt_neox": Habits(
         layer=_layer,
+        makes_layer_buffer=eager.mask_buffer,
+        mask_buffers_before=(4, 49),
+        tables_per_layer_before=(4, 45),
+        loaded_tables_before=(4, 45),
+        loaded_tables_fp32=True,
+        copies_for_sdpa_since=(4, 47),  # modeling_gpt_neox.py v4.47.1
         upcasts_since=(4, 49),
-        slices_hidden_since=(5, 0),  # not in 4.48, in 5.24
+        slices_hidden_since=(4, 49),
     )
 }

@@ -7,8 +7,8 @@ from planner.model.spec import Attention
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Tensor
-from planner.step.habits import Habits
-from planner.step.modules import positions
+from planner.step.habits import ALWAYS, Habits
+from planner.step.modules import eager, positions
 
 
 def _embed_positions(step: Step) -> list[Tensor]:
@@ -53,7 +53,10 @@ _GPTJ = Habits(
     half_tables=True,
     names_score_casts=False,
     keeps_scores_dtype=True,
-    slices_hidden_since=(5, 0),  # not in 4.48, in 5.24
+    makes_layer_buffer=eager.mask_buffer,
+    mask_buffers_before=(4, 45),
+    upcasts_in_forward_before=(5, 0),
+    slices_hidden_since=(5, 0),  # not in 4.57
 )
 
-HABITS = {"gptj": _GPTJ, "codegen": replace(_GPTJ, splits_projection=_split_copied, fp32_tables=True)}
+HABITS = {"gptj": _GPTJ, "codegen": replace(_GPTJ, splits_projection=_split_copied, fp32_tables_since=ALWAYS)}

@@ -7,7 +7,7 @@ Local names stand for those of the frames there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from planner.base.errors import Contradiction
 from planner.base.records import replace
@@ -17,8 +17,8 @@ from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
-from planner.step.habits import NEVER, Habits
-from planner.step.modules import attention, experts, linears, losses
+from planner.step.habits import ALWAYS, NEVER, Habits, Release
+from planner.step.modules import attention, experts, linears, losses, quantized
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import LoraSpec, TrainingSpec
@@ -144,8 +144,8 @@ def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
     widths = spec.parts if len(spec.parts) == len(_QKV) else (spec.out_features,)
     widths = tuple(widths[i] for i in slices) if slices and len(widths) > 1 else widths
     stacked, width = rank * len(widths), sum(widths)
-    a = step.trainable(stacked * spec.in_features, dtype, "adapter", stacked + spec.in_features)
-    b = step.trainable(width * rank, dtype, "adapter", width + rank)
+    a = step.trainable(f"{spec.name}.lora_A", (stacked, spec.in_features), dtype, "adapter")
+    b = step.trainable(f"{spec.name}.lora_B", (width, rank), dtype, "adapter")
     held.lora.append((a, b, stacked, width))
     held.rank = rank
 
@@ -502,12 +502,30 @@ def _capped(step: Step, logits: Tensor) -> Tensor:
     return ops.scale(eng, ops.pointwise(eng, scaled, "logits_softcap", False), "logits_softcap")
 
 
+def doubts(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
+    """What is not known of these modules, with the share of allocated memory that it may be."""
+    dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
+    four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
+    if not dense:
+        yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15
+    elif four_bit and training.versions.bitsandbytes < quantized.KEEPS_NO_INPUT:
+        yield "what bitsandbytes before 0.43 kept between litgpt's micro batches is not wholly explained", 0.15
+    else:
+        yield "litgpt's releases differ", 0.03
+
+
 # --- habits ---------------------------------------------------------------------------------------------------------
+
+
+def _whatever_the_release(since: Release) -> Release:
+    """What some release of transformers brought to its class, litgpt's modules always had."""
+    return NEVER if since == NEVER else ALWAYS
 
 
 def habits(of_class: Habits) -> Habits:
     """litgpt's modules in the place of a class of transformers, of which experts and latent attention remain."""
     return Habits(
+        doubts=doubts,
         rebuild=own_modules,
         layer=layer,
         standard_attention_only=True,
@@ -517,16 +535,17 @@ def habits(of_class: Habits) -> Habits:
         gives_tables=tables,
         counts_positions=False,
         head_and_loss=head_and_loss,
-        quantizes_subclasses=True,
         halves_quantized=True,  # Lightning's .half() (fabric/plugins/precision/bitsandbytes.py)
         adds_bias_apart=False,
-        repeats_in_module=False,
+        repeats_in_module_before=ALWAYS,
+        passes_groups_since=ALWAYS,
+        copies_for_sdpa_since=NEVER,
         writes_out_activations=False,
         slices_hidden_since=NEVER,
-        scales_in_embedding=of_class.scales_in_embedding,
+        scales_in_embedding_since=_whatever_the_release(of_class.scales_in_embedding_since),
         interleaves_tables=of_class.interleaves_tables,
         half_tables=of_class.half_tables,
-        fp32_tables=of_class.fp32_tables,
+        fp32_tables_since=_whatever_the_release(of_class.fp32_tables_since),
         fp32_rotary=of_class.fp32_rotary,
         turn=of_class.turn,
         shared_first=of_class.shared_first,

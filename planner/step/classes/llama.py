@@ -15,6 +15,10 @@ def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 
 
 HABITS = {
-    "llama": Habits(tables_per_layer_before=(4, 43)),
+    "llama": Habits(
+        tables_per_layer_before=(4, 43),
+        loaded_tables_before=(4, 41),
+        computes_beside_loaded=True,  # 4.38 to 4.40
+    ),
     "llama4_text": Habits(layer=_layer),
 }

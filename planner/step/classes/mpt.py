@@ -40,7 +40,7 @@ HABITS = {
         returns_probabilities=True,
         boolean_mask=True,
         alibi_of_longest=True,
-        upcasts_since=(4, 49),
-        slices_hidden_since=(5, 0),  # not in 4.48, in 5.24
+        upcasts_since=(4, 48),
+        slices_hidden_since=(5, 0),  # not in 4.57
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.step.context import Step
 from planner.step.engine import Tensor
-from planner.step.habits import Habits
+from planner.step.habits import NEVER, Habits
 from planner.step.modules import feed_forward, linears
 from planner.step.modules.weights import LayerWeights
 
@@ -23,7 +23,8 @@ HABITS = {
     "opt": Habits(
         inlined_mlp=_inlined_mlp,
         scales_query=True,
-        upcasts_since=(4, 49),
-        slices_hidden_since=(5, 0),  # not in 4.48, in 5.24
+        positions_of_rows_before=NEVER,  # OPTLearnedPositionalEmbedding, to this day
+        upcasts_since=(4, 48),
+        slices_hidden_since=(5, 0),  # not in 4.57
     )
 }

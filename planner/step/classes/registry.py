@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from planner.base.records import Rows
 from planner.step.habits import COMMON, Habits
+from planner.training.own_modules import OWN_MODULES
 
 FILES: dict[str, str] = {
     "apertus": "apertus",
@@ -28,6 +30,7 @@ FILES: dict[str, str] = {
     "gpt_neox": "gpt_neox",
     "gpt_oss": "gpt_oss",
     "gptj": "gptj",
+    "granite": "granite",
     "granitemoe": "granite",
     "helium": "glm",
     "internlm2": "remote",
@@ -43,7 +46,6 @@ FILES: dict[str, str] = {
     "olmo3": "olmo",
     "olmoe": "olmo",
     "opt": "opt",
-    "persimmon": "persimmon",
     "phi": "phi",
     "phi3": "phi",
     "phimoe": "phi",
@@ -57,12 +59,15 @@ FILES: dict[str, str] = {
 """model_type -> the file of this folder that holds its habits; every other class does what most do."""
 
 
-def habits_of(model_type: str, own_modules: bool = False) -> Habits:
-    """The habits of a class of transformers, or of litgpt's modules where they take its place (`own_modules`)."""
+OWN: Rows[str] = Rows("file of own modules", [name for name in OWN_MODULES if name != "none"], [("litgpt", "litgpt")])
+"""Framework with modules of its own -> the file of this folder whose `habits` takes the place of a class's."""
+
+
+def habits_of(model_type: str, own_modules: str = "none") -> Habits:
+    """The habits of a class of transformers, or of a framework's own modules where they take its place."""
     file = FILES.get(model_type)
     found: Habits = COMMON if file is None else import_module(f"planner.step.classes.{file}").HABITS[model_type]
-    if not own_modules:
+    if own_modules == "none":
         return found
-    from planner.step.classes import litgpt
-
-    return litgpt.habits(found)
+    own: Habits = import_module(f"planner.step.classes.{OWN[own_modules]}").habits(found)
+    return own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.step import layers
 from planner.step.context import Step
 from planner.step.engine import Tensor
-from planner.step.habits import Habits
+from planner.step.habits import NEVER, Habits
 from planner.step.modules.weights import LayerWeights
 
 
@@ -17,5 +17,12 @@ def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 
 
 HABITS = {
-    "stablelm": Habits(layer=_layer, tables_per_layer_before=(4, 45), upcasts_since=(4, 49)),
+    "stablelm": Habits(
+        layer=_layer,
+        tables_per_layer_before=(4, 45),
+        loaded_tables_before=(4, 45),
+        repeats_in_module_before=(5, 0),
+        copies_for_sdpa_since=NEVER,  # calls it itself
+        upcasts_since=(4, 48),
+    ),
 }

@@ -18,9 +18,12 @@ from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.losses import KERNEL_SETS
 
-REPEATS_BEFORE = (4, 48)
-"""Before: the attention module itself repeats key/value heads to all query heads, under the same names (repeat_kv in
-the attention classes of 4.43 to 4.47); since then the attention function does, if at all."""
+BOOLEAN_MASKS_SINCE = (4, 53)
+"""Since: SDPA gets a mask of bools (masking_utils.py); before, one to add, in the dtype of the embedding's output
+(modeling_attn_mask_utils.py, _update_causal_mask of the models)."""
+COPIES_FOR_SDPA_BEFORE = (4, 56)
+"""Before: SDPA got contiguous copies of q, k, v (integrations/sdpa_attention.py), in classes that call that function
+(`Habits.copies_for_sdpa_since`)."""
 
 
 def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
@@ -57,7 +60,7 @@ def _heads_after_projection(step: Step, spec: Attention) -> Attention:
 def _repeats_in_module(step: Step, spec: Attention) -> bool:
     """Whether q, k, v leave the projections of an old release with equally many heads."""
     train, habits = step.train, step.habits
-    if train.versions.transformers >= REPEATS_BEFORE or not habits.repeats_in_module or spec.kind == "mla":
+    if train.versions.transformers >= habits.repeats_in_module_before or spec.kind == "mla":
         return False
     if spec.num_kv_heads == spec.num_heads or runs_eager(step, spec):
         return False
@@ -108,8 +111,8 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
             named += parts
         else:
             if positions.tables_per_layer(step):
-                step.cos_sin = positions.tables(step, spec, v.dtype)
-                named += step.cos_sin
+                step.cos_sin, kept = positions.layer_tables(step, spec, v.dtype)
+                named += kept
             q, k = positions.rotate(step, spec, q, k)
             if positions.tables_per_layer(step):
                 step.cos_sin = None
@@ -153,8 +156,14 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
 
 
 def always_masks(step: Step) -> bool:
-    """Whether the class asks for a 4-D mask where SDPA's causal flag would do."""
-    return step.habits.always_masks and step.train.attention == "sdpa"
+    """Whether the class asks for a 4-D mask of bools where SDPA's causal flag would do."""
+    asked = step.habits.always_masks and step.train.attention == "sdpa"
+    return asked and step.train.versions.transformers >= BOOLEAN_MASKS_SINCE
+
+
+def hands_on_mask(step: Step) -> bool:
+    """Whether the model makes an additive mask for SDPA though nothing is padded."""
+    return step.train.attention == "sdpa" and step.train.versions.transformers < step.habits.hands_on_mask_before
 
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
@@ -166,12 +175,14 @@ def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKerne
     masked = _masked(step, spec)
     return cuda_rules.sdpa_kernel(
         dtype, has_mask=masked, head_dim=spec.head_dim, v_head_dim=spec.v_head_dim or spec.head_dim, arch=step.arch,
-        grouped=_passes_groups(spec, masked),
+        grouped=_passes_groups(step, spec, masked),
     )  # fmt: skip
 
 
-def _passes_groups(spec: Attention, masked: bool) -> bool:
+def _passes_groups(step: Step, spec: Attention, masked: bool) -> bool:
     """transformers leaves grouped heads to SDPA only without a mask (sdpa_attention.py use_gqa_in_sdpa)."""
+    if step.train.versions.transformers < step.habits.passes_groups_since:
+        return False
     equal = spec.v_head_dim in (0, spec.head_dim) and spec.head_dim <= 256
     return spec.num_kv_heads != spec.num_heads and equal and not masked
 
@@ -186,18 +197,40 @@ def _attend(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source
     elif runs_eager(step, spec):
         out, names = eager.eager(step, spec, q, k, v, source)
     else:
+        copies, repeated = _copies_for_sdpa(step), False
         if _repeats_heads(step, spec):  # before autocast casts them (integrations/sdpa_attention.py)
-            k, v = eager.repeat_heads(step, spec, k), eager.repeat_heads(step, spec, v)
-            spec = replace(spec, num_kv_heads=spec.num_heads)
+            k, v = (eager.repeat_heads(step, spec, t, copies=copies) for t in (k, v))
+            repeated, spec = True, replace(spec, num_kv_heads=spec.num_heads)
+        if copies:
+            q, k, v = _contiguous(step, spec, (q, k, v), repeated)
         named = (k, v)
         q, k, v = (ops.autocast_half(eng, t) for t in (q, k, v))
         if step.train.attention == "flash2":
             q, k, v = (ops.cast(eng, t, _flash_dtype(step), "flash_cast") for t in (q, k, v))
-        by_heads = step.train.attention == "sdpa" and eager.leads_with_heads(step, spec)
+        by_heads = copies or (step.train.attention == "sdpa" and eager.leads_with_heads(step, spec))
         out = fused(step, spec, q, k, v, by_heads)
         del named
     del arg
     return out, names
+
+
+def _copies_for_sdpa(step: Step) -> bool:
+    """Whether SDPA gets contiguous copies of q, k and v."""
+    called = step.train.attention == "sdpa" and step.arch.sdpa_kernels
+    return called and step.habits.copies_for_sdpa_since <= step.train.versions.transformers < COPIES_FOR_SDPA_BEFORE
+
+
+def _contiguous(
+    step: Step, spec: Attention, parts: tuple[Tensor, Tensor, Tensor], repeated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v head by head; what was repeated or joined lies so already."""
+    q, k, v = parts
+    joined = eager.leads_with_heads(step, spec)
+    if not joined:
+        q = ops.contiguous(step.eng, q, "attention")
+    if not (joined or repeated):
+        k = ops.contiguous(step.eng, k, "attention")
+    return q, k, v if repeated else ops.contiguous(step.eng, v, "attention")
 
 
 def fused(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, by_heads: bool) -> Tensor:
@@ -222,7 +255,7 @@ def _repeats_heads(step: Step, spec: Attention) -> bool:
     """Whether SDPA gets key/value heads repeated to all query heads; falcon calls it with what it has."""
     if step.train.attention != "sdpa" or not step.arch.sdpa_kernels or spec.num_kv_heads == spec.num_heads:
         return False
-    return not _broadcasts_heads(step, spec) and not _passes_groups(spec, _masked(step, spec))
+    return not _broadcasts_heads(step, spec) and not _passes_groups(step, spec, _masked(step, spec))
 
 
 def _masked(step: Step, spec: Attention) -> bool:
@@ -371,6 +404,8 @@ def _efficient(
     mask: Tensor | None = None
     if masked and step.mask is not None and step.habits.alibi_in_mask and spec.position == "alibi":
         mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")  # ALiBi is in it: a bias already
+    elif masked and step.mask is not None and step.train.versions.transformers < BOOLEAN_MASKS_SINCE:
+        mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")
     elif masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
     v_dim = spec.v_head_dim or spec.head_dim

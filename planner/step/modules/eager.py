@@ -55,6 +55,8 @@ def _standard(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
     scores = ops.scale(eng, scores, "scores")
     if spec.logit_softcap:
         scores = ops.scale(eng, ops.pointwise(eng, ops.scale(eng, scores, "scores"), "tanh", False), "scores")
+    if masks_by_buffer(step):
+        scores = _where(step, scores)
     if step.mask is not None:
         scores = ops.add(eng, scores, step.mask, "scores", scores_numel)
     names_dtype = not step.habits.keeps_scores_dtype or step.autocast is not None
@@ -69,6 +71,34 @@ def _standard(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
     held = ops.contiguous(eng, out, "attention")
     del out, arg
     return held
+
+
+def causal_mask(step: Step) -> Tensor:
+    """A causal mask [positions, positions] of bools, a buffer."""
+    return step.eng.empty(step.model.max_position_embeddings**2, "int8", "weight")
+
+
+def mask_buffer(step: Step) -> Tensor | None:
+    """That mask in a layer of the releases whose layers hold one (`Habits.mask_buffers_before`)."""
+    return causal_mask(step) if masks_by_buffer(step) else None
+
+
+def masks_by_buffer(step: Step) -> bool:
+    """Whether the class takes the causal mask from a buffer (torch.where in _attn)."""
+    return step.train.versions.transformers < step.habits.mask_buffers_before
+
+
+def adds_mask(step: Step) -> bool:
+    """Whether the model makes a mask of every pair of tokens to add to the scores."""
+    return not masks_by_buffer(step) or step.train.versions.transformers >= step.habits.adds_mask_since
+
+
+def _where(step: Step, scores: Tensor) -> Tensor:
+    """torch.where(buffer, scores, minimum): a new tensor, whose gradient is masked into another."""
+    eng = step.eng
+    out = ops.unary(eng, scores, "scores")
+    eng.link(out, (scores,), lambda node, grads: [ops.unary(eng, ops._grad(grads), "scores_grad")])
+    return out
 
 
 def score_product(step: Step, spec: Attention, q: Tensor, k: Tensor, heads_first: tuple[bool, bool]) -> Tensor:
@@ -141,7 +171,12 @@ def leads_with_heads(step: Step, spec: Attention) -> bool:
 
 def _joins_nothing(step: Step, spec: Attention) -> bool:
     whole = spec.position == "rope" and spec.rotary_dim in (0, spec.head_dim)
-    return whole and step.habits.joins_nothing
+    return whole and joins_what_is_not_rotated(step)
+
+
+def joins_what_is_not_rotated(step: Step) -> bool:
+    """Whether the class appends the part that is not rotated whatever its size."""
+    return step.train.versions.transformers >= step.habits.joins_nothing_since
 
 
 def broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
@@ -156,12 +191,12 @@ def broadcast(step: Step, x: Tensor, factor: int) -> Tensor:
     return out
 
 
-def repeat_heads(step: Step, spec: Attention, x: Tensor) -> Tensor:
-    """repeat_kv: expand and reshape; the reshape of a single head is a view, of several a copy."""
+def repeat_heads(step: Step, spec: Attention, x: Tensor, *, copies: bool = False) -> Tensor:
+    """repeat_kv: expand and reshape; the reshape of a single head is a view (unless `copies`), of several a copy."""
     groups = spec.num_heads // spec.num_kv_heads
     if groups > 1:
         x = ops.colons(step.eng, x, 4)  # hidden_states[:, :, None, :, :]
-    if spec.num_kv_heads == 1 and groups > 1:
+    if spec.num_kv_heads == 1 and groups > 1 and not copies:
         return broadcast(step, x, groups)
     return ops.expand_copy(step.eng, x, groups)
 

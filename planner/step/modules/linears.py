@@ -26,17 +26,18 @@ def load_base(step: Step, spec: Linear, adapted: bool) -> LinearWeights:
     eng, train = step.eng, step.train
     held = LinearWeights(spec)
     quant = train.quantization
-    if is_quantized(spec, quant, adapted, step.habits.quantizes_subclasses):
+    if is_quantized(spec, step.train, adapted):
         held.kind = quant.kind
         held.packed = _quantized(step, spec, quant)
     else:
-        held.weight = step.weight(f"{spec.name}.weight", spec.weight_elements, spec.out_features + spec.in_features)
+        held.weight = step.weight(f"{spec.name}.weight", (spec.out_features, spec.in_features))
     held.dtype = FP16 if step.habits.halves_quantized and held.kind != "none" else train.base_dtype
     if spec.bias and QUANTIZATIONS[held.kind].packed_4bit:
         # Linear4bit's first forward leaves it in the compute dtype (bitsandbytes nn/modules.py)
-        held.bias = eng.parameter(spec.out_features, train.quantization.compute_dtype, "weight")
+        bias = eng.empty((spec.out_features,), train.quantization.compute_dtype, "weight")
+        held.bias = step.owned(bias, f"{spec.name}.bias")
     elif spec.bias:
-        held.bias = step.weight(f"{spec.name}.bias", spec.out_features)
+        held.bias = step.weight(f"{spec.name}.bias", (spec.out_features,))
     return held
 
 
@@ -48,11 +49,11 @@ def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
         parts = tuple(spec.parts[i] for i in lora.target_slices if i < len(spec.parts))
     held.rank = lora.r
     for width in parts:
-        a = step.trainable(lora.r * spec.in_features, lora.dtype, "adapter", lora.r + spec.in_features)
-        b = step.trainable(width * lora.r, lora.dtype, "adapter", width + lora.r)
+        a = step.trainable(f"{spec.name}.lora_A", (lora.r, spec.in_features), lora.dtype, "adapter")
+        b = step.trainable(f"{spec.name}.lora_B", (width, lora.r), lora.dtype, "adapter")
         held.lora.append((a, b, lora.r, width))
     if lora.use_dora:
-        held.dora = step.trainable(spec.out_features, lora.dtype, "adapter")
+        held.dora = step.trainable(f"{spec.name}.lora_magnitude_vector", (spec.out_features,), lora.dtype, "adapter")
 
 
 # --- forward -------------------------------------------------------------------------------------------------------

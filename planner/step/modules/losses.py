@@ -17,8 +17,6 @@ from planner.step.modules import linears
 from planner.step.modules.weights import LinearWeights
 from planner.training.losses import KERNEL_SETS, LOSSES, Logits
 
-UPCASTS_IN_FORWARD = (4, 46)
-"""Before: the model's forward replaces the logits by their fp32 copy (models/llama/modeling_llama.py v4.45.2)."""
 SHIFTS_BY_COPY = (4, 49)
 """Before: the loss copies logits[..., :-1, :].contiguous(); since then the labels are padded (loss/loss_utils.py)."""
 
@@ -49,7 +47,7 @@ def _full_logits(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tenso
         LOSSES[train.loss].upcasts or KERNEL_SETS[train.kernels].upcasts_logits
     )
     wide = ops.cast(eng, logits, FP32, "logits_fp32") if upcasts else logits
-    if upcasts and release < UPCASTS_IN_FORWARD:
+    if upcasts and release < step.habits.upcasts_in_forward_before:
         logits = wide
     source = wide
     if release < SHIFTS_BY_COPY or step.habits.always_shifts:

@@ -6,6 +6,7 @@ from planner.model.spec import Attention
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Size, Tensor
+from planner.step.modules.eager import joins_what_is_not_rotated
 from planner.training.losses import KERNEL_SETS
 
 
@@ -14,19 +15,53 @@ def tables_per_layer(step: Step) -> bool:
     return step.train.versions.transformers < step.habits.tables_per_layer_before
 
 
+def wide_tables(step: Step) -> bool:
+    """Whether the rotary embedding leaves its tables in fp32."""
+    return step.train.versions.transformers >= step.habits.fp32_tables_since
+
+
+def loads_tables(step: Step) -> bool:
+    """Whether every attention module holds tables of all positions."""
+    return step.train.versions.transformers < step.habits.loaded_tables_before
+
+
+def load_tables(step: Step, spec: Attention) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of every position in a layer of an old release (_set_cos_sin_cache); None where it has none."""
+    if not loads_tables(step) or spec.position != "rope":
+        return None
+    numel, dtype = step.model.max_position_embeddings * (spec.rotary_dim or spec.head_dim), _loaded_dtype(step)
+    return step.eng.empty(numel, dtype, "weight"), step.eng.empty(numel, dtype, "weight")
+
+
+def _loaded_dtype(step: Step) -> str:
+    return FP32 if step.habits.loaded_tables_fp32 else step.train.base_dtype
+
+
+def layer_tables(step: Step, spec: Attention, dtype: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    """The tables that an attention module makes or looks up, and those of them that its frame names."""
+    if not loads_tables(step) or step.habits.computes_beside_loaded:
+        made = tables(step, spec, dtype)
+        return made, made
+    numel, held = step.seq * (spec.rotary_dim or spec.head_dim), _loaded_dtype(step)
+    rows = step.eng.empty(numel, held, "rotary"), step.eng.empty(numel, held, "rotary")
+    return (ops.cast(step.eng, rows[0], dtype, "rotary"), ops.cast(step.eng, rows[1], dtype, "rotary")), ()
+
+
 def tables(step: Step, spec: Attention, dtype: str) -> tuple[Tensor, Tensor]:
     """cos and sin of every position (modeling_llama.py LlamaRotaryEmbedding.forward); `dtype`: that of the layer."""
     eng = step.eng
     width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
     numel = step.seq * (width // 2 if step.habits.half_tables else width)
-    dtype = FP32 if step.habits.fp32_tables else dtype
-    angles = eng.empty(numel // 2, FP32, "rotary_tables")
+    own = tables_per_layer(step)
+    op = "layer_rotary_tables" if own else "rotary_tables"
+    dtype = FP32 if wide_tables(step) or (own and step.habits.fp32_rotary) else dtype  # modeling_cohere.py v4.44.2
+    angles = eng.empty(numel // 2, FP32, op)
     eng.calls_blas()
-    both = eng.empty(numel, FP32, "rotary_tables")
-    cos, sin = (ops.unary(eng, both, "rotary_tables") for _ in range(2))
-    if not tables_per_layer(step):  # attention_scaling came with the tables in the model
-        cos, sin = (ops.scale(eng, table, "rotary_tables") for table in (cos, sin))
-    cos, sin = (ops.cast(eng, table, dtype, "rotary_tables") for table in (cos, sin))
+    both = eng.empty(numel, FP32, op)
+    cos, sin = (ops.unary(eng, both, op) for _ in range(2))
+    if not own:  # attention_scaling came with the tables in the model
+        cos, sin = (ops.scale(eng, table, op) for table in (cos, sin))
+    cos, sin = (ops.cast(eng, table, dtype, op) for table in (cos, sin))
     del angles, both
     return cos, sin
 
@@ -45,7 +80,7 @@ def rotate(step: Step, spec: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, T
     rest = spec.head_dim - part
     q_turned = rotary(step, q, t * spec.num_heads * part, t * spec.num_heads * rest, tables)
     k_turned = rotary(step, k, t * spec.num_kv_heads * part, t * spec.num_kv_heads * rest, tables)
-    if not habits.fp32_rotary and not habits.fp32_tables:
+    if not habits.fp32_rotary and not wide_tables(step):
         return q_turned, k_turned
     return ops.cast(eng, q_turned, source, "rotary"), ops.cast(eng, k_turned, source, "rotary")
 
@@ -68,7 +103,7 @@ def rotary(step: Step, x: Tensor, rotated: Size, rest: Size, tables: tuple[Tenso
     out = turned(step, x, tables)
     if kept is not None:
         return ops.cat_half(eng, out, kept, "rotary")
-    return ops.contiguous(eng, out, "rotary") if step.habits.joins_nothing else out
+    return ops.contiguous(eng, out, "rotary") if joins_what_is_not_rotated(step) else out
 
 
 def turned(step: Step, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

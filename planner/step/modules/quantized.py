@@ -31,7 +31,10 @@ def _quantized(step: Step, spec: Linear, quant: QuantizationSpec) -> list[Tensor
         if quant.double_quant:
             scales = cuda_rules.absmax_blocks(spec.weight_elements)
             whole += [eng.empty(scales, FP32, "loading"), eng.empty(scales, FP32, "loading")]
-    return [eng.empty(n, "int8", f"weight_{name}") for name, n in quantized_bytes(spec, quant)]
+    return [
+        step.owned(eng.empty(n, "int8", f"weight_{part}"), f"{spec.name}.{part}")
+        for part, n in quantized_bytes(spec, quant)
+    ]
 
 
 def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:

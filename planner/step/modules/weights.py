@@ -27,7 +27,7 @@ class LinearWeights:
 class LayerWeights:
     """The tensors of one decoder layer, by module name."""
 
-    __slots__ = ("buffer", "expert_adapters", "experts", "linears", "norms", "router", "spec")
+    __slots__ = ("buffer", "expert_adapters", "experts", "linears", "norms", "router", "spec", "tables")
 
     def __init__(self, spec: Layer) -> None:
         self.spec = spec
@@ -37,5 +37,7 @@ class LayerWeights:
         self.router: Tensor | None = None
         self.buffer: Tensor | None = None
         """What the class registers in every layer beside its parameters."""
+        self.tables: tuple[Tensor, Tensor] | None = None
+        """Rotary tables of all positions, in old releases (planner.step.modules.positions.load_tables)."""
         self.expert_adapters: dict[str, tuple[Tensor, Tensor]] = {}
         """Fused parameter -> its (A, B), stacked over the experts (peft lora.ParamWrapper)."""
