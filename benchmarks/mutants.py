@@ -6,6 +6,7 @@ tests of README and docs are left out on purpose: `make readme` rewrites those f
 
   python -m benchmarks.mutants                     # all rows: about ten minutes on two cores
   python -m benchmarks.mutants --only allocator    # rows whose name, kind or file has this text
+  python -m benchmarks.mutants --own               # each with its own tests only
   python -m benchmarks.mutants --list              # rows by kind
   python -m benchmarks.mutants --check             # only whether every old text is found exactly once
 
@@ -135,22 +136,22 @@ class Copy:
         failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         return failed[0].split(" - ")[0] if failed else f"pytest ended with {ran.returncode}"
 
-    def outcome(self, mutant: Mutant) -> Outcome:
-        """Apply a mutant, run its tests, where they pass the wider set, and take it back."""
+    def outcome(self, mutant: Mutant, wider: bool) -> Outcome:
+        """Apply a mutant, run its tests, where they pass the wider set if asked for, and take it back."""
         path, text, began = self.folder / mutant.file, applied(mutant, self.folder), time.monotonic()
         before = path.read_text(encoding="utf-8")
         path.write_text(text, encoding="utf-8")
         try:
             by = self.pytest(mutant.killers)
             expected = bool(by)
-            if not by:
+            if not by and wider:
                 by = self.pytest([f"tests/{name}" for name in WIDER], LEFT_OUT)
         finally:
             path.write_text(before, encoding="utf-8")
         return Outcome(mutant, by, expected, time.monotonic() - began)
 
 
-def outcomes(mutants: Sequence[Mutant], jobs: int) -> Iterator[Outcome]:
+def outcomes(mutants: Sequence[Mutant], jobs: int, wider: bool) -> Iterator[Outcome]:
     """Try the mutants, in their order, in so many copies of the tree.
 
     Raises:
@@ -168,7 +169,7 @@ def outcomes(mutants: Sequence[Mutant], jobs: int) -> Iterator[Outcome]:
         def tried(mutant: Mutant) -> Outcome:
             copy = copies.get()
             try:
-                return copy.outcome(mutant)
+                return copy.outcome(mutant, wider)
             finally:
                 copies.put(copy)
 
@@ -192,6 +193,7 @@ def table(found: Sequence[Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows whose name, kind or file has")
+    parser.add_argument("--own", action="store_true", help="leave out the wider set of tests")
     parser.add_argument("--list", action="store_true", help="print the rows, try none")
     parser.add_argument("--check", action="store_true", help="only look whether every row can be applied")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="copies tried at a time")
@@ -209,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{len(rows)} mutants, every old text is found once")
             return 0
         found = []
-        for item in outcomes(rows, max(1, min(given.jobs, len(rows)))):
+        for item in outcomes(rows, max(1, min(given.jobs, len(rows))), not given.own):
             found.append(item)
             verdict = f"killed by {item.by}" if item.by else "SURVIVED"
             aside = "" if item.expected or not item.by else " (not by its own tests)"

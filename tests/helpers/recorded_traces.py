@@ -1,6 +1,7 @@
 """What the real libraries allocated, layer by layer: cases, and the script that records them (needs torch).
 
 python -m tests.helpers.recorded_traces [NAME ...]
+python -m tests.helpers.recorded_traces --apart     # only "apart" anew, from the traces that are recorded: no torch
 
 writes tests/step/traces.json: for each case the trace's highest level and the sum of all allocations in every layer's
 forward and backward, in the head and loss and in their backward, in requested bytes of the second step, and the FLOPs
@@ -157,16 +158,17 @@ def of_trace(result: TraceResult) -> Segments:
 
 
 def record(names: list[str]) -> None:
-    """Trace the cases (all by default) and write the file; cases that are not named stay as they are."""
-    from calibrate.oracle.trace import trace
+    """Trace the cases (all by default) and write the file; traces of cases that are not named stay as they are."""
+    if names != ["--apart"]:
+        from calibrate.oracle.trace import trace
 
     held: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"cases": {}}
-    for name in names or CASES:
+    for name in () if names == ["--apart"] else names or CASES:
         result = trace(CASES[name].config, CASES[name].training, arch=Architecture())
         flops = {ours: sum(result.flops.get(theirs, {}).values()) for ours, theirs in PARTS.items()}
         held["cases"][name] = {"segments": of_trace(result), "flops": flops}
         held["versions"] = result.versions
-    for name in names or CASES:
+    for name in held["cases"]:
         held["cases"][name] |= difference(held["cases"][name], planned(name))
     held["cases"] = {name: held["cases"][name] for name in CASES if name in held["cases"]}
     FILE.write_text(text_of(held), encoding="utf-8")
