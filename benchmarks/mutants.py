@@ -37,8 +37,8 @@ COPIED = ("planner", "calibrate", "benchmarks", "tests", "data", "docs", ".ci", 
           "pyproject.toml", "setup.cfg")  # fmt: skip
 WIDER = ("step", "memory", "timing", "plan", "sweep", "training", "device", "facts", "model", "runs")
 """Folders of tests that run where a mutant's own tests pass; README and docs are not among them."""
-LEFT_OUT = "not slow and not oracle"
-"""Of the wider set; a mutant's own tests run whole."""
+CHOSEN = "not slow and not oracle"
+"""Tests that run, of a mutant's own and of the wider set."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ class Copy:
         compiling = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "planner"]
         subprocess.run(compiling, cwd=folder, check=True, env=self.environment)
 
-    def pytest(self, paths: Sequence[str], marks: str = "") -> str:
+    def pytest(self, paths: Sequence[str]) -> str:
         """The first test that fails; empty: none does."""
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
-        command += ["-m", marks] if marks else []
+        command += ["-m", CHOSEN]
         ran = subprocess.run(
             [*command, *paths], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
         )
@@ -145,7 +145,7 @@ class Copy:
             by = self.pytest(mutant.killers)
             expected = bool(by)
             if not by and wider:
-                by = self.pytest([f"tests/{name}" for name in WIDER], LEFT_OUT)
+                by = self.pytest([f"tests/{name}" for name in WIDER])
         finally:
             path.write_text(before, encoding="utf-8")
         return Outcome(mutant, by, expected, time.monotonic() - began)
