@@ -22,7 +22,7 @@ CORE = {"loraplan", "click", "pyyaml"}
 """All that an installation of the core may bring."""
 TOOLS = {"pip", "setuptools", "wheel", "colorama"}
 """What a new virtual environment holds already (colorama: click's, on Windows)."""
-SOURCES = ("planner", "calibrate", "data", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("loraplan", "planner", "calibrate", "data", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 MODEL = "openai-community/gpt2"
 CONFIG = f"model_name_or_path: {MODEL}\nuse_peft: true\nlora_target_modules: [c_attn]\ndtype: bfloat16\n"
 

@@ -22,13 +22,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from planner.base.errors import PlannerError
-from planner.cli.table import caption_of, columns_of
 from planner.facts import catalog, sources
 from planner.memory import walk
 from planner.model import families
 from planner.plan import sweep
+from planner.plan.request import Cost, Request
 from planner.plan.table import tabulator
 from planner.report.grid import write_streamed
+from planner.report.table import caption_of, columns_of
 from planner.step import architecture, program
 from planner.timing import step_time
 from planner.timing.coefficients import priors
@@ -103,7 +104,7 @@ def table(models: int, cards: int) -> None:
         "gradient_checkpointing": ["none,full"], "quantization": ["none,nf4"],
     }  # fmt: skip
     watch = Stopwatch()
-    made = tabulator(lists, {"tokens": "10M", "rows": None, "epochs": None, "price": None})
+    made = tabulator(lists, Request(cost=Cost(tokens="10M")))
     with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
         columns = columns_of([made.wanted], True)
         rows = write_streamed("csv", file, columns, made.blocks(), caption_of([made], final=False))

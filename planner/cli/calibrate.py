@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.base.records import replace
-from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
+from planner.cli.asking import settings_of
+from planner.cli.from_config import ShowKeys, config_options, files_of, show_keys, take_job
 from planner.cli.options import format_option
+from planner.cli.terminal import echo_notes
 
 if TYPE_CHECKING:  # a command's help needs none of these
     from calibrate.fit.measurements import Run
-    from calibrate.measure.device import Device
     from calibrate.measure.grid import Burst
     from calibrate.measure.harness import Progress, Settings
-    from planner.importers import Job
     from planner.timing.coefficients import Calibration
 
 EXIT_FAILED = 3
@@ -127,9 +126,10 @@ def run(
     from calibrate.fit.measurements import RunFolder
     from calibrate.measure import harness
     from calibrate.measure.device import open_device
+    from calibrate.measure.job import one_job
     from planner.base.errors import require
 
-    job = take_job(take_reading(given), given)
+    job = take_job(files_of(given), settings_of({}), given["show_keys"])
     if isinstance(job, ShowKeys):
         return show_keys(job.job, "table")
     require("a burst", "calibrate", "torch", "transformers", "peft")
@@ -140,7 +140,7 @@ def run(
     )  # fmt: skip
     source = None
     if job is not None:
-        source, settings = _one_job(job, opened, settings)
+        source, settings = one_job(job, opened, settings, echo_notes)
     folder = RunFolder(out if out is not None else harness.default_folder(opened))
     for note in opened.notes:
         click.echo(f"warning: {note}", err=True)
@@ -151,38 +151,6 @@ def run(
     if found.done:
         click.echo(f"next: loraplan calibrate {following} {folder.path}")
     return 0 if found.done else EXIT_FAILED
-
-
-def _one_job(job: Job, opened: Device, settings: Settings) -> tuple[Iterator[Burst], Settings]:
-    """The bursts of one job, and the settings of a run that holds no other.
-
-    Raises:
-        PlannerError: the job names no model, cannot be run as a burst, or is not predicted to fit the device.
-    """
-    from calibrate.fit.measurements import device_gpu, request_key
-    from calibrate.measure.burst import refuse
-    from calibrate.measure.grid import exactly, peak_bytes
-    from planner.base.errors import InvalidInput
-    from planner.base.units import gib
-    from planner.cli.terminal import echo_notes
-    from planner.plan.request import Request, resolve
-    from planner.training.options import OPTIONS
-
-    if job.model is None:
-        raise InvalidInput("no config names the model to measure; add its key")
-    gpu = device_gpu(opened.identity())
-    given: dict[str, Any] = {**dict.fromkeys(OPTIONS), "job": job}
-    del given["stack"]
-    plan = resolve(Request(job.model, given, job.stack, gpu, calibration="none"))
-    echo_notes(plan.warnings)
-    training, config = plan.training, plan.loaded.loaded.config
-    refuse(training)
-    burst = next(exactly(job.model, config, training))
-    need = peak_bytes(burst, gpu)
-    if need > gpu.free_bytes:
-        raise InvalidInput(f"the job needs {gib(need)} GiB and {gpu.name} has {gib(gpu.free_bytes)}: not measured")
-    key = request_key(burst.request(opened.name, settings.threads, 0, 0))
-    return exactly(job.model, config, training), replace(settings, job=key)
 
 
 def _with_progress(folder: Any, opened: Any, settings: Settings, bursts: Iterator[Burst] | None = None) -> Progress:

@@ -10,7 +10,7 @@ from planner.cli.options import format_option
 
 if TYPE_CHECKING:
     from planner.device.hardware import Gpu
-    from planner.plan.request import LoadedModel
+    from planner.plan.models import LoadedModel
 
 
 class ListByDefault(click.Group):
@@ -121,7 +121,7 @@ def show_model(model: str, style: str) -> int:
     Example:
       loraplan models show Qwen/Qwen2.5-7B --format json
     """
-    from planner.plan.request import load_model
+    from planner.plan.models import load_model
 
     return _print_facts(style, "model", _model_facts(load_model(model)))
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import click
 
+from planner.cli.asking import read_data
 from planner.cli.options import Word, format_option
 from planner.cli.terminal import echo_notes
-from planner.plan.data import read
-
-if TYPE_CHECKING:
-    from planner.runs.dataset.scan import Source
 
 
 @click.command()
@@ -55,6 +51,7 @@ def data(
     Exit codes: 0 every row is usable, 1 some rows were left out, 2 could not answer.
     """
     from planner.base.errors import InvalidInput
+    from planner.plan.data import model_notes, source
     from planner.report.data_report import DataAnswer, render
     from planner.runs.dataset import scan as scanning
 
@@ -62,7 +59,7 @@ def data(
         raise InvalidInput(f"--split is {split}; write the share of rows to train on, above 0 and at most 1")
     if folder and split is None:
         split = 1.0
-    found = read(source(paths, template, tokenizer, model))
+    found = read_data(source(paths, template, tokenizer, model))
     if show:
         click.echo(_for_terminal(found.example) if sys.stdout.isatty() else found.example, nl=False)
         return 1 if found.num_problems else 0
@@ -84,35 +81,8 @@ def data(
     return 1 if found.num_problems else 0
 
 
-def model_notes(model: str | None) -> tuple[str, ...]:
-    """What to tell about the model that was named."""
-    if model is None:
-        return ()
-    from planner.plan.request import load_model
-
-    return load_model(model).warnings
-
-
 def _for_terminal(text: str) -> str:
     """The text with what would drive a terminal escaped; a pipe gets it byte for byte."""
     from planner.base.errors import one_line
 
     return "\n".join(one_line(line, len(line) * 10) for line in text.split("\n"))
-
-
-def source(paths: tuple[str, ...], template: str, tokenizer: str | None, model: str | None) -> Source:
-    """What to read; a model decides whose vocabulary an estimate stands on."""
-    from planner.base.errors import unknown
-    from planner.runs.dataset.scan import Source
-    from planner.runs.dataset.templates import NAMES
-    from planner.runs.dataset.tokens import family_of
-
-    if template not in NAMES:
-        raise unknown("template", template, NAMES)
-    family = "llama2"
-    if model and not tokenizer:
-        from planner.plan.request import load_model
-
-        spec = load_model(model).spec
-        family = family_of(spec.model_type, spec.vocab_size)
-    return Source(paths=paths, template=template, tokenizer=tokenizer, family=family)

@@ -6,30 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.asking import known, request_of
 from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
 from planner.cli.options import MOST_STEPS, Number, Sectioned, Word, training_options
 
 if TYPE_CHECKING:
-    from planner.exporters.recipe import Export, Recipe
-    from planner.plan.predict import Prediction
+    from planner.exporters.recipe import Export
 
 TARGETS = (
     "peft", "trl", "axolotl", "llama-factory", "entrenar", "databricks-air", "databricks-cluster", "databricks-fm",
 )  # fmt: skip
-RUN = (
-    "output_dir",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-    "epochs",
-    "max_steps",
-    "save_steps",
-    "seed",
-)
-PLACE = ("accelerator", "num_accelerators", "cloud", "node_type", "name", "margin")
-CALL = ("register_to", "data_prep_cluster_id", "duration")
 
 
 @click.command(cls=Sectioned)
@@ -78,7 +65,7 @@ CALL = ("register_to", "data_prep_cluster_id", "duration")
 @click.option("--write", "folder", metavar="FOLDER", help="Write all files of the export there.")
 @data_options
 @training_options
-def export(target: str, model: str, part: str | None, folder: str | None, **given: Any) -> int:
+def export(target: str, part: str | None, folder: str | None, **given: Any) -> int:
     """Write a planned run as a recipe that TARGET launches; what the target cannot say is told on stderr.
 
     TARGET is peft, trl, axolotl, llama-factory, entrenar, databricks-air, databricks-cluster or databricks-fm.
@@ -93,7 +80,12 @@ def export(target: str, model: str, part: str | None, folder: str | None, **give
     \b
     Exit codes: 0 written, 1 written but it does not fit or would be refused, 2 could not answer.
     """
-    made = _export(target, model, given)
+    from planner.exporters.exporting import Organised, Place, exported
+    from planner.report.answer import run_words
+
+    how = Organised(**{name: given[name] for name in Organised._fields})
+    place = Place(**{name: given[name] for name in Place._fields})
+    made = exported(target, request_of(given, margin=0.0), how, place, run_words, known())
     _tell(made)
     if folder:
         _write(made, folder)
@@ -124,84 +116,6 @@ def _write(made: Export, folder: str) -> None:
         with whole_file(path, newline="\n") as file:
             file.write(artifact.text)
         click.echo(path)
-
-
-def _export(target: str, model: str, given: dict[str, Any]) -> Export:
-    place = {name: given.pop(name) for name in PLACE}
-    call = {name: given.pop(name) for name in CALL}
-
-    from planner.base.records import replace
-    from planner.plan.verdict import NO
-
-    recipe, plan, tokens = _recipe(model, given)
-    made = _made(target, recipe, place, call, tokens)
-    made = replace(made, notes=tuple(dict.fromkeys((*plan.warnings, *made.notes))))
-    if plan.verdict == NO and not target.startswith("databricks"):
-        made = replace(made, errors=(*made.errors, "the run does not fit the card: loraplan fits says what to change"))
-    return made
-
-
-def _made(target: str, recipe: Recipe, place: dict[str, Any], call: dict[str, Any], tokens: float) -> Export:
-    if target == "databricks-air":
-        from planner.exporters import databricks_air as air
-
-        choice = air.choose(recipe, place["accelerator"], place["num_accelerators"], place["margin"])
-        return air.export(recipe, choice, experiment=place["name"])
-    if target == "databricks-cluster":
-        from planner.exporters import databricks_cluster as cluster
-
-        return cluster.export(recipe, cluster.choose(recipe, place["cloud"], place["node_type"]), name=place["name"])
-    if target == "databricks-fm":
-        from planner.exporters import databricks_fm as fm
-
-        given = {
-            "register_to": call["register_to"], "data_prep_cluster_id": call["data_prep_cluster_id"],
-            "training_duration": call["duration"],
-        }  # fmt: skip
-        return fm.export(fm.call_of(recipe, given), tokens, recipe.data_shape)
-    from planner.exporters import frameworks, script
-
-    exporters = {
-        "peft": script.export, "trl": frameworks.trl, "axolotl": frameworks.axolotl,
-        "llama-factory": frameworks.llama_factory, "entrenar": frameworks.entrenar,
-    }  # fmt: skip
-    return exporters[target](recipe)
-
-
-def _recipe(model: str, given: dict[str, Any]) -> tuple[Recipe, Prediction, float]:
-    """The planned run, its prediction on the card that was named, and the tokens it trains on."""
-    from planner.cli.data_options import take
-    from planner.exporters.recipe import Recipe
-    from planner.model.spec import ModelSpec
-    from planner.plan.answering import answer_of, card_of
-    from planner.report.answer import run_words
-
-    run = {name: given.pop(name) for name in RUN}
-    card = card_of(given.pop("gpu"), given.pop("vram"))
-    answer = answer_of(model, card, 0.0, given, False, data=take(given))
-    plan, found = answer.prediction, answer.data
-    assert isinstance(plan.model, ModelSpec), "exports are planned by loraplan's own program"
-    more: dict[str, Any] = {}
-    if found:
-        more = {
-            "data": found.found.source.paths[0],
-            "data_shape": found.found.shapes[0][0],
-            "template": found.found.template.name,
-            "padding": found.batching.padding,
-        }
-    words = run_words(answer)
-    words += f"; device memory {plan.device.expected / 2**30:.2f} GiB ({plan.device.low / 2**30:.2f} to "
-    words += f"{plan.device.high / 2**30:.2f})" + (f" on {card.name}: {plan.verdict}" if card else "")
-    recipe = Recipe(
-        model_id=model,
-        model=plan.model,
-        training=plan.training,
-        limit=found.batching.limit if found else plan.training.seq_len,
-        plan_words=words,
-        **run,
-        **more,
-    )
-    return recipe, plan, found.seen.total * run["epochs"] if found else 0.0
 
 
 def _check_call(context: click.Context, _: click.Parameter, path: str | None) -> None:

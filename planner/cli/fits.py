@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.asking import known, request_of
 from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
 from planner.cli.options import (
@@ -18,8 +19,6 @@ from planner.cli.options import (
     trace_options,
     training_options,
 )
-from planner.plan.answering import Tracing, _with_cost, answer_of, card_of, percent_of
-from planner.plan.words import COST
 
 if TYPE_CHECKING:  # the command's help needs none of these
     from planner.plan.answer import Answer
@@ -49,19 +48,7 @@ _COLOURS = {"YES": "green", "NO": "red", "MAYBE": "yellow"}
 @trace_options
 @training_options
 def fits(
-    model: str,
-    gpu: str | None,
-    vram: str | None,
-    margin: str,
-    explain: bool,
-    explain_time: bool,
-    calibration: str | None,
-    via: str,
-    changes: bool,
-    style: str,
-    time_limit: float,
-    use_cache: bool,
-    **given: Any,
+    explain: bool, explain_time: bool, via: str, style: str, time_limit: float, use_cache: bool, **given: Any
 ) -> int:
     """Say whether a fine-tuning run fits on a GPU, where memory and time go, what it costs and what to change.
 
@@ -85,16 +72,13 @@ def fits(
         from planner.cli.gate import only_files
 
         raise only_files()
-    from planner.cli.data_options import take
+    from planner.plan.answering import ask
+    from planner.plan.request import Tracing
     from planner.plan.verdict import FITS
 
-    wanted = {name: given.pop(name) for name in COST}
-    data = take(given)
     tracing = Tracing(time_limit, use_cache) if via == "trace" else None
-    answer = answer_of(model, card_of(gpu, vram), percent_of(margin), given, changes, tracing, calibration, data)
-    answer = answer._replace(explain=explain, explain_time=explain_time)
-    answer = _with_cost(answer, wanted)
-    _print(answer, style)
+    answer = ask(request_of(given, tracing=tracing, changes=given["changes"]), known())
+    _print(answer._replace(explain=explain, explain_time=explain_time), style)
     return 0 if answer.prediction.verdict in (FITS, None) else 1
 
 

@@ -1,7 +1,7 @@
 """`--from FILE`: the options of a training config somebody already has, for any command that takes training options.
 
 `@model_or_config()` stands where a command had `@click.argument("model")`. The command gets its model and options as if
-they had been typed; the job itself travels in the option `job`, which `planner.plan.request.configure` understands.
+they had been typed; the job itself is the parameter `job`, a field of `planner.plan.request.Request`.
 `@config_options` adds the options alone, for commands that name models in another way; `take_job` reads them.
 """
 
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from planner.base.records import NamedTuple
-from planner.plan.jobs import is_config, job_of, with_job
+from planner.cli.asking import settings_of
+from planner.plan.given import Settings
+from planner.plan.jobs import Files, is_config, job_of
 
 if TYPE_CHECKING:  # a run without --from needs none of these
     from planner.importers import Job
@@ -35,9 +37,7 @@ def model_or_config(*, many: bool = False, required: bool = True) -> Callable[[C
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def run(model: Any, **rest: Any) -> Any:
-            reading = take_reading(rest)
-            models = model if many else (model,) if model else ()
-            return _run(command, models, reading, rest, required)
+            return _run(command, model if many else (model,) if model else (), rest, required)
 
         argument = click.argument("model", nargs=-1) if many else click.argument("model", required=False)
         return argument(config_options(run))
@@ -58,23 +58,23 @@ class ShowKeys(NamedTuple):
     job: Job
 
 
-def take_reading(given: dict[str, Any]) -> dict[str, Any]:
-    """Take the parameters of `config_options` out of what a command was given."""
-    return {name: given.pop(name) for name in _OPTIONS}
+def files_of(given: dict[str, Any]) -> Files:
+    """The configs that `--from` names and how they are read."""
+    return Files(tuple(given["configs"]), given["one_gpu"], given["allow_outside"])
 
 
-def take_job(reading: dict[str, Any], given: dict[str, Any]) -> Job | ShowKeys | None:
+def take_job(files: Files, said: Settings, keys_only: bool) -> Job | ShowKeys | None:
     """Read the job that `--from` names and say so on stderr; what the estimate lacks of it is a note of its plan.
 
     Raises:
         PlannerError: the files cannot be read, or their job is not planned.
     """
-    if not reading["configs"]:
-        if reading["show_keys"]:
+    if not files.paths:
+        if keys_only:
             raise click.UsageError("--show-keys lists the keys of a config; give one with --from")
         return None
-    job = job_of(reading["configs"], reading, given)
-    if reading["show_keys"]:
+    job = job_of(files, said)
+    if keys_only:
         return ShowKeys(job)
     click.echo(job.summary, err=True)
     return job
@@ -92,33 +92,25 @@ def _click_options() -> list[Callable[..., Any]]:
     ]  # fmt: skip
 
 
-def _run(
-    command: Callable[..., Any],
-    models: tuple[str, ...],
-    reading: dict[str, Any],
-    rest: dict[str, Any],
-    required: bool,
-) -> Any:
-    files = models if models and all(is_config(name, len(models) > 1) for name in models) else ()
-    if len(files) > 1 or (files and rest.get("style") == "github"):
+def _run(command: Callable[..., Any], models: tuple[str, ...], rest: dict[str, Any], required: bool) -> Any:
+    files, keys_only = files_of(rest), rest["show_keys"]
+    given = {name: value for name, value in rest.items() if name not in _OPTIONS}
+    configs = models if models and all(is_config(name, len(models) > 1) for name in models) else ()
+    if len(configs) > 1 or (configs and rest.get("style") == "github"):
         from planner.cli.gate import gate
 
-        return gate(files, reading, rest)
-    if files:
-        reading = {**reading, "configs": (*reading["configs"], *files)}
-        models = ()
+        return gate(configs, files, keys_only, given)
+    if configs:
+        files, models = files.and_(*configs), ()
     if len(models) > 1:
         raise click.UsageError("several models at once; give one, or several training configs (.yml, .json, .py)")
-    model = models[0] if models else None
-    job = take_job(reading, rest)
+    job = take_job(files, settings_of(given), keys_only)
     if isinstance(job, ShowKeys):
         return show_keys(job.job, rest.get("style", "table"))
-    if job is not None:
-        rest = with_job(job, rest)
-        model = model or job.model
+    model = models[0] if models else job.model if job is not None else None
     if model is None and required:
         raise click.UsageError("Missing argument 'MODEL' (no config names it)" if job else "Missing argument 'MODEL'")
-    return command(model=model, **rest)
+    return command(model=model, job=job, **given)
 
 
 def show_keys(job: Job, style: str) -> int:

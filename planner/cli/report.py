@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.compare import compared_of
 from planner.cli.from_config import ShowKeys, config_options, show_keys
 from planner.cli.options import Sectioned, calibration_option, training_options
 
 if TYPE_CHECKING:
-    from planner.report.comparison import Compared
-    from planner.report.figures import Picture, Speed
-
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    from planner.report.figures import Picture
 
 
 @click.command(cls=Sectioned)
@@ -27,10 +25,7 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 @click.option("--title", default="LoRA fine-tuning plan", help="The heading.")
 @calibration_option
 @training_options
-def report(
-    configurations: tuple[str, ...], model: str | None, gpu: str | None, output: str, figures: str | None, title: str,
-    **given: Any,
-) -> int:  # fmt: skip
+def report(configurations: tuple[str, ...], output: str, figures: str | None, title: str, **given: Any) -> int:
     """Write one HTML file that needs no network: tables, memory and time figures, assumptions, sources.
 
     CONFIGURATIONS are KEY=VALUE words or training configs as in compare; without one the options describe the run.
@@ -46,17 +41,17 @@ def report(
     """
     from planner.base.errors import InvalidInput, require
     from planner.base.outputs import whole_file
-    from planner.cli.compare import MOST, compared
-    from planner.report.figures import pictures
+    from planner.plan.compared import MOST
+    from planner.report.figures import drawn
     from planner.report.html_report import page
 
     if len(configurations) > MOST:
         raise InvalidInput(f"{len(configurations)} configurations; a report takes at most {MOST}")
-    items = compared(configurations or ("",), model, gpu, given)
+    items = compared_of(configurations or ("",), given)
     if isinstance(items, ShowKeys):
         return show_keys(items.job, "table")
     require("a report", "tables,plots", "numpy", "matplotlib")
-    made = pictures(items, speeds_of(items))
+    made = drawn(items)
     with whole_file(output) as file:
         file.write(page(items, made, title))
     click.echo(f"wrote {output}", err=True)
@@ -74,27 +69,3 @@ def _write_figures(folder: Path, made: list[Picture]) -> None:
             with whole_file(folder / f"{picture.name}.{style}", "wb") as file:
                 file.write(picture.data(style))
     click.echo(f"wrote {2 * len(made)} figures to {folder}", err=True)
-
-
-def speeds_of(items: list[Compared]) -> list[Speed]:
-    """Throughput over the micro batch of every configuration whose card's rates are known."""
-    from planner.model.spec import ModelSpec
-    from planner.plan import sweep
-    from planner.report.figures import Speed, label_of
-
-    found = []
-    for item in items:
-        p = item.prediction
-        if p.gpu is None or p.time is None or not isinstance(p.model, ModelSpec):
-            continue
-        axes = sweep.Axes(
-            **{key: (sweep.number_of(p.training, key),) for key in sweep.NUMBERS} | {"micro_batch_size": BATCHES}
-        )
-        cells = sweep.Sweeper(p.model, axes, {p.gpu.gpu_id: p.time.coefficients}).cells(p.training, [p.gpu])
-        judged = sweep.judge(p.model, cells, sweep.replayed_surplus(p.model, cells))
-        tokens = [b * p.training.seq_len * p.training.gradient_accumulation_steps for b in BATCHES]
-        seconds = cells.step_s.ravel().tolist()
-        verdicts = judged.verdict.ravel().tolist()
-        rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
-        found.append(Speed(label_of(item).replace("\n", ", "), BATCHES, rates, [v == 0 for v in verdicts]))
-    return found

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.cli.asking import known, request_of
 from planner.cli.data_options import data_options
 from planner.cli.from_config import model_or_config
 from planner.cli.options import (
@@ -19,19 +20,15 @@ from planner.cli.options import (
     training_options,
 )
 from planner.cli.terminal import echo_notes
-from planner.plan.words import COST
 
 if TYPE_CHECKING:
-    from planner.plan.simulate import Plan
     from planner.report.simulation import Simulation
-    from planner.runs.cost import Price
-    from planner.training.spec import TrainingSpec
 
 RUN = (
     "learning_rate", "shape", "warmup_steps", "warmup_ratio", "save_steps", "eval_steps", "eval_rows", "drop_last",
     "seed",
 )  # fmt: skip
-"""Parameters that go into the plan as they are."""
+"""Parameters that say how the run is organised."""
 
 
 @click.command(cls=Sectioned)
@@ -57,10 +54,7 @@ RUN = (
 @calibration_option
 @data_options
 @training_options
-def simulate(
-    model: str, gpu: str, every: int, speed: float | None, plot: str | None, style: str, calibration: str | None,
-    **given: Any,
-) -> int:  # fmt: skip
+def simulate(every: int, speed: float | None, plot: str | None, style: str, **given: Any) -> int:
     """Play a training run through: steps, learning rate, time, tokens, memory and cost of every optimizer step.
 
     Time, memory and tokens are predicted. The loss curve is synthetic: an illustration, and labelled so.
@@ -74,9 +68,11 @@ def simulate(
     \b
     Exit codes: 0 the run works, 1 it trains nothing or does not fit, 2 could not answer.
     """
-    from planner.plan.verdict import FITS
+    from planner.plan.simulated import Organised, simulated
+    from planner.report.simulation import render, simulation_of
 
-    simulation = _simulation(model, gpu, given, every, calibration)
+    played = simulated(request_of(given), Organised(**{name: given[name] for name in RUN}), known())
+    simulation = simulation_of(played, every)
     if plot:
         from planner.report import data_plots
 
@@ -84,106 +80,10 @@ def simulate(
     if speed:
         _replay(simulation, speed, style)
     else:
-        from planner.report.simulation import render
-
         click.echo(render(simulation, style), nl=False)
     if style in ("csv", "jsonl"):
         echo_notes((*simulation.notes, *simulation.timeline.warnings()), err=True)
-    works = len(simulation.timeline) and not simulation.timeline.out_of_memory_step()
-    return 0 if works and simulation.timeline.cost.prediction.verdict == FITS else 1
-
-
-def _simulation(model: str, gpu: str, given: dict[str, Any], every: int, calibration: str | None) -> Simulation:
-    from planner.cli.data_options import take
-    from planner.model import adapter
-    from planner.model.spec import ModelSpec
-    from planner.plan.answering import answer_of, card_of
-    from planner.plan.curves import StepCost
-    from planner.plan.money import ESTIMATED, price_of
-    from planner.plan.simulate import Timeline, closed_form
-    from planner.plan.verdict import CLOSE
-    from planner.report.answer import run_words
-    from planner.report.simulation import Simulation
-
-    wanted = {name: given.pop(name) for name in COST}
-    run = {name: given.pop(name) for name in RUN}
-    data = take(given)
-    card = card_of(gpu, None)
-    assert card is not None
-    answer = answer_of(model, card, 0.0, given, False, calibration=calibration, data=data)
-    found, training = answer.data, answer.prediction.training
-    lengths, how, words = (
-        (found.found.lengths, found.batching, _data_words(found)) if found else _constant(training, wanted)
-    )
-    cost = StepCost(answer.prediction, found.seen.shortest if found else training.seq_len)
-    price = price_of(card, wanted)
-    plan = _plan(run, lengths, how, training.gradient_accumulation_steps, wanted["epochs"], price)
-    notes = [*answer.prediction.warnings]
-    if training.lora is not None and isinstance(answer.prediction.model, ModelSpec):
-        notes += adapter.facts(answer.prediction.model, training).warnings
-    if answer.prediction.verdict == CLOSE:
-        notes.append(f"whether it fits is {CLOSE}: loraplan fits says by how much")
-    if found and found.found.token_error:
-        notes.append(ESTIMATED)
-    if price is not None:
-        import datetime
-
-        notes += price.warnings(datetime.date.today())
-    return Simulation(
-        timeline=Timeline(plan, cost),
-        closed=closed_form(plan, cost),
-        run_words=run_words(answer),
-        card=card.name,
-        data=words,
-        every=every,
-        notes=tuple(dict.fromkeys(notes)),
-        price=_price_words(price) if price else "",
-    )
-
-
-def _price_words(price: Price) -> str:
-    where = " ".join(part for part in (price.instance_type or price.source, price.date) if part)
-    return f"{price.usd_per_hour:,.3f} USD/h ({where})"
-
-
-def _plan(run: dict[str, Any], lengths: Any, how: Any, accumulation: int, epochs: float | None, price: Any) -> Plan:
-    from planner.plan.simulate import Plan
-
-    return Plan(
-        lengths=lengths, batching=how, accumulation=accumulation, epochs=3.0 if epochs is None else epochs,
-        usd_per_hour=price.usd_per_hour if price else 0.0, **run,
-    )  # fmt: skip
-
-
-def _data_words(found: Any) -> str:
-    scan = found.found
-    return f"{len(scan.lengths):,} rows as {scan.template.name}, {scan.lengths.total:,} tokens ({scan.token_label})" + (
-        f"; {scan.num_problems:,} rows left out" if scan.num_problems else ""
-    )
-
-
-def _constant(training: TrainingSpec, wanted: dict[str, Any]) -> tuple[Any, Any, str]:
-    """Rows of one length, when there is no data: all padded to the length.
-
-    Raises:
-        PlannerError: neither data nor a number of rows.
-    """
-    from itertools import repeat
-
-    from planner.base.errors import Contradiction, InvalidInput
-    from planner.plan.money import amount_of
-    from planner.runs.dataset.batches import Batching
-    from planner.runs.dataset.lengths import Lengths
-
-    if wanted["rows"] is None or wanted["tokens"] is not None:
-        raise Contradiction("what is trained? give --data FILE, or --rows N")
-    amount_of(wanted)  # checks the ranges
-    if wanted["rows"] > 50_000_000:
-        raise InvalidInput(f"--rows is {wanted['rows']:,}; a timeline takes at most 50,000,000")
-    mean = min(round(wanted["mean_tokens"] or training.seq_len), training.seq_len)
-    lengths = Lengths(repeat(max(mean, 1), wanted["rows"]))
-    how = Batching(batch=training.micro_batch_size, limit=training.seq_len, padding="max")
-    return lengths, how, f"{wanted['rows']:,} rows of {mean:,} tokens, padded to {training.seq_len:,} (no data given)"
+    return 0 if played.works else 1
 
 
 def _replay(simulation: Simulation, speed: float, style: str) -> None:

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from planner.base.outputs import whole_file
-from planner.cli.data_options import data_options, take
-from planner.cli.from_config import ShowKeys, config_options, show_keys, take_job, take_reading
+from planner.cli.asking import data_of, known
+from planner.cli.data_options import data_options
+from planner.cli.from_config import ShowKeys, config_options, files_of, show_keys, take_job
 from planner.cli.options import Sectioned, Word, calibration_option
-from planner.plan.jobs import is_config
-from planner.plan.table import explicit, read_grid, tabulator
+from planner.plan.given import Settings
+from planner.plan.grid import rows_among, tables
+from planner.plan.request import Cost, Request
+from planner.report.table import caption_of, columns_of, kept, notes_of, warnings_of
 from planner.training.options import OPTIONS
+from planner.training.settings import LIBRARIES
 
 if TYPE_CHECKING:
     from planner.importers import Job
     from planner.plan.rows import Block, Caption
-    from planner.plan.table import Tabulator, Wanted
+    from planner.plan.table import Tabulator
 
 STYLES = ("table", "json", "jsonl", "csv", "markdown", "latex", "html", "parquet")
 
@@ -86,43 +90,28 @@ def table(
     Exit codes: 0 there are rows, 1 no row is left, 2 could not answer.
     """
     view = View(
-        **{name: rest.pop(name) for name in ("where", "sort", "top", "pareto", "pivot", "show")},
+        **{name: rest[name] for name in ("where", "sort", "top", "pareto", "pivot", "show")},
         style=chosen_style(style, output), output=output,
     )  # fmt: skip
-    costs = {name: rest.pop(name) for name in ("tokens", "rows", "epochs", "mean_tokens", "price", "margin")}
-    costs["calibration"] = rest.pop("calibration")
-    costs["data"] = take(rest)
-    source, job = sources_of(take_reading(rest), rest)
+    cost = Cost(**{name: rest[name] for name in ("tokens", "rows", "epochs", "mean_tokens", "price")})
+    lists = {"model": list(models), "gpu": list(gpus), "vram": list(rest["vram"])}
+    lists |= {name: list(rest[name]) for name in OPTIONS if rest[name]}
+    source, job = sources_of(rest, lists)
     if isinstance(job, ShowKeys):
         return show_keys(job.job, view.style if view.style in ("json", "csv", "markdown") else "table")
-    lists = {
-        "model": list(models),
-        "gpu": list(gpus),
-        "vram": list(rest.pop("vram")),
-        **{k: list(v) for k, v in rest.items() if v},
-    }
-    if grid is not None:
-        lists = {**read_grid(grid), **{k: v for k, v in lists.items() if v}}
-    if job is not None and job.model and not lists["model"]:
-        lists["model"] = [job.model]
-    made = explicit(source, lists, costs, job) if source is not None else [tabulator(lists, costs, job)]
-    return view.print(made)
+    base = Request(job=job, margin=rest["margin"], calibration=rest["calibration"], data=data_of(rest), cost=cost)
+    return view.print(tables(lists, base, grid=grid, rows=source, shared=known()))
 
 
-def sources_of(reading: dict[str, Any], lists: Mapping[str, Sequence[Any]]) -> tuple[str | None, Job | ShowKeys | None]:
+def sources_of(given: dict[str, Any], lists: Mapping[str, list[Any]]) -> tuple[str | None, Job | ShowKeys | None]:
     """What the files of --from are: explicit rows (one CSV file at most), and the job of the training configs.
 
     Raises:
         PlannerError: configs that cannot be read, or two files of rows.
     """
-    from planner.base.errors import Contradiction
-
-    configs = tuple(name for name in reading["configs"] if is_config(name, several=True))
-    rows = [name for name in reading["configs"] if name not in configs]
-    if len(rows) > 1:
-        raise Contradiction("--from names two files of rows; put the rows into one")
-    single = {key: values[0] for key, values in lists.items() if len(values) == 1}
-    return (rows[0] if rows else None), take_job({**reading, "configs": configs}, single)
+    files, rows = rows_among(files_of(given))
+    single = {key: lists[key][0] for key in LIBRARIES if len(lists.get(key, ())) == 1}
+    return rows, take_job(files, Settings(single), given["show_keys"])
 
 
 def chosen_style(style: str | None, output: str | None) -> str:
@@ -173,7 +162,7 @@ class View(NamedTuple):
             count = self._stream(blocks, columns, caption_of(made, final=False))
             self._tell_notes(made)
         else:
-            rows = self._rows((row for block in blocks for row in block.rows(columns)), columns)
+            rows = kept((row for block in blocks for row in block.rows(columns)), columns, self)
             count = len(rows)
             caption = caption_of(made, final=True)
             if self.pivot:
@@ -199,31 +188,6 @@ class View(NamedTuple):
 
         for line in warnings_of(notes_of(made), sum(one.evaluated for one in made)):
             click.echo(one_line(line, 1000), err=True)
-
-    def _rows(self, rows: Iterator[tuple[Any, ...]], columns: Sequence[str]) -> list[tuple[Any, ...]]:
-        from planner.base.errors import InvalidInput
-        from planner.plan import rows as plan_rows
-        from planner.report import grid as report
-
-        found: Any = rows
-        if self.pareto:
-            found = plan_rows.pareto(
-                found, [columns.index(plan_rows.column_of(w, columns)) for w in self.pareto.split(",")]
-            )
-        if self.sort:
-            keys = [w.strip() for w in self.sort.split(",")]
-            numbers = [(columns.index(plan_rows.column_of(w.lstrip("-"), columns)), w.startswith("-")) for w in keys]
-            return plan_rows.kept_sorted(found, numbers, self.top or 0)
-        held: list[tuple[Any, ...]] = []
-        for row in found:
-            if self.top and len(held) >= self.top:
-                break
-            if len(held) >= report.MOST_SHOWN:
-                raise InvalidInput(
-                    f"more than {report.MOST_SHOWN:,} rows; use csv, jsonl or parquet, or narrow with --where or --top"
-                )
-            held.append(row)
-        return held
 
     def _stream(self, blocks: Iterator[Block], columns: Sequence[str], caption: Caption) -> int:
         from planner.report import grid as report
@@ -275,69 +239,6 @@ class View(NamedTuple):
         else:
             with whole_file(self.output) as file:
                 file.write(text)
-
-
-def columns_of(wanted: Sequence[Wanted], budget: bool) -> list[str]:
-    """Columns of a table: model, card, the settings that were given, the numbers, the results."""
-    from planner.plan.rows import RESULTS
-    from planner.plan.sweep import NUMBERS
-
-    settings = dict.fromkeys(key for one in wanted for key in one.values if key not in NUMBERS)
-    results = [name for name in RESULTS if budget or name not in ("hours", "usd")]
-    return ["model", "gpu", *settings, *NUMBERS, *results]
-
-
-def caption_of(made: Sequence[Tabulator], *, final: bool) -> Caption:
-    """Version, calibration, prices and their days, and the settings that all rows share."""
-    from planner import __version__
-    from planner.plan.money import ESTIMATED
-    from planner.plan.rows import Caption
-    from planner.report.answer import value_words
-    from planner.timing.coefficients import time_words
-
-    prices = [price for one in made for price in one.run.prices.values() if price is not None]
-    days = sorted({price.date for price in prices if price.date})
-    shared = dict(made[0].shared)
-    for one in made[1:]:
-        shared = {key: value for key, value in shared.items() if one.shared.get(key) == value}
-    chosen = {name: item for one in made for name, item in one.run.chosen.items()}
-    lines = [f"loraplan {__version__}; {made[0].basis}; {time_words(chosen)}"]
-    if made[0].run.margin:
-        lines.append(f"{made[0].run.margin:g} % of every card is kept free (--margin)")
-    if final and any(scan.token_error for one in made for scan in one.known.scans.values()):
-        lines.append(ESTIMATED)
-    if made[0].run.budget and days:
-        lines.append(f"prices on demand, read {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else ""))
-    if final and shared:
-        order = ("stack", "method", "quantization", "gradient_checkpointing", "attention", "loss", "optimizer",
-                 "target_modules", "base_dtype", "autocast")  # fmt: skip
-        words = [f"{key} {value_words(shared[key])}" for key in order if key in shared]
-        lines.append(f"all rows: {'; '.join(words)}")
-    data: dict[str, Any] = {
-        "version": __version__, "basis": made[0].basis, "prices_read": days,
-        "calibrated": sorted(name for name, item in chosen.items() if item.calibration and not item.borrowed),
-        "borrowed": {n: i.calibration.label for n, i in sorted(chosen.items()) if i.calibration and i.borrowed},
-        "shared": {key: value_words(value) for key, value in shared.items()},
-    }  # fmt: skip
-    if final:
-        notes = notes_of(made)
-        data["warnings"] = [{"text": text, "rows": rows} for text, rows in notes.items()]
-        lines += warnings_of(notes, sum(one.evaluated for one in made))
-    return Caption(tuple(lines), data)
-
-
-def notes_of(made: Sequence[Tabulator]) -> dict[str, int]:
-    """Distinct notes of the plans of all rows, with the number of rows that each concerns."""
-    found: dict[str, int] = {}
-    for one in made:
-        for note, rows in one.notes.items():
-            found[note] = found.get(note, 0) + rows
-    return found
-
-
-def warnings_of(notes: Mapping[str, int], rows: int) -> list[str]:
-    """The notes as lines, with how many of the rows they concern."""
-    return [f"warning{f' ({n:,} of {rows:,} rows)' if n < rows else ''}: {note}" for note, n in notes.items()]
 
 
 def _with_progress(made: Sequence[Tabulator]) -> Iterator[Block]:

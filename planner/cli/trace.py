@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from planner.cli.asking import known, request_of
 from planner.cli.from_config import model_or_config
 from planner.cli.options import Sectioned, format_option, trace_options, training_options
-from planner.plan.traced_answer import _cut, _layers, _other_releases, _prepare, _run
-
-if TYPE_CHECKING:  # the command's help needs none of these
-    from planner.device.cuda_rules import Architecture
-    from planner.memory.walk import MemoryBreakdown
-    from planner.model.spec import ModelSpec
-    from planner.training.spec import TrainingSpec
 
 
 @click.command(cls=Sectioned)
@@ -35,17 +29,9 @@ if TYPE_CHECKING:  # the command's help needs none of these
 @trace_options
 @training_options
 def trace(
-    model: str,
-    gpu: str | None,
-    layers: str,
-    compare: bool,
-    plot: Path | None,
-    explain: bool,
-    style: str,
-    time_limit: float,
-    use_cache: bool,
+    layers: str, compare: bool, plot: Path | None, explain: bool, style: str, time_limit: float, use_cache: bool,
     **given: Any,
-) -> int:
+) -> int:  # fmt: skip
     """Run one training step of the installed libraries under fake tensors and show where its memory goes.
 
     transformers, bitsandbytes, PEFT and the optimizer run as they are; only the tensors have no data, and CUDA's own
@@ -60,37 +46,18 @@ def trace(
     \b
     Exit codes: 0 traced, 2 could not answer.
     """
-    from planner.plan.answering import card_of
-    from planner.plan.request import training_settings
-    from planner.report.trace_view import TraceView
-    from planner.step.architecture import architecture
+    from planner.plan.request import Tracing, resolve
+    from planner.plan.traced_answer import traced_step
+    from planner.report.trace_view import view_of
 
     if plot is not None:
         _check_plot(plot)
-    stack = training_settings(given)
-    card = card_of(gpu, None)
-    loaded, spec, notes, resolved, training = _prepare(model, stack, given, card)
-    arch = architecture(card, training)
-    config, spec = _cut(loaded.config, spec, _layers(layers))
-    program = _program(spec, training, arch) if compare else None
-    traced = _run(config, loaded.model_id, training, arch, _layers(layers), time_limit, use_cache)
-    notes = (*notes, *traced.notes, *_other_releases(given, traced))
-    view = TraceView(traced, training, card, arch, loaded, resolved, stack, program, notes, explain)
+    plan = resolve(request_of(given, tracing=Tracing(time_limit, use_cache)), known())
+    view = view_of(plan, traced_step(plan, layers, compare=compare), explain=explain)
     _print(view, style)
     if plot is not None:
         _write_plot(view, plot)
     return 0
-
-
-def _program(spec: ModelSpec | None, training: TrainingSpec, arch: Architecture) -> MemoryBreakdown:
-    """What loraplan's own program says, with the rule of a dispatch mode: gradients are added out of place."""
-    from planner.base.errors import UnknownName
-    from planner.memory import walk
-    from planner.step import program
-
-    if spec is None:
-        raise UnknownName("--compare: loraplan's program does not know this family; drop --compare")
-    return walk.breakdown(program.run(spec, training, arch, full_depth=True, accumulates_in_place=False).record)
 
 
 # --- output --------------------------------------------------------------------------------------------------------

@@ -93,6 +93,17 @@ def load_config(source: str, *, offline: bool = False) -> LoadedConfig:
     return _from_cache(source) or _from_hub(source, offline)
 
 
+def given_config(config: Mapping[str, Any]) -> LoadedConfig:
+    """Take a config that a program holds, as transformers' `to_dict` gives it; a quoted name is not looked up.
+
+    Raises:
+        InvalidInput: it is no config of a model.
+    """
+    name = config.get("_name_or_path")
+    named = name if isinstance(name, str) and name else str(text_part(config).get("model_type") or "a config")
+    return _loaded(named, dict(config), "the config given")
+
+
 # --- the catalogue ------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,11 @@
-"""A training config of another framework as a job of this planner."""
+"""Training configs of other frameworks as a job of this planner."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from planner.training.settings import LIBRARIES
+from planner.base.records import NamedTuple
+from planner.plan.given import Settings
 
 if TYPE_CHECKING:
     from planner.importers import Job
@@ -13,13 +14,27 @@ CONFIG_ENDS = (".yml", ".yaml", ".py", ".ipynb")
 """Ends of files that are a training config and never a model."""
 
 
+class Files(NamedTuple):
+    """The config files of one job, later ones over earlier ones, and how they are read."""
+
+    paths: tuple[str, ...]
+    one_gpu: bool = False
+    """Plan a job of several GPUs as if it ran unsharded on one."""
+    allow_outside: bool = False
+    """Read files that a config names outside its own folder."""
+
+    def and_(self, *paths: str) -> Files:
+        """These files and more, read in the same way."""
+        return self._replace(paths=(*self.paths, *paths))
+
+
 def is_config(name: str, several: bool) -> bool:
     """Return whether a name is that of a config; `several`: a .json among others is no model."""
     lower = name.lower()
     return lower.endswith(CONFIG_ENDS) or (several and lower.endswith(".json"))
 
 
-def job_of(configs: tuple[str, ...], reading: dict[str, Any], rest: dict[str, Any]) -> Job:
+def job_of(files: Files, said: Settings) -> Job:
     """Read the files of one job under the library releases that the user named; its model is one that can be read.
 
     Raises:
@@ -28,17 +43,17 @@ def job_of(configs: tuple[str, ...], reading: dict[str, Any], rest: dict[str, An
     from planner.importers import read_job
     from planner.training.versions import parse_versions
 
-    releases = {name: rest[name] for name in LIBRARIES if isinstance(rest.get(name), str) and rest[name]}
+    releases = said.releases
     job = read_job(
-        configs,
+        files.paths,
         parse_versions(releases) if releases else None,
-        one_gpu=reading["one_gpu"],
-        allow_outside=reading["allow_outside"],
+        one_gpu=files.one_gpu,
+        allow_outside=files.allow_outside,
     )
-    return _with_known_model(job)
+    return with_known_model(job)
 
 
-def _with_known_model(job: Job) -> Job:
+def with_known_model(job: Job) -> Job:
     """Replace a model that cannot be read here by one of the same name that can, with a warning."""
     if job.model is None:
         return job
@@ -57,8 +72,3 @@ def _with_known_model(job: Job) -> Job:
     where = job.model_origin.removeprefix("file ").partition(" ")[0]
     text = f"sizes of {one_line(job.model, 80)} are taken from the catalogue's {found}, a model of the same name"
     return job._replace(model=found, missing=(*job.missing, Missing(text, where, "none")))
-
-
-def with_job(job: Job, rest: dict[str, Any]) -> dict[str, Any]:
-    """Return a command's parameters with the job in them; what the user typed stays as it is."""
-    return {**rest, "stack": rest.get("stack") or job.stack, "job": job}

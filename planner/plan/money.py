@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.base.bounded import read_bounded
 from planner.base.errors import Contradiction, InvalidInput, one_line
@@ -12,6 +12,7 @@ from planner.base.units import MiB, parse_count
 from planner.device.hardware import Gpu
 from planner.facts import catalog
 from planner.plan.predict import Prediction
+from planner.plan.request import Cost
 from planner.runs import cost
 
 if TYPE_CHECKING:
@@ -20,33 +21,31 @@ if TYPE_CHECKING:
 MAX_TABLE_BYTES = MiB
 
 
-def amount_of(wanted: dict[str, Any]) -> cost.Amount:
+def amount_of(wanted: Cost) -> cost.Amount:
     """Return the amount of training that the options name.
 
     Raises:
         PlannerError: for values out of range, or options that need another one.
     """
-    if wanted["epochs"] is not None and wanted["rows"] is None:
+    if wanted.epochs is not None and wanted.rows is None:
         raise Contradiction("--epochs counts passes over --rows; give both")
     for name in ("rows", "mean_tokens", "price", "dbu_rate"):
-        value = wanted[name]
+        value = getattr(wanted, name)
         if value is not None and not 0 < value < 1e18:
             raise InvalidInput(f"--{name.replace('_', '-')} is {value}; must be above 0")
-    if wanted["tokens"] is None and wanted["rows"] is None:
+    if wanted.tokens is None and wanted.rows is None:
         for name in ("mean_tokens", "dbu_table", "price"):
-            if wanted.get(name) is not None:
+            if getattr(wanted, name) is not None:
                 raise Contradiction(f"--{name.replace('_', '-')} is about a whole run; give --tokens or --rows too")
     return cost.Amount(
-        tokens=parse_count(wanted["tokens"]) if wanted["tokens"] is not None else 0.0,
-        rows=wanted["rows"] or 0,
-        epochs=1.0 if wanted["epochs"] is None else wanted["epochs"],
-        mean_tokens=wanted["mean_tokens"] or 0.0,
+        tokens=parse_count(str(wanted.tokens)) if wanted.tokens is not None else 0.0,
+        rows=wanted.rows or 0,
+        epochs=1.0 if wanted.epochs is None else wanted.epochs,
+        mean_tokens=wanted.mean_tokens or 0.0,
     )
 
 
-def run_plan(
-    prediction: Prediction, amount: cost.Amount, wanted: dict[str, Any]
-) -> tuple[cost.RunPlan | None, tuple[str, ...]]:
+def run_plan(prediction: Prediction, amount: cost.Amount, wanted: Cost) -> tuple[cost.RunPlan | None, tuple[str, ...]]:
     """Return the plan of the run and the warnings that belong to it; None where there is no time or no amount."""
     if not amount.given:
         return None, ()
@@ -66,23 +65,23 @@ def run_plan(
     return made, notes
 
 
-def amount_on_data(wanted: dict[str, Any]) -> cost.Amount:
+def amount_on_data(wanted: Cost) -> cost.Amount:
     """Return the passes over the data; the data says the rest.
 
     Raises:
         PlannerError: for an amount of training that the data already says.
     """
     for name in ("rows", "tokens", "mean_tokens"):
-        if wanted[name] is not None:
+        if getattr(wanted, name) is not None:
             raise Contradiction(f"--{name.replace('_', '-')} and --data say the same thing twice; give one of them")
-    return cost.Amount(epochs=1.0 if wanted["epochs"] is None else wanted["epochs"])
+    return cost.Amount(epochs=1.0 if wanted.epochs is None else wanted.epochs)
 
 
 ESTIMATED = "lengths are estimated: the longest row, which decides memory, may be 30 % longer; give --tokenizer"
 
 
 def data_plan(
-    prediction: Prediction, run: DataRun, wanted: dict[str, Any]
+    prediction: Prediction, run: DataRun, wanted: Cost
 ) -> tuple[DataRun, cost.RunPlan | None, tuple[str, ...]]:
     """Return the run on its data with totals, its plan and the warnings that belong to it.
 
@@ -101,18 +100,18 @@ def data_plan(
     return done, made, (*estimated, *notes)
 
 
-def price_of(gpu: Gpu, wanted: dict[str, Any]) -> cost.Price | None:
+def price_of(gpu: Gpu, wanted: Cost) -> cost.Price | None:
     """The user's price, else the cheapest machine with this card.
 
     Raises:
         PlannerError: for a Databricks table without a rate, or one that cannot be read.
     """
-    if (wanted["dbu_table"] is None) != (wanted["dbu_rate"] is None):
+    if (wanted.dbu_table is None) != (wanted.dbu_rate is None):
         raise Contradiction("--dbu-table and --dbu-rate belong together; give both")
-    if wanted["price"] is not None:
-        return cost.Price(usd_per_hour=wanted["price"], source="given")
-    table = read_dbu_table(wanted["dbu_table"]) if wanted["dbu_table"] is not None else None
-    return cost.cheapest(gpu, catalog.instances(), dbu=table, dbu_rate=wanted["dbu_rate"] or 0.0)
+    if wanted.price is not None:
+        return cost.Price(usd_per_hour=wanted.price, source="given")
+    table = read_dbu_table(wanted.dbu_table) if wanted.dbu_table is not None else None
+    return cost.cheapest(gpu, catalog.instances(), dbu=table, dbu_rate=wanted.dbu_rate or 0.0)
 
 
 def read_dbu_table(path: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 A plan carries every note that its user must see: what a config asks for and the estimate lacks, what was read of the
 model, what the card's name leaves open, what the calibration is. Commands print `Plan.notes` or `Prediction.warnings`.
+`planner.plan.answering` makes an answer of a plan.
 """
 
 from __future__ import annotations
@@ -9,25 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner.base.errors import Contradiction, InvalidInput, UnknownFamily, UnknownName, one_line
-from planner.base.records import NamedTuple, replace
+from planner.base.errors import InvalidInput, UnknownName
+from planner.base.records import NamedTuple, record, replace
 from planner.device.hardware import Gpu
-from planner.facts import calibration_files, sources
+from planner.facts import calibration_files
 from planner.facts.sources import LoadedConfig
-from planner.model import families, lora
 from planner.model.spec import ModelSpec
-from planner.plan.notes import lacks_bf16, training_warnings
+from planner.plan.cards import card_of, percent_of, with_margin
+from planner.plan.configure import configure, with_stated_releases
+from planner.plan.given import Settings
+from planner.plan.jobs import Files, job_of
+from planner.plan.models import LoadedModel, load_config, load_model, read_model
+from planner.plan.notes import training_warnings
 from planner.plan.predict import Prediction, predict
-from planner.plan.settled import NOTHING, Settled, settle, without_idle
 from planner.timing.coefficients import Selection
 from planner.training import stacks
-from planner.training import versions as training_versions
-from planner.training.options import flag_of
-from planner.training.settings import LIBRARIES, SETTINGS, Resolved, Setting
-from planner.training.spec import LoraSpec, TrainingSpec, Versions
+from planner.training.settings import Resolved
+from planner.training.spec import TrainingSpec, Versions
 
 if TYPE_CHECKING:  # a run without data or config reads neither
+    from planner.importers import Job
     from planner.plan.datarun import DataRun
+    from planner.runs.dataset.batches import Padding
     from planner.runs.dataset.orders import Orders
     from planner.runs.dataset.scan import Scan, Source
 
@@ -41,26 +45,108 @@ class Data(NamedTuple):
     padding: str | None = None
 
 
-class Known:
-    """What several requests of one call share: models, scans of data and what they make of a batch, read once each."""
+class Cost(NamedTuple):
+    """How much is trained and what an hour costs; None: not said."""
 
-    def __init__(self, read: Callable[[Source], Scan] | None = None, *, offline: bool = False) -> None:
-        self.read, self.offline = read, offline
+    tokens: str | float | None = None
+    """A number, or a text such as "10M"."""
+    rows: int | None = None
+    epochs: float | None = None
+    mean_tokens: float | None = None
+    """Useful tokens per row, where rows are padded to the length."""
+    price: float | None = None
+    """USD per hour."""
+    dbu_table: str | None = None
+    """A JSON file of Databricks units per hour of each node type."""
+    dbu_rate: float | None = None
+    """USD per Databricks unit."""
+
+
+class Tracing(NamedTuple):
+    """Ask the real libraries under fake tensors: how long, and whether an answer of an earlier trace will do."""
+
+    time_limit_s: float = 600.0
+    use_cache: bool = True
+
+
+@record
+class Request:
+    """Everything that can be said about one run."""
+
+    model: str | Mapping[str, Any] | None = None
+    """An id, a path, or the config of a model; None: the job names it."""
+    settings: Settings = Settings()
+    job: Job | Files | None = None
+    """Training configs of other frameworks, or what was read of them: settings hold before what they say."""
+    gpu: str | Gpu | None = None
+    """A card by name (`planner.plan.cards.card_of`), or one at hand."""
+    vram: str | None = None
+    """Memory of a card of the user's own, in place of `gpu`."""
+    margin: str | float = 0.0
+    """Percent of the card that must stay free."""
+    calibration: str | Selection | None = None
+    """A file or id, "none" for priors, None for the best there is; or one that was chosen already."""
+    data: Data | None = None
+    cost: Cost = Cost()
+    tracing: Tracing | None = None
+    """None: loraplan's own program answers."""
+    changes: bool = False
+    """Search for what would fit where the run does not."""
+    lenient: bool = False
+    """Accept settings that the run has no use for (`configure`)."""
+    keeps_dtypes: bool = False
+    """Look at bf16 as it is written, on a card without it too."""
+    remarks: tuple[str, ...] = ()
+    """What the way in left out, as notes of the plan."""
+
+
+class Known:
+    """What several requests of one call share: models, scans of data and what they make of a batch, read once each.
+
+    Args:
+        read: how data are scanned (a command hands in one that shows a bar).
+        tell: is told in a line what was read of config files.
+        offline: never ask the hub for a model.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Source], Scan] | None = None,
+        *,
+        tell: Callable[[str], None] | None = None,
+        offline: bool = False,
+    ) -> None:
+        self.read, self.tell, self.offline = read, tell, offline
         self.models: dict[str, LoadedModel] = {}
         self.scans: dict[Source, Scan] = {}
         self.runs: dict[tuple[Source, int, int, str], DataRun] = {}
 
-    def model(self, name: str) -> LoadedModel:
-        """Read a model, once.
+    def model(self, model: str | Mapping[str, Any]) -> LoadedModel:
+        """Read a model, once if it has a name.
 
         Raises:
             PlannerError: as `load_model`.
         """
-        if name not in self.models:
-            self.models[name] = load_model(name, offline=self.offline)
-        return self.models[name]
+        if not isinstance(model, str):
+            return load_model(model)
+        if model not in self.models:
+            self.models[model] = load_model(model, offline=self.offline)
+        return self.models[model]
 
-    def run(self, what: Source, batch: int, limit: int, padding: Any) -> DataRun:
+    def job(self, said: Job | Files | None, settings: Settings) -> Job | None:
+        """What config files say, read and told unless that was done before.
+
+        Raises:
+            PlannerError: the files cannot be read, or their job is not planned.
+        """
+        if not isinstance(said, Files):
+            return said
+        job = job_of(said, settings)
+        if self.tell is not None:
+            self.tell(job.summary)
+        return job
+
+    def run(self, what: Source, batch: int, limit: int, padding: Padding) -> DataRun:
         """Read data and batch its rows, once.
 
         Raises:
@@ -77,41 +163,37 @@ class Known:
         return self.runs[key]
 
 
-class Request(NamedTuple):
-    """Everything that can be said about one run."""
-
-    model: str
-    settings: Mapping[str, Any]
-    """Keys of `planner.training.stacks` (None: not given); `job` holds what config files say."""
-    stack: str | None = None
-    card: Gpu | None = None
-    calibration: str | Selection | None = None
-    """A file or id, "none" for priors, None for the best there is; or one that was chosen already."""
-    data: Data | None = None
-    lenient: bool = False
-    """Accept settings that the run has no use for (`configure`)."""
-    keeps_dtypes: bool = False
-    """Look at bf16 as it is written, on a card without it too."""
-
-
-class Plan(NamedTuple):
+@record
+class Plan:
     """A request with everything resolved, and every note that belongs to it."""
 
-    loaded: LoadedModel
+    request: Request
+    config: LoadedConfig
+    """The model's, with where it was read."""
+    model: ModelSpec | None
+    """None: no family describes it, and only a trace can answer."""
     stack: str | None
     stack_origin: str
     resolved: Resolved
     training: TrainingSpec
     card: Gpu | None
     """With its measured context, where there is one."""
+    margin_bytes: int
+    """Memory of the card that the user wants kept free."""
     chosen: Selection | None
     data: DataRun | None
     notes: tuple[str, ...]
 
     @property
     def spec(self) -> ModelSpec:
-        """The model."""
-        return self.loaded.spec
+        """The model.
+
+        Raises:
+            UnknownName: no family describes it.
+        """
+        if self.model is None:
+            raise UnknownName("loraplan's program does not know this family")
+        return self.model
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -121,12 +203,13 @@ class Plan(NamedTuple):
     def on(self, card: Gpu, choice: str | Selection | None) -> Plan:
         """The same settings on another card, which has bf16 where this one has."""
         chosen = _calibration(card, choice, self.training.versions)
-        own = notes_of({}, (), self.card, self.chosen)
+        own = notes_of((), self.card, self.chosen)
         kept = tuple(note for note in self.notes if note not in own)
-        return self._replace(
+        return replace(
+            self,
             card=chosen.card(card) if chosen is not None else card,
             chosen=chosen,
-            notes=notes_of({}, kept, card, chosen),
+            notes=notes_of(kept, card, chosen),
         )
 
     @property
@@ -154,43 +237,82 @@ class Plan(NamedTuple):
         )
 
 
-def resolve(request: Request, known: Known | None = None) -> Plan:
+def resolve(request: Request, shared: Known | None = None) -> Plan:
     """Read the model and the data, settle every setting, choose the calibration, and collect what to tell the user.
 
-    `request.settings` is not changed.
+    A request for a trace takes a model that no family describes, and no calibration: the trace has no times.
+
+    Args:
+        request: what was said; it is not changed.
+        shared: what requests of the same call have read already.
 
     Raises:
         PlannerError: unknown names, unreadable files, or settings that exclude each other.
     """
-    known, given = known or Known(), dict(request.settings)
-    stated = [name for name in LIBRARIES if given.get(name)]
-    stack = (training_settings(given) if "stack" in given else None) or request.stack
-    loaded = known.model(request.model)
-    run = data_run(request.data, loaded.spec, stack or stacks.CUSTOM, given, known)
-    card = request.card
+    shared, said = shared or Known(), request.settings
+    job = shared.job(request.job, said)
+    named = request.model if request.model is not None else job.model if job is not None else None
+    if named is None:
+        raise InvalidInput("no model; name one, or give a config that names one")
+    card, kept = with_margin(card_of(request.gpu, request.vram), percent_of(request.margin))
+    said.options()  # refuses releases that are none before anything is read
+    stack = said.stack or (job.stack if job is not None else None)
+    config, model, warnings = _read(request, named, shared)
+    run = None
+    if request.data is not None and request.data.files and model is not None:
+        run, said = data_run(request.data, model, stack or stacks.CUSTOM, said, job, shared)
     resolved, training = configure(
-        loaded.spec, stack or stacks.CUSTOM, given, lenient=request.lenient, card=None if request.keeps_dtypes else card
-    )
-    chosen = _calibration(card, request.calibration, training.versions)
+        model, stack or stacks.CUSTOM, said.options(), job, lenient=request.lenient,
+        card=None if request.keeps_dtypes else card,
+    )  # fmt: skip
+    chosen = None if request.tracing else _calibration(card, request.calibration, training.versions)
     return Plan(
-        loaded=loaded,
+        request=request,
+        config=config,
+        model=model,
         stack=stack,
-        stack_origin=stack_origin(given, stack),
-        resolved=with_stated_releases(resolved, stated),
+        stack_origin=stack_origin(job, stack),
+        resolved=resolved if request.tracing else with_stated_releases(resolved, tuple(said.releases)),
         training=training,
         card=chosen.card(card) if chosen is not None and card is not None else card,
+        margin_bytes=kept,
         chosen=chosen,
         data=run,
-        notes=notes_of(given, loaded.warnings, card, chosen),
+        notes=notes_of((*request.remarks, *job_notes(job), *warnings), card, chosen),
     )
 
 
-def notes_of(
-    given: Mapping[str, Any], model: Sequence[str], card: Gpu | None, chosen: Selection | None = None
-) -> tuple[str, ...]:
-    """What every answer about a run must say: of its config, its model, its card's name, its calibration."""
+def _read(
+    request: Request, named: str | Mapping[str, Any], shared: Known
+) -> tuple[LoadedConfig, ModelSpec | None, tuple[str, ...]]:
+    """The model's config, what it is made of, and what to tell of both; a trace does without the second."""
+    if request.tracing is None:
+        found = shared.model(named)
+        return found.loaded, found.spec, found.warnings
+    config = load_config(named, offline=shared.offline)
+    try:
+        found = read_model(config, derive=False)
+    except UnknownName:  # not a family of the registry: transformers may know it
+        return config, None, config.warnings
+    return found.loaded, found.spec, found.warnings
+
+
+def notes_of(said: Sequence[str], card: Gpu | None, chosen: Selection | None = None) -> tuple[str, ...]:
+    """What every answer must say: of config and model (`said`), of the card's name, of the calibration."""
     named = (card.notes,) if card is not None and card.notes.startswith("'") else ()
-    return tuple(dict.fromkeys((*file_notes(given), *model, *named, *(chosen.notes if chosen else ()))))
+    return tuple(dict.fromkeys((*said, *named, *(chosen.notes if chosen else ()))))
+
+
+def job_notes(job: Job | None) -> tuple[str, ...]:
+    """Return what config files ask for and the estimate lacks, as warnings."""
+    return tuple(str(missing) for missing in job.missing) if job is not None else ()
+
+
+def stack_origin(job: Job | None, stack: str | None) -> str:
+    """Say where the choice of the framework comes from."""
+    if job is not None and stack == job.stack:
+        return job.stack_origin
+    return "given" if stack else "loraplan default"
 
 
 def _calibration(card: Gpu | None, choice: str | Selection | None, versions: Versions) -> Selection | None:
@@ -202,17 +324,16 @@ def _calibration(card: Gpu | None, choice: str | Selection | None, versions: Ver
     return choice.planned_with(versions)
 
 
-def data_run(wanted: Data | None, model: ModelSpec, stack: str, given: dict[str, Any], known: Known) -> DataRun | None:
-    """Read the data and set `seq_len` (and the padding mask) in `given` to what its longest batch needs.
+def data_run(
+    wanted: Data, model: ModelSpec, stack: str, said: Settings, job: Job | None, shared: Known
+) -> tuple[DataRun, Settings]:
+    """Read the data; return the run on it and the settings with the length (and padding mask) its longest batch needs.
 
-    `given` holds keys of `planner.training.stacks`; its seq_len, or the stack's own, is where rows are cut. Returns
-    None when no data was named.
+    The length that was said, or the stack's own, is where rows are cut.
 
     Raises:
         PlannerError: data that cannot be read, or a setting that is none.
     """
-    if wanted is None or not wanted.files:
-        return None
     from planner.base.errors import unknown
     from planner.plan.datarun import needs_mask
     from planner.runs.dataset.scan import Source
@@ -222,16 +343,15 @@ def data_run(wanted: Data | None, model: ModelSpec, stack: str, given: dict[str,
     template = wanted.template or "auto"
     if template not in NAMES:
         raise unknown("template", template, NAMES)
-    _, training = configure(model, stack, given, lenient=True)
+    _, training = configure(model, stack, said.options(), job, lenient=True)
     what = Source(
         paths=tuple(wanted.files), template=template, tokenizer=wanted.tokenizer,
         family=family_of(model.model_type, model.vocab_size),
     )  # fmt: skip
-    run = known.run(what, training.micro_batch_size, training.seq_len, wanted.padding or "longest")
-    given["seq_len"] = run.longest
-    if given.get("padded") is None and needs_mask(run):
-        given["padded"] = True
-    return run
+    padding: Any = wanted.padding or "longest"
+    run = shared.run(what, training.micro_batch_size, training.seq_len, padding)
+    masked = said.get("padded") is None and needs_mask(run)
+    return run, said.but({"seq_len": run.longest, **({"padded": True} if masked else {})})
 
 
 def counted(notes: Iterable[tuple[tuple[str, ...], int]]) -> tuple[tuple[str, int], ...]:
@@ -241,225 +361,3 @@ def counted(notes: Iterable[tuple[tuple[str, ...], int]]) -> tuple[tuple[str, in
         for note in of_rows:
             found[note] = found.get(note, 0) + rows
     return tuple(found.items())
-
-
-class LoadedModel(NamedTuple):
-    """A model with where its facts come from, and what to tell the user about it."""
-
-    spec: ModelSpec
-    loaded: LoadedConfig
-    warnings: tuple[str, ...]
-
-
-def load_model(source: str, *, offline: bool = False) -> LoadedModel:
-    """Read the model that `source` names and build what it is made of.
-
-    Raises:
-        PlannerError: no such model, an unreadable file, or a family that is not known.
-    """
-    return read_model(sources.load_config(source, offline=offline))
-
-
-def read_model(loaded: LoadedConfig, *, derive: bool = True) -> LoadedModel:
-    """Build what the model of a config is made of; `derive`: from its transformers class if no family describes it.
-
-    Raises:
-        PlannerError: a family that is not known, or an impossible value.
-    """
-    try:
-        spec = families.build_spec(loaded.config, model_id=loaded.model_id)
-    except UnknownFamily as error:
-        if not derive:
-            raise
-        spec = _from_class(loaded, error)
-    warnings = [*loaded.warnings, *spec.notes]
-    if loaded.exact_parameters:
-        spec = replace(spec, exact_parameters=loaded.exact_parameters)
-        if spec.num_parameters != loaded.exact_parameters:
-            warnings.append(
-                f"the weight files hold {loaded.exact_parameters:,} parameters, the config implies "
-                f"{spec.num_parameters:,}; the config's shapes are used"
-            )
-    if spec.stored_quantization:
-        warnings.append(
-            f"the published checkpoint is stored as {one_line(spec.stored_quantization, 20)}: "
-            "planned as if loaded from 16-bit weights"
-        )
-    return LoadedModel(spec, loaded, tuple(dict.fromkeys(warnings)))
-
-
-def _from_class(loaded: LoadedConfig, error: UnknownFamily) -> ModelSpec:
-    """Read a model outside the registry from transformers' class; without transformers, the error stands."""
-    try:
-        from calibrate.model.meta_spec import spec_from_class
-    except (ImportError, OSError):  # OSError: a torch whose libraries do not load
-        raise error from None
-    return spec_from_class(loaded.config, model_id=loaded.model_id)
-
-
-def infer_method(given: Mapping[str, Any]) -> str:
-    """Return the method given, else the one that the quantization implies; qlora by default."""
-    if given.get("method"):
-        return str(given["method"])
-    return "lora" if given.get("quantization") == "none" else "qlora"
-
-
-def training_settings(given: dict[str, Any]) -> str | None:
-    """Turn what the training options gave into the keys of `planner.training.stacks`, in place; return the stack named.
-
-    Raises:
-        InvalidInput: a release or part number that is none.
-    """
-    releases = {name: given.pop(name) for name in LIBRARIES}
-    if any(releases.values()):
-        given["versions"] = training_versions.parse_versions({name: text for name, text in releases.items() if text})
-    given["target_slices"] = parse_slices(given["target_slices"])
-    if given["skip_modules"] == "none":
-        given["skip_modules"] = ()
-    stack: str | None = given.pop("stack")
-    return stack
-
-
-def file_notes(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the config files of `given` ask for and the estimate lacks, as warnings."""
-    job = given.get("job")
-    return tuple(str(missing) for missing in job.missing) if job else ()
-
-
-def stack_origin(given: Mapping[str, Any], stack: str | None) -> str:
-    """Say where the choice of the framework comes from."""
-    job = given.get("job")
-    if job is not None and stack == job.stack:
-        return str(job.stack_origin)
-    return "given" if stack else "loraplan default"
-
-
-def configure(
-    model: ModelSpec | None, stack: str, given: Mapping[str, Any], *, lenient: bool = False, card: Gpu | None = None
-) -> tuple[Resolved, TrainingSpec]:
-    """Resolve the given options with the framework's defaults, for this model.
-
-    The option `job` holds what config files say: it yields to options the user typed.
-
-    `lenient` accepts settings that the run has no use for: tables fill columns that do not apply. On a `card` without
-    bf16 the defaults become fp16. Of a model that no family describes (None) module names are not checked here.
-
-    Raises:
-        PlannerError: unknown values, settings that exclude each other or that the model does not have.
-    """
-    user = {key: value for key, value in given.items() if key != "job" and value is not None}
-    settled = settle(given.get("job"), user, stack, model)
-    resolved = _resolved(stack, settled, user)
-    if not lenient:
-        _refuse_idle(resolved, user)
-    if settled is not NOTHING:
-        settled = without_idle(settled, resolved)
-        resolved = _resolved(stack, settled, user)
-    hard = {**settled.stated, **user}
-    if model is not None and resolved["method"] != "full" and "target_modules" not in hard:
-        resolved = _with_known_targets(model, resolved, {**settled.unasked, **hard})
-    if card is not None and lacks_bf16(card):
-        resolved = _in_fp16(resolved, hard, card)
-    training = stacks.to_training_spec(resolved)
-    if model is None:
-        return resolved, training
-    if training.lora is not None:
-        lora.saved_module_parameters(model, training.lora)  # refuses a module that the model does not have
-    if user.get("skip_modules"):
-        _check_skipped(model, training.quantization.skip_modules)
-    return resolved, training
-
-
-def _resolved(stack: str, settled: Settled, user: Mapping[str, Any]) -> Resolved:
-    """Resolve the options of user, files and frameworks, and say where each came from."""
-    merged = {**settled.unasked, **settled.stated, **user}
-    method = infer_method(merged)
-    resolved = stacks.resolve(stack, method=method, given=merged)
-    settings = dict(resolved.settings)
-    for key, origin in settled.origins.items():
-        if key not in user and key in merged:
-            settings[key] = settings[key]._replace(origin=origin)
-    if "method" not in merged:
-        implied = "--quantization none" if merged.get("quantization") == "none" else ""
-        settings["method"] = Setting(method, f"implied by {implied}" if implied else "loraplan default")
-    return replace(resolved, settings=settings)
-
-
-def with_stated_releases(resolved: Resolved, stated: Sequence[str]) -> Resolved:
-    """Say which releases the user gave, and that the others are of the same time (planner.training.releases)."""
-    if not 0 < len(stated) < len(LIBRARIES):
-        return resolved
-    origin = f"given: {', '.join(stated)}; the others as they were then"
-    found = Setting(resolved["versions"], origin)
-    return replace(resolved, settings={**resolved.settings, "versions": found})
-
-
-_DTYPE_KEYS = ("base_dtype", "autocast", "compute_dtype", "adapter_dtype")
-
-
-def _in_fp16(resolved: Resolved, given: Mapping[str, Any], card: Gpu) -> Resolved:
-    """Replace bf16 defaults by fp16; what the user gave stays (and is warned about)."""
-    settings = dict(resolved.settings)
-    for key in _DTYPE_KEYS:
-        if given.get(key) is None and settings[key].value == "bf16":
-            settings[key] = Setting("fp16", f"{one_line(card.name, 40)} has no bf16 ({settings[key].origin} says bf16)")
-    return replace(resolved, settings=settings)
-
-
-def _refuse_idle(resolved: Resolved, given: Mapping[str, Any]) -> None:
-    """Refuse a given setting that the run has no use for: its user expects something else to be planned."""
-    for key, value in given.items():
-        why = None if value is None or value is False else SETTINGS[key].why_idle(resolved)
-        if why is not None:
-            raise Contradiction(f"{flag_of(key)} has no effect: {why}")
-
-
-def _with_known_targets(model: ModelSpec, resolved: Resolved, given: Mapping[str, Any]) -> Resolved:
-    """Replace a framework's default targets that this model does not have; the origin says so."""
-    spec = stacks.to_training_spec(resolved).lora
-    if spec is None or _has_targets(model, spec):
-        return resolved
-    missing = ", ".join(spec.target_modules)
-    peft = lora.PEFT_DEFAULT_TARGETS.get(model.model_type)
-    for targets, name in ((peft, f"PEFT's default for {model.model_type}"), ((lora.ALL_LINEAR,), "loraplan default")):
-        if targets is None or not _has_targets(model, replace(spec, target_modules=targets, target_slices=())):
-            continue
-        found = stacks.resolve(resolved.stack, method=resolved["method"], given={**given, "target_modules": targets})
-        origin = f"{name}: {model.model_type} has no {missing} ({resolved.settings['target_modules'].origin})"
-        changed = {"target_modules": Setting(targets, origin), "target_slices": found.settings["target_slices"]}
-        return replace(resolved, settings={**resolved.settings, **changed})
-    return resolved
-
-
-def _has_targets(model: ModelSpec, spec: LoraSpec) -> bool:
-    try:
-        lora.resolve_targets(model, spec)
-    except UnknownName:
-        return False
-    return True
-
-
-def _check_skipped(model: ModelSpec, skipped: tuple[str, ...]) -> None:
-    """Refuse a module to skip that no module of the model is."""
-    known = {linear.name for layer, _ in model.distinct_layers() for linear in layer.linears}
-    known |= {linear.name for linear in (*model.embedding_projections, model.head)}
-    for name in skipped:
-        if name != "lm_head" and not any(path == name or path.endswith(f".{name}") for path in known):
-            raise UnknownName(
-                f"--skip-modules {one_line(name)!r} is no module of {one_line(model.model_id)}; "
-                f"its modules are {', '.join(lora.module_names(model))}"
-            )
-
-
-def parse_slices(text: str | None) -> list[int] | None:
-    """Parse part numbers such as `0,2`.
-
-    Raises:
-        InvalidInput: for anything but part numbers.
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < 3 for part in parts):
-        raise InvalidInput(f"--target-slices is {one_line(text)!r}; write part numbers, for example 0,2")
-    return [int(part) for part in parts]

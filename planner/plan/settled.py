@@ -40,7 +40,7 @@ class Settled(NamedTuple):
 NOTHING = Settled({}, {}, {})
 
 
-def settle(job: Job | None, user: Mapping[str, Any], stack: str, model: ModelSpec | None) -> Settled:
+def settle(job: Job | None, user: Mapping[str, object], stack: str, model: ModelSpec | None) -> Settled:
     """Return what the job still decides beside the options that the user typed.
 
     Raises:
@@ -53,12 +53,12 @@ def settle(job: Job | None, user: Mapping[str, Any], stack: str, model: ModelSpe
     unasked = {key: v.value for key, v in job.defaults.items() if key not in dropped and stack == job.stack}
     origins = {key: v.origin for key, v in job.values.items()}
     if model is not None:
-        for values in (stated, unasked):
-            _translate_targets(values, origins, model, stack)
+        stated, origins = _with_targets(stated, origins, model, stack)
+        unasked, origins = _with_targets(unasked, origins, model, stack)
     return Settled(stated, unasked, origins)
 
 
-def _overruled(user: Mapping[str, Any]) -> set[str]:
+def _overruled(user: Mapping[str, object]) -> set[str]:
     """Return the keys that what the user typed makes void."""
     dropped = set(user)
     if "method" in user or "quantization" in user:
@@ -82,11 +82,14 @@ def without_idle(settled: Settled, resolved: settings.Resolved) -> Settled:
 # --- target modules -----------------------------------------------------------------------------------------------
 
 
-def _translate_targets(values: dict[str, Any], origins: dict[str, str], model: ModelSpec, stack: str) -> None:
-    """Bring target modules into names that the model has, as PEFT or the framework would match them."""
+def _with_targets(
+    values: Mapping[str, Any], origins: Mapping[str, str], model: ModelSpec, stack: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and origins with target modules by names that the model has, as PEFT or the framework would match them."""
+    values, origins = dict(values), dict(origins)
     targets = values.get("target_modules")
     if not targets:
-        return
+        return values, origins
     from planner.importers.values import is_pattern  # a run without --from reads no importer
 
     found: list[str] = []
@@ -106,6 +109,7 @@ def _translate_targets(values: dict[str, Any], origins: dict[str, str], model: M
         origins["target_modules"] += f" (not in this model, and PEFT passes over them: {note})"
     if present:
         values["target_modules"] = tuple(dict.fromkeys(present))
+    return values, origins
 
 
 def _suffixes(model: ModelSpec) -> Iterator[str]:

@@ -9,21 +9,20 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from planner.base.errors import InvalidInput, PlannerError, UnknownName, one_line, unknown
+from planner.base.errors import InvalidInput, PlannerError, one_line
 from planner.base.records import replace
-from planner.cli.data_options import known
 from planner.device.hardware import Gpu
 from planner.model.spec import ModelSpec
 from planner.plan import notes as plan_notes
 from planner.plan import predict, sweep
+from planner.plan.cards import card_with, cards_of, percent_of, with_margin
+from planner.plan.given import Settings
 from planner.plan.request import Data, Known, Plan, Request, resolve
 from planner.plan.rows import Block
+from planner.plan.values import parse_values
 from planner.plan.verdict import VERDICTS
-from planner.plan.words import COST
 from planner.runs import cost
 from planner.timing.coefficients import Coefficients, Selection
-from planner.training.kinds import Choice, Names, Number, Parts, Whole, YesNo
-from planner.training.options import OPTIONS, flag_of
 from planner.training.settings import Resolved
 from planner.training.spec import TrainingSpec
 
@@ -40,7 +39,6 @@ REPLAYED_CHOICES = 24
 """Up to this many combinations of choices the allocator is replayed once for each."""
 BLOCK_ROWS = 200_000
 """Rows evaluated and written at a time."""
-
 
 Numbers = dict[str, tuple[int, ...]]
 """The values of each axis of a sweep; none: the framework's own."""
@@ -98,76 +96,6 @@ class Problems:
         """Count rows that have no answer."""
         text = one_line(str(error), 300)
         self.reasons[text] = self.reasons.get(text, 0) + rows
-
-
-# --- values -------------------------------------------------------------------------------------------------------
-
-
-def parse_values(key: str, texts: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the values of a setting: repeated options, comma lists, and ranges of numbers (1..8, 512..8192:512).
-
-    Raises:
-        PlannerError: a value that the setting does not take.
-    """
-    if key not in OPTIONS:
-        raise unknown("setting", key, OPTIONS)
-    found: list[Any] = []
-    for text in texts:
-        if isinstance(text, str) and not isinstance(OPTIONS[key].kind, (Names, Parts)):
-            for part in text.split(","):
-                found += _parsed(key, part.strip())
-        else:
-            found += _parsed(key, text)
-        if len(found) > MOST_VALUES:
-            raise InvalidInput(f"{flag_of(key)} has more than {MOST_VALUES:,} values")
-    return tuple(dict.fromkeys(found))
-
-
-def _parsed(key: str, value: Any) -> list[Any]:
-    kind = OPTIONS[key].kind
-    if isinstance(kind, Whole):
-        return _whole_numbers(key, value)
-    if isinstance(kind, Number):
-        return [_number(key, value)]
-    if isinstance(kind, YesNo):
-        return [_truth(key, value)]
-    if isinstance(kind, Choice):
-        if value is True or value is False:  # yaml reads an unquoted on, off, no as a truth value
-            value = "on" if value else "none"
-        return [kind.word(OPTIONS[key].words, value)]
-    if isinstance(value, (list, tuple)):
-        value = ",".join(map(str, value))
-    return [str(value)]
-
-
-def _truth(key: str, value: Any) -> bool:
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    found = words.get(str(value).strip().lower())
-    if found is None:
-        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; must be true or false")
-    return found
-
-
-def _number(key: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; must be a number") from None
-
-
-def _whole_numbers(key: str, value: Any) -> list[int]:
-    start, dots, rest = str(value).partition("..")
-    end, _, step = rest.partition(":")
-    parts = [start, end, step or "1"] if dots else [start]
-    if not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 13 for part in parts):
-        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; write whole numbers, 1,2,4 or 512..8192:512")
-    numbers = [int(part) for part in parts]
-    if not dots:
-        return numbers
-    first, last, by = numbers
-    if by < 1 or last < first or (last - first) // by >= MOST_VALUES:
-        raise InvalidInput(f"{flag_of(key)} is {one_line(value)!r}; a range goes up, in at most {MOST_VALUES:,} steps")
-    return list(range(first, last + 1, by))
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -284,14 +212,13 @@ class Tabulator:
                 self._remember(plans[0].resolved)
                 yield Combination(model, choices, plans[0].training, plans[0].resolved, plans)
 
-    def _plan_of(self, name: str, choices: Mapping[str, Any], card: Gpu) -> Plan:
+    def _plan_of(self, name: str, choices: Mapping[str, object], card: Gpu) -> Plan:
         """The plan of one combination on one card."""
-        given: dict[str, Any] = {**dict.fromkeys(OPTIONS), **choices}
-        stack = None
-        if self.wanted.job is not None:
-            given["job"], stack = self.wanted.job, self.wanted.job.stack
-        chosen = self.run.chosen[card.gpu_id]
-        return resolve(Request(name, given, stack, card, chosen, self.run.data, lenient=True), self.known)
+        request = Request(
+            model=name, settings=Settings(choices), job=self.wanted.job, gpu=card, data=self.run.data, lenient=True,
+            calibration=self.run.chosen[card.gpu_id],
+        )  # fmt: skip
+        return resolve(request, self.known)
 
     def _note(self, notes: Iterable[str], rows: int) -> None:
         """Keep notes of rows; `calibration.time_words` says of all cards together which borrow a calibration."""
@@ -384,7 +311,7 @@ class Tabulator:
         rows: list[dict[str, Any]] = []
         for plan in some.plans:
             for place in itertools.product(*(range(size) for size in axes.shape)):
-                row = plan._replace(training=sweep.at_place(plan.training, axes, place))
+                row = replace(plan, training=sweep.at_place(plan.training, axes, place))
                 found = row.predict()
                 self._note(dict.fromkeys((*row.common_warnings, *found.warnings[len(plan.notes) :])), 1)
                 rows.append(self.predicted_row(found, plan.data))
@@ -458,161 +385,44 @@ def card_prices(cards: Sequence[Gpu], price_of: Callable[[Gpu], cost.Price | Non
     return {card.gpu_id: price_of(card) for card in cards}
 
 
-MAX_FILE_BYTES = 1 << 20
+Lists = Mapping[str, Sequence[object]]
+"""Words by the name of a setting, of `model`, `gpu` or `vram`: alternatives, and lists of them with commas."""
 
-MOST_LISTED = 100_000
 
-
-def tabulator(lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None = None) -> Tabulator:
+def tabulator(lists: Lists, base: Request, shared: Known | None = None) -> Tabulator:
     """Turn lists of words into what is to be tabulated; settings without a list are the job's, where there is one.
+
+    Args:
+        lists: what is combined.
+        base: what holds for every row: job, data, cost, calibration, margin.
+        shared: what tables of one call have read already.
 
     Raises:
         PlannerError: unknown names or values.
     """
-    from planner.base.errors import InvalidInput
     from planner.facts import calibration_files
-    from planner.plan.answering import percent_of, with_margin
     from planner.plan.money import amount_of, amount_on_data, price_of
-    from planner.plan.table import Run, Tabulator, Wanted, card_prices, parse_values
 
-    models = _names(lists.get("model", ()))
+    shared = shared or Known()
+    job = shared.job(base.job, base.settings)
+    models = _names(lists.get("model") or ([job.model] if job is not None and job.model else ()))
     if not models:
         raise InvalidInput("no model; name at least one, for example meta-llama/Llama-3.1-8B")
     names, sizes = _names(lists.get("gpu", ())), _names(lists.get("vram", ()))
     cards = (*(cards_of(names) if names or not sizes else ()), *map(card_with, sizes))
-    margin = percent_of(str(costs.get("margin") or "0"))
+    margin = percent_of(base.margin)
     cards = tuple(with_margin(card, margin)[0] or card for card in cards)
     values = {k: parse_values(k, v) for k, v in lists.items() if k not in ("model", "gpu", "vram")}
-    wanted = {**dict.fromkeys(COST), **costs}
-    chosen = calibration_files.select_each(cards, costs.get("calibration"))
+    if base.calibration is not None and not isinstance(base.calibration, str):
+        raise InvalidInput("a table chooses the calibration of every card: name it")
+    chosen = calibration_files.select_each(cards, base.calibration)
     cards = tuple(chosen[card.gpu_id].card(card) for card in cards)
-    prices = card_prices(cards, lambda card: price_of(card, wanted))
-    data = costs.get("data")
-    if data:
-        amount = amount_on_data(wanted)
-        return Tabulator(Wanted(models, cards, values, job), Run(amount, prices, chosen, margin, data), known())
-    run = Run(amount_of(wanted), prices, chosen, margin)
-    return Tabulator(Wanted(models, cards, values, job), run, known())
+    prices = card_prices(cards, lambda card: price_of(card, base.cost))
+    amount = amount_on_data(base.cost) if base.data else amount_of(base.cost)
+    run = Run(amount, prices, chosen, margin, base.data)
+    return Tabulator(Wanted(models, cards, values, job), run, shared)
 
 
-def _names(texts: Sequence[Any]) -> tuple[str, ...]:
+def _names(texts: Sequence[object]) -> tuple[str, ...]:
     parts = [part.strip() for text in texts for part in str(text).split(",")]
     return tuple(dict.fromkeys(part for part in parts if part))
-
-
-def cards_of(names: Sequence[str]) -> tuple[Gpu, ...]:
-    """Return the cards that were named.
-
-    Raises:
-        PlannerError: an unknown card, or none.
-    """
-    from planner.base.errors import InvalidInput
-    from planner.facts import catalog
-
-    if not names:
-        raise InvalidInput("no GPU; name cards with --gpu rtx-4090,a100-80gb, or --gpu all")
-    found: list[Gpu] = []
-    for name in names:
-        found += [g for g in catalog.gpus() if g.vendor == "NVIDIA"] if name == "all" else [catalog.gpu(name)]
-    return tuple({card.gpu_id: card for card in found}.values())
-
-
-def card_with(size: str) -> Gpu:
-    """A card of the user's own with this much memory, under a name of its own."""
-    from planner.base.records import replace
-    from planner.base.units import gib
-    from planner.plan.answering import card_of
-
-    card = card_of(None, size)
-    assert card is not None
-    return replace(card, gpu_id=f"{gib(card.memory_bytes)} GiB")
-
-
-def read_grid(path: str) -> dict[str, list[Any]]:
-    """Read lists from a YAML file: settings under their names or the names of their options.
-
-    Raises:
-        PlannerError: it is not such a file.
-    """
-    from planner.base.errors import InvalidInput, MissingDependency, one_line
-
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependency("--grid needs PyYAML; pip install 'loraplan[tables]'") from error
-    text = _bounded(path)
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.events.AliasEvent):  # few bytes can stand for many
-                raise InvalidInput(f"{one_line(path)!r}: aliases (*name) are not read; write the values out")
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{one_line(path)!r} is no YAML: {one_line(str(error), 200)}") from None
-    if not isinstance(data, dict):
-        raise InvalidInput(f"{one_line(path)!r} must map names to lists, for example gpu: [rtx-4090, l4]")
-    return {key_of(name): value if isinstance(value, list) else [value] for name, value in data.items()}
-
-
-def key_of(name: object) -> str:
-    """The setting that a name means: its key, or the name of its option.
-
-    Raises:
-        UnknownName: it means none.
-    """
-    from planner.base.errors import unknown
-
-    word = str(name).strip().lower().lstrip("-")
-    known = {"model": "model", "models": "model", "gpu": "gpu", "gpus": "gpu", "vram": "vram"}
-    for option in OPTIONS.values():
-        known[option.key] = option.key
-        known.update({flag.partition("/")[0].lstrip("-"): option.key for flag in option.flags})
-    found = known.get(word) or known.get(word.replace("_", "-"))
-    if found is None:
-        raise unknown("name", name, known)
-    return found
-
-
-def _bounded(path: str) -> str:
-    from planner.base.bounded import read_bounded
-
-    return read_bounded(path, MAX_FILE_BYTES * 16, "table of rows or lists").decode("utf-8-sig", "replace")
-
-
-def explicit(
-    path: str, lists: Mapping[str, Sequence[Any]], costs: Mapping[str, Any], job: Job | None
-) -> list[Tabulator]:
-    """One small table per row of a CSV file; what a row leaves open the options say, then the job.
-
-    Raises:
-        PlannerError: an unknown column or value, with its line.
-    """
-    import csv
-    import io
-
-    from planner.base.errors import InvalidInput, PlannerError, one_line
-
-    try:
-        reader = csv.DictReader(io.StringIO(_bounded(path), newline=""), strict=True)
-        keys = {name: key_of(name) for name in reader.fieldnames or ()}
-        listed = list(itertools.islice(reader, MOST_LISTED))
-    except csv.Error as error:
-        raise InvalidInput(f"{one_line(path)!r} is no CSV file: {one_line(str(error))}") from None
-    made = []
-    shared = known()
-    if len(listed) >= MOST_LISTED:
-        raise InvalidInput(f"{one_line(path)!r} has {MOST_LISTED:,} rows or more; split it")
-    for number, row in enumerate(listed, start=2):
-        given = {keys[name]: [text] for name, text in row.items() if name in keys and text}
-        try:
-            one = tabulator({**{k: v for k, v in lists.items() if v}, **given}, costs, job)
-        except PlannerError as error:
-            raise type(error)(f"{one_line(path, 60)} line {number}: {error}") from None
-        one.known = shared
-        one.exact = True
-        made.append(one)
-    if not made:
-        raise InvalidInput(f"{one_line(path)!r} has no rows")
-    return made
-
-
-__all__ = ["EXACT_ROWS", "Run", "Tabulator", "UnknownName", "Wanted", "card_prices", "parse_values", "replace"]

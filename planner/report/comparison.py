@@ -7,21 +7,13 @@ from typing import Any, NamedTuple
 
 from planner.base.errors import one_line
 from planner.base.units import GiB
-from planner.plan.predict import Prediction
+from planner.plan.compared import Compared
 from planner.report.answer import value_words
-from planner.training.settings import Resolved
+from planner.report.tables import escape, json_text, table, wrapped
 
 SMALL_BYTES = 10 * 2**20
 SMALL_SHARE = 0.01
 """Differences below these are left out of the sentences."""
-
-
-class Compared(NamedTuple):
-    """One configuration with its answer."""
-
-    label: str
-    prediction: Prediction
-    resolved: Resolved
 
 
 class Part(NamedTuple):
@@ -147,3 +139,32 @@ def _shown(section: str, value: Any) -> str:
     if section == "time":
         return f"{value:,.3f}"
     return f"{value:,.1f}" if isinstance(value, float) else one_line(str(value), 60)
+
+
+def render(items: Sequence[Compared], style: str) -> str:
+    """Return the comparison as table, json, csv or markdown; csv has no place for the warnings."""
+    labels = [item.label for item in items]
+    if style == "json":
+        return json_text(document(items))
+    if style == "csv":
+        return table("csv", ("section", "name", *labels, "differs"), rows(items))
+    lines = [f"- {line}" if style == "markdown" else wrapped(line, 80, "  ") for line in sentences(items)]
+    for note in warnings(items):
+        line = f"warning: {one_line(note, 1000)}"
+        lines.append(f"- {escape(line)}" if style == "markdown" else wrapped(line, 80, "  "))
+    return table(style, ["", *labels, ""], shown_rows(items)) + "\n" + "".join(f"{line}\n" for line in lines)
+
+
+def document(items: Sequence[Compared]) -> dict[str, Any]:
+    """Return the comparison as plain JSON values."""
+    labels = [item.label for item in items]
+    return {
+        "schema_version": 1,
+        "configurations": labels,
+        "rows": [
+            {"section": s, "name": n, **dict(zip(labels, values, strict=True)), "differs": mark == "*"}
+            for s, n, *values, mark in rows(items)
+        ],
+        "differences": sentences(items),
+        "warnings": warnings(items),
+    }

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from planner.base.errors import one_line
 from planner.base.units import GiB, gib
 from planner.device.hardware import Gpu
-from planner.plan.answer import Answer
+from planner.plan.checks import Check
 from planner.plan.request import counted
 from planner.plan.verdict import ANSWERS, CLOSE, FITS, NO, Verdict
 from planner.report.answer import run_words
 from planner.report.tables import escape, json_text, table, wrapped
 
 HEADERS = ("file", "verdict", "peak GiB", "up to", "left", "run")
-
-
-class Check(NamedTuple):
-    """One file: the answer for its job, or why there is none."""
-
-    file: str
-    answer: Answer | None = None
-    error: str = ""
-    line: int = 1
-
-    @property
-    def verdict(self) -> str | None:
-        """fits, does not fit, too close to call, or None without an answer."""
-        return self.answer.prediction.verdict if self.answer else None
 
 
 def render(checks: Sequence[Check], card: Gpu, style: str) -> str:

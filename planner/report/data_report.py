@@ -178,3 +178,17 @@ def _markdown(answer: DataAnswer) -> str:
         "\n".join(f"- {escape(line.strip())}" for line in notes(answer)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def lab_5_1(found: Scan) -> str:
+    """Return the answer of the course's lab 5.1 for a file, as JSON: rows, first text, split, lengths."""
+    from planner.course import labs
+
+    answer = {
+        **labs.lab_5_1(len(found.lengths)),
+        "template": found.template.name,
+        "first": found.example,
+        "tokens": {"counted": found.token_label, **statistics(DataAnswer(found, 512, 4))},
+        "left_out": found.num_problems,
+    }
+    return json_text(answer)

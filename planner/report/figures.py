@@ -13,20 +13,13 @@ from typing import Any, NamedTuple
 from planner.base.errors import MissingDependency, one_line
 from planner.base.units import GiB
 from planner.memory.walk import SegmentPeak
-from planner.report.comparison import Compared, Part, memory_parts, time_parts
+from planner.plan.compared import Compared
+from planner.plan.speeds import Speed, speeds_of
+from planner.report.comparison import Part, memory_parts, time_parts
 
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++", "|||", "***", "OO", "//", "..")
 SMALL_SHARE = 0.02
 """Parts that never reach this share of the largest bar are drawn together."""
-
-
-class Speed(NamedTuple):
-    """Tokens per second over the micro batch, and up to where it fits."""
-
-    label: str
-    batches: Sequence[int]
-    tokens_per_s: Sequence[float]
-    fits: Sequence[bool]
 
 
 class Picture(NamedTuple):
@@ -53,6 +46,11 @@ class Picture(NamedTuple):
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(out, format=style, dpi=150, metadata=metadata)
         return out.getvalue()
+
+
+def drawn(items: Sequence[Compared]) -> list[Picture]:
+    """Draw everything that the answers have, speed over the micro batch too."""
+    return pictures(items, speeds_of([(label_of(item).replace("\n", ", "), item) for item in items]))
 
 
 def pictures(items: Sequence[Compared], speeds: Sequence[Speed]) -> list[Picture]:

@@ -125,10 +125,15 @@ def _plain(value: object) -> object:
 
 
 def _csv(answer: Answer) -> str:
+    found = row(answer)
+    return csv_text(list(found), [list(found.values())])
+
+
+def row(answer: Answer) -> dict[str, Any]:
     """One row with the same columns for every run, so that answers can be stacked."""
     p, t = answer.prediction, answer.prediction.training
     sizes = {c.name: c.nbytes for c in components(answer)}
-    row: dict[str, Any] = {
+    cells: dict[str, Any] = {
         "model": p.model.model_id,
         "gpu": p.gpu.gpu_id if p.gpu else "",
         "verdict": p.verdict or "",
@@ -143,11 +148,11 @@ def _csv(answer: Answer) -> str:
         **{key: _cell(key, value) for key, value in t.describe().items()},
     }
     for name in (*CATEGORIES, "allocator cache"):
-        row[f"{name.replace(' ', '_').lower()}_bytes"] = sizes.get(name, 0)
-    row["cuda_context_bytes"] = sizes[context_name(p.gpu)]
-    row.update(_time_cells(answer))
-    row["warnings"] = "; ".join((*p.warnings, *answer.notes))
-    return csv_text(list(row), [list(row.values())])
+        cells[f"{name.replace(' ', '_').lower()}_bytes"] = sizes.get(name, 0)
+    cells["cuda_context_bytes"] = sizes[context_name(p.gpu)]
+    cells.update(_time_cells(answer))
+    cells["warnings"] = "; ".join((*p.warnings, *answer.notes))
+    return cells
 
 
 def _data(answer: Answer) -> dict[str, Any] | None:

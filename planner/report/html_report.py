@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from planner import __version__
 from planner.base.errors import one_line
 from planner.base.units import gib
+from planner.plan.compared import Compared
 from planner.plan.rows import Caption
 from planner.report.answer import value_words
-from planner.report.comparison import Compared, sentences, shown_rows, warnings
+from planner.report.comparison import sentences, shown_rows, warnings
 from planner.report.figures import Picture
 from planner.report.pages import html_page, html_table
 
@@ -25,6 +26,11 @@ def page(items: Sequence[Compared], pictures: Sequence[Picture], title: str) -> 
     parts += ["<h2>Assumptions</h2>", _assumptions(items), "<h2>Sources</h2>", _sources(items)]
     parts.append(f"<p class=notes>loraplan {__version__}. GiB is 2<sup>30</sup> bytes; intervals hold 90 %.</p>")
     return html_page("\n".join(parts), title)
+
+
+def comparison_table(items: Sequence[Compared]) -> str:
+    """Configurations side by side as elements for a page: what each is, the components, the differences in words."""
+    return _summary(items) + _comparison(items)
 
 
 def _text(value: object, limit: int = 1000) -> str:

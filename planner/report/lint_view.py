@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from planner.base.errors import one_line
 from planner.base.units import gib
 from planner.importers.writing import line_for
+from planner.plan.checks import Linted
 from planner.plan.lint import Trap
 from planner.report.config_checks import command
 from planner.report.tables import json_text, table, wrapped
-from planner.training.settings import Setting
-
-if TYPE_CHECKING:
-    from planner.importers import Job
-    from planner.plan.predict import Prediction
 
 _REMEDIES = {
     "kbit_preparation": "drop the call of prepare_model_for_kbit_training",
     "experts": "quantize experts at load (axolotl: quantize_moe_experts: true), or choose a card with more memory",
 }
 """What to do where the framework has no key for the change."""
-
-
-class Linted(NamedTuple):
-    """One file with its traps, or the reason why it could not be looked at."""
-
-    file: str
-    prediction: Prediction | None
-    traps: tuple[Trap, ...] = ()
-    job: Job | None = None
-    settings: Mapping[str, Setting] = {}
-    notes: tuple[str, ...] = ()
-    """What an answer about the file must say: settings that are not modelled, how its model was read."""
-    error: str = ""
 
 
 def render(found: Sequence[Linted], style: str) -> str:
@@ -45,15 +28,22 @@ def render(found: Sequence[Linted], style: str) -> str:
         return "".join(_annotations(item) for item in found)
     if style == "table":
         return "\n".join(_text(item) for item in found)
-    headers = ("file", "trap", "cost bytes", "cost seconds", "share", "where", "change", "what")
-    rows = [
+    return table(style, COLUMNS, rows(found))
+
+
+COLUMNS = ("file", "trap", "cost bytes", "cost seconds", "share", "where", "change", "what")
+
+
+def rows(found: Sequence[Linted]) -> list[tuple[Any, ...]]:
+    """A row for every trap, warning and file without an answer; sizes in bytes, times in seconds of a step."""
+    listed: list[tuple[Any, ...]] = [
         (i.file, t.name, t.nbytes, t.seconds, t.share, _where(i, t)[0], _change(i, t), t.what)
         for i in found
         for t in i.traps
     ]
-    rows += [(i.file, "warning", None, None, None, i.file, "", n) for i in found for n in i.notes]  # type: ignore[misc]
-    rows += [(i.file, "error", None, None, None, i.file, "", i.error) for i in found if i.error]  # type: ignore[misc]
-    return table(style, headers, rows)
+    listed += [(i.file, "warning", None, None, None, i.file, "", n) for i in found for n in i.notes]
+    listed += [(i.file, "error", None, None, None, i.file, "", i.error) for i in found if i.error]
+    return listed
 
 
 def cost(trap: Trap) -> str:

@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-from planner.base.errors import one_line
+from planner.base.errors import InvalidInput, one_line
 from planner.base.units import GB, human_bytes
-from planner.course.labs import Comparison
-from planner.course.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH, EntrenarPlan
+from planner.course.beside import LoraAnswer, Rival
+from planner.course.rivals import ENTRENAR_BATCH, ENTRENAR_LENGTH
 from planner.model.adapter import AdapterFacts
 from planner.plan.verdict import FITS, NO
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
-from planner.training.spec import TrainingSpec
 
 SCHEMA_VERSION = 1
-
-
-class Rival(NamedTuple):
-    """What entrenar answers for the same card, beside our own figures for it."""
-
-    plan: EntrenarPlan
-    exact_trainable: int
-    """Of its configuration: its rank, attention modules."""
-    memory_bytes: int
-    """Predicted here for its configuration and its built-in batch and length."""
-    verdict: str | None
-    """Of the same."""
-    own_memory_bytes: int
-    """Predicted for the configuration that was asked for."""
-    own_verdict: str | None
-    notes: tuple[str, ...]
-
-
-class LoraAnswer(NamedTuple):
-    """Everything a report about a configuration may print."""
-
-    model_id: str
-    training: TrainingSpec
-    facts: AdapterFacts
-    comparisons: tuple[Comparison, ...]
-    rival: Rival | None = None
-    notes: tuple[str, ...] = ()
-    """Of the plan: what was read of the model and the config."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """The plan's notes, then the adapter's."""
-        return tuple(dict.fromkeys((*self.notes, *self.facts.warnings)))
 
 
 def render(answer: LoraAnswer, style: str) -> str:
@@ -214,3 +181,17 @@ def _markdown(answer: LoraAnswer) -> str:
         blocks.append("\n".join(f"- {escape(note)}" for note in answer.rival.notes))
     blocks.append("\n".join(f"- Warning: {escape(note)}" for note in answer.warnings))
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def render_rivals(found: Sequence[tuple[str, Rival]], style: str, warnings: Sequence[str]) -> str:
+    """Return the answers of several configurations as a table or json.
+
+    Raises:
+        InvalidInput: another format.
+    """
+    if style == "json":
+        answers = [{"configuration": label, **(rival_document(rival) or {})} for label, rival in found]
+        return json_text({"schema_version": 1, "entrenar": answers, "warnings": list(warnings)})
+    if style != "table":
+        raise InvalidInput(f"--with is printed as table or json, not as {style}")
+    return "".join(f"{label}: {rival_text(rival)}\n" for label, rival in found)

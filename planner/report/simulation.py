@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from planner.base.errors import one_line
 from planner.base.units import gib, seconds
 from planner.plan.simulate import DISK_BYTES_PER_S, Step, Timeline, Totals
+from planner.plan.simulated import Simulated
+from planner.report.answer import run_words
 from planner.report.tables import aligned, csv_text, escape, json_text, markdown, wrapped
 
 SCHEMA_VERSION = 1
@@ -31,6 +33,35 @@ class Simulation(NamedTuple):
     """Print every so many steps; 0: about twenty of them."""
     notes: tuple[str, ...] = ()
     price: str = ""
+
+
+def simulation_of(played: Simulated, every: int = 0) -> Simulation:
+    """The words around a run that was played through; every so many steps are printed (0: about twenty of them)."""
+    card = played.answer.prediction.gpu
+    price = played.price
+    where = " ".join(part for part in (price.instance_type or price.source, price.date) if part) if price else ""
+    return Simulation(
+        timeline=played.timeline,
+        closed=played.closed,
+        run_words=run_words(played.answer),
+        card=card.name if card is not None else "",
+        data=_data_words(played),
+        every=every,
+        notes=played.notes,
+        price=f"{price.usd_per_hour:,.3f} USD/h ({where})" if price else "",
+    )
+
+
+def _data_words(played: Simulated) -> str:
+    """Where the lengths come from."""
+    if played.answer.data is None:
+        training, lengths = played.answer.prediction.training, played.timeline.plan.lengths
+        tokens = f"{played.rows:,} rows of {lengths.longest or 1:,} tokens"
+        return f"{tokens}, padded to {training.seq_len:,} (no data given)"
+    scan = played.answer.data.found
+    return f"{len(scan.lengths):,} rows as {scan.template.name}, {scan.lengths.total:,} tokens ({scan.token_label})" + (
+        f"; {scan.num_problems:,} rows left out" if scan.num_problems else ""
+    )
 
 
 COLUMNS = (

@@ -11,7 +11,9 @@ from planner.device.hardware import Gpu
 from planner.facts.sources import LoadedConfig
 from planner.memory.owners import CATEGORIES
 from planner.memory.walk import MemoryBreakdown
+from planner.plan.request import Plan
 from planner.plan.traced import Traced, TracedSegment
+from planner.plan.traced_answer import TracedStep
 from planner.report.answer import moment_words, training_words
 from planner.training.settings import Resolved
 from planner.training.spec import TrainingSpec
@@ -30,6 +32,14 @@ class TraceView(NamedTuple):
     program: MemoryBreakdown | None
     warnings: tuple[str, ...]
     explain: bool
+
+
+def view_of(plan: Plan, step: TracedStep, *, explain: bool = False) -> TraceView:
+    """What a report about a traced step may print."""
+    return TraceView(
+        step.traced, plan.training, plan.card, step.arch, plan.config, plan.resolved, plan.stack, step.program,
+        step.notes, explain,
+    )  # fmt: skip
 
 
 class Stretch(NamedTuple):

@@ -142,10 +142,10 @@ class Habits:
     """fp32 casts of q and k have names that live until the output exists."""
     keeps_scores_dtype: bool = False
     """Softmax names no dtype: it runs in that of the scores, fp32 under autocast."""
-    returns_probabilities: bool = False
-    """The decoder layer returns the attention probabilities."""
-    always_masks: bool = False
-    """SDPA gets a 4-D mask of bools where its causal flag would do."""
+    returns_probabilities_since: Release = NEVER
+    """Since: the decoder layer returns the attention probabilities (before, where it is asked for them)."""
+    always_masks_since: Release = NEVER
+    """Since: SDPA gets a 4-D mask of bools where its causal flag would do."""
     hands_on_mask_before: Release = ALWAYS
     """Before: the model makes an additive mask for SDPA though nothing is padded."""
     mask_buffers_before: Release = ALWAYS

@@ -22,11 +22,11 @@ from planner.step.engine import FP32, INT64, OUTSIDE, LayerForward, Record, Tens
 from planner.step.modules import linears, losses, positions
 from planner.step.modules import weights as modules_weights
 from planner.step.modules.attention import (
-    BOOLEAN_MASKS_SINCE,
     always_masks,
     hands_on_mask,
     needs_window_mask,
     runs_eager,
+    takes_boolean_mask,
 )
 from planner.step.modules.eager import DROPOUT, adds_mask
 from planner.step.modules.norms import norm
@@ -519,8 +519,8 @@ class _Run:
             (eager and adds_mask(step)) or hands_on_mask(step) or (step.train.padded and step.train.attention == "sdpa")
         ):
             # made from the embedding's output; later norms and projections may have another dtype
-            old = step.train.versions.transformers < BOOLEAN_MASKS_SINCE
-            kind = self.embedding.dtype if (eager or old) and not habits.boolean_mask else "int8"
+            adds = (eager or not takes_boolean_mask(step)) and not habits.boolean_mask
+            kind = self.embedding.dtype if adds else "int8"
             for windowed in {self._masks_window(held) for held in self.weights}:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
         elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):

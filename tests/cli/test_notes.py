@@ -196,9 +196,9 @@ def test_a_measured_job_prints_the_notes_of_its_plan(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")
-    from calibrate.measure import burst
+    from calibrate.measure import job as measured
     from planner.base.errors import InvalidInput
-    from planner.cli import calibrate
+    from planner.cli.terminal import echo_notes
     from planner.importers import read_job
 
     path = tmp_path / "qlora.yml"
@@ -207,10 +207,11 @@ def test_a_measured_job_prints_the_notes_of_its_plan(
     def refuse(_: Any) -> None:
         raise InvalidInput("nothing is measured here")
 
-    monkeypatch.setattr(burst, "refuse", refuse)
-    monkeypatch.setattr("calibrate.fit.measurements.device_gpu", lambda _: catalog.gpu("a100"))
+    monkeypatch.setattr(measured, "refuse", refuse)
+    monkeypatch.setattr(measured, "device_gpu", lambda _: catalog.gpu("a100"))
     with pytest.raises(InvalidInput, match="nothing is measured here"):
-        calibrate._one_job(read_job((str(path),)), SimpleNamespace(identity=lambda: None), SimpleNamespace())
+        device: Any = SimpleNamespace(identity=lambda: None)
+        measured.one_job(read_job((str(path),)), device, device, echo_notes)
     shown = plain(capsys.readouterr().out)
     assert TOWER in shown
     assert UNMODELLED in shown

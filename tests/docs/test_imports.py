@@ -34,17 +34,13 @@ ROOMS: tuple[str, ...] = (
 )
 """Rooms of `planner`, lowest first: a module imports from its own room and from lower ones, inside functions too."""
 
-CLIMBS: tuple[str, ...] = (
-    "planner.plan.answering -> planner.cli.data_options",
-    "planner.plan.data -> planner.cli.terminal",
-    "planner.plan.table -> planner.cli.data_options",
-)
+CLIMBS: tuple[str, ...] = ()
 """Imports that still go up. None may be added; one that is gone must leave this list."""
 
 LAZY = {
     "numpy": ("",),
     "pyarrow": ("report", "runs"),
-    "pandas": ("plan",),
+    "pandas": ("plan", "report"),
     "huggingface_hub": ("facts",),
     "yaml": ("importers", "plan"),
     "pynvml": ("facts",),
@@ -77,7 +73,7 @@ MODULE_LINES = 650
 FUNCTION_LINES = 80
 
 PLANNER = sorted((ROOT / "planner").rglob("*.py"))
-SOURCES = [*PLANNER, *sorted((ROOT / "calibrate").rglob("*.py"))]
+SOURCES = [*PLANNER, *sorted((ROOT / "calibrate").rglob("*.py")), *sorted((ROOT / "loraplan").rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:
@@ -177,7 +173,7 @@ def test_calibrate_does_not_use_the_command_line() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in SOURCES
-        if path not in PLANNER
+        if path.is_relative_to(ROOT / "calibrate")
         for module, _, line in imports(path)
         if module.startswith(("planner.cli", "planner.report"))
     ]
@@ -238,7 +234,9 @@ def test_bare_fits_loads_only_what_it_uses() -> None:
 def test_nothing_outside_the_tests_imports_from_them() -> None:
     names = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
     outside = [
-        path for folder in ("planner", "calibrate", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("loraplan", "planner", "calibrate", "benchmarks", ".ci")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     for path in outside:
         for module, _, line in imports(path):

@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # setuptools leaves build/ and *.egg-info in the source tree: build elsewhere, as two tests may run at once.
     source = folder / "source"
     source.mkdir()
-    for name in ("planner", "calibrate", "data", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("loraplan", "planner", "calibrate", "data", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
     done = run("-m", "pip", "wheel", "-q", source, "--no-deps", "--no-build-isolation", "-w", folder, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_setup_cfg_lists_every_package() -> None:
     here = {
         ".".join(p.parent.relative_to(ROOT).parts)
-        for top in ("planner", "calibrate")
+        for top in ("loraplan", "planner", "calibrate")
         for p in ROOT.glob(f"{top}/**/*.py")
     }
     assert set(config()["options"]["packages"].split()) == here | {"planner.data"}
@@ -62,7 +62,11 @@ def test_setup_cfg_lists_every_package() -> None:
 def test_the_wheel_holds_all_modules_and_data(wheel: Path) -> None:
     assert wheel.name.startswith(f"loraplan-{planner.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {p.relative_to(ROOT).as_posix() for top in ("planner", "calibrate") for p in ROOT.glob(f"{top}/**/*.py")}
+    modules = {
+        p.relative_to(ROOT).as_posix()
+        for top in ("loraplan", "planner", "calibrate")
+        for p in ROOT.glob(f"{top}/**/*.py")
+    }
     data = {f"planner/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "data").rglob("*") if p.is_file()}
     assert data
     assert names >= modules | data | {"planner/py.typed"}, sorted((modules | data) - names)

@@ -14,15 +14,13 @@ from planner.exporters import frameworks, script
 from planner.exporters.recipe import Export, Recipe
 from planner.model import lora
 from planner.model.spec import ModelSpec
-from planner.plan.jobs import job_of, with_job
-from planner.plan.request import configure, load_model, training_settings
-from planner.training.options import OPTIONS
+from planner.plan.configure import configure
+from planner.plan.given import Settings
+from planner.plan.jobs import Files, job_of
+from planner.plan.models import load_model
 from planner.training.spec import TrainingSpec
 
 MODEL = "meta-llama/Llama-3.1-8B"
-NOTHING: dict[str, Any] = dict.fromkeys(OPTIONS)
-READING = {"one_gpu": False, "allow_outside": False}
-
 TARGETS: dict[str, tuple[Callable[[Recipe], Export], str]] = {
     "axolotl": (frameworks.axolotl, "axolotl"),
     "trl": (frameworks.trl, "trl"),
@@ -36,7 +34,6 @@ def drawn(random_: random.Random) -> dict[str, Any]:
     """Draw options that every target can write."""
     pick = random_.choice
     given = {
-        **NOTHING,
         "method": pick(("full", "lora", "qlora")),
         "seq_len": pick((512, 1000, 2048)),
         "micro_batch_size": pick((1, 3)),
@@ -57,9 +54,8 @@ def drawn(random_: random.Random) -> dict[str, Any]:
 
 def planned(spec: ModelSpec, stack: str, given: dict[str, Any]) -> TrainingSpec:
     """Return the run of drawn options, as the command line would plan it."""
-    options = dict(given)
-    stack = training_settings(options) or stack
-    return configure(spec, stack, options)[1]
+    said = Settings(given)
+    return configure(spec, said.stack or stack, said.options())[1]
 
 
 def spelled_out(spec: ModelSpec, training: TrainingSpec) -> TrainingSpec:
@@ -87,8 +83,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, target: str, monkeypatch: 
         path = tmp_path / str(number) / made.artifacts[0].name
         path.parent.mkdir()
         path.write_text(made.artifacts[0].text, encoding="utf-8")
-        job = job_of((str(path),), READING, NOTHING)
+        job = job_of(Files((str(path),)), Settings())
         assert job.model == MODEL
-        options = with_job(job, NOTHING)
-        again = configure(spec, training_settings(options) or "", options)[1]
+        again = configure(spec, job.stack, {}, job)[1]
         assert spelled_out(spec, again).describe() == spelled_out(spec, training).describe(), made.artifacts[0].text

@@ -10,8 +10,9 @@ from planner.device.hardware import Gpu
 from planner.facts import catalog, sources
 from planner.model.families import build_spec
 from planner.plan import search
+from planner.plan.configure import configure
+from planner.plan.models import load_model
 from planner.plan.predict import predict
-from planner.plan.request import configure, load_model
 from planner.training import stacks
 from planner.training.spec import TrainingSpec
 

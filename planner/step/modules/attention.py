@@ -157,13 +157,17 @@ def needs_window_mask(step: Step, spec: Attention) -> bool:
 
 def always_masks(step: Step) -> bool:
     """Whether the class asks for a 4-D mask of bools where SDPA's causal flag would do."""
-    asked = step.habits.always_masks and step.train.attention == "sdpa"
-    return asked and step.train.versions.transformers >= BOOLEAN_MASKS_SINCE
+    return step.train.attention == "sdpa" and step.train.versions.transformers >= step.habits.always_masks_since
 
 
 def hands_on_mask(step: Step) -> bool:
     """Whether the model makes an additive mask for SDPA though nothing is padded."""
     return step.train.attention == "sdpa" and step.train.versions.transformers < step.habits.hands_on_mask_before
+
+
+def takes_boolean_mask(step: Step) -> bool:
+    """Whether SDPA's mask is one of bools, not one to add."""
+    return step.train.versions.transformers >= BOOLEAN_MASKS_SINCE and not hands_on_mask(step)
 
 
 def sdpa_kernel(step: Step, spec: Attention, dtype: str) -> cuda_rules.SdpaKernel:
@@ -275,7 +279,16 @@ def _broadcasts_heads(step: Step, spec: Attention) -> bool:
 
 
 def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA's math kernel: scaled copies of q and broadcast k, v, whole scores, softmax in their dtype."""
+    """SDPA's math kernel: scaled copies of q and broadcast k, v, whole scores, softmax in their dtype.
+
+    SDPA is in autocast's own list, which rules autocast out for what is inside (ATen/autocast_mode.h WrapFunction_):
+    products stay fp32.
+    """
+    with step.eng.autocasting(None):
+        return ops.contiguous(step.eng, _math_product(step, spec, q, k, v), "attention")
+
+
+def _math_product(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     eng = step.eng
     arg = (q, k, v)
     source = q.dtype
@@ -296,7 +309,7 @@ def _math(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     out = ops.bmm(eng, probs, values, value_shape, "attention")
     out = ops.cast(eng, out, source, "attention")
     del arg, returned, scaled, keys, values
-    return ops.contiguous(eng, out, "attention")
+    return out
 
 
 def _flash_dtype(step: Step) -> str:
@@ -404,7 +417,7 @@ def _efficient(
     mask: Tensor | None = None
     if masked and step.mask is not None and step.habits.alibi_in_mask and spec.position == "alibi":
         mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")  # ALiBi is in it: a bias already
-    elif masked and step.mask is not None and step.train.versions.transformers < BOOLEAN_MASKS_SINCE:
+    elif masked and step.mask is not None and not takes_boolean_mask(step):
         mask = ops.cast(eng, step.mask, q.dtype, "attention_bias")
     elif masked:  # the bool mask becomes an additive bias in q's dtype, written out for every row of the batch
         mask = eng.empty(step.batch * step.seq * step.seq, q.dtype, "attention_bias")
