@@ -184,6 +184,7 @@ def _adapters_on_meta(stack: ExitStack) -> None:
 
 def record(case: dict[str, Any]) -> dict[str, Any]:
     """Trace one case -> peak bytes, its place, its owners, and the places that come as near as `TIE`."""
+    from calibrate.measure import training_step
     from calibrate.model import fake_model
     from calibrate.oracle import agreement, ledger
     from calibrate.oracle.trace import trace
@@ -203,7 +204,9 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
         fake_model.model_config(case["config"])
         from transformers import AutoModelForCausalLM
 
-        AutoModelForCausalLM._model_mapping[type(fake_model.model_config(case["config"]))]
+        kind = AutoModelForCausalLM._model_mapping[type(fake_model.model_config(case["config"]))]
+        if not hasattr(sys.modules[kind.__module__], "create_causal_mask"):  # the class makes its mask itself
+            stack.enter_context(patch.object(training_step.TrainingStep, "_batch", _batch_with_mask))
         _data_that_fake_tensors_do_not_have(stack, padded=training.padded)
         stack.enter_context(patch.object(fake_model, "model_config", model_config))
         result = trace(case["config"], training)

@@ -97,9 +97,10 @@ def sdpa(
             query, key, value, attn_mask, True, dropout_p, is_causal, False, scale=scale
         )[0]
     if kernel == "math":
-        return aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=grouped
-        )[0]
+        with torch.autocast("cpu", enabled=False):  # SDPA is in autocast's list: that rules it out for what is inside
+            return aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=grouped
+            )[0]
     if grouped:
         return GroupedEfficientAttention.apply(query, key, value, is_causal, scale)
     return efficient_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)

@@ -230,7 +230,7 @@ class Rows(dict[str, T]):
             TypeError: a name without a row, a row without a name, or two rows of one name.
         """
         found = list(rows)
-        wanted = list(names)
+        wanted = dict.fromkeys(names)
         made = dict(found)
         missing, extra = [n for n in wanted if n not in made], [n for n in made if n not in wanted]
         if missing or extra or len(made) != len(found):

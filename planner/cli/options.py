@@ -102,7 +102,7 @@ def trace_options(command: _Command) -> _Command:
 
 
 def click_type(option: Option) -> Any:
-    """What click is to make of an option's text; None: it is a yes/no option (--x/--no-x)."""
+    """What click is to make of an option's text; None: it is a yes/no option."""
     if isinstance(option.kind, kinds.Choice):
         return Word(option.words, option.kind.words, option.kind.aliases)
     if isinstance(option.kind, kinds.YesNo):

@@ -11,7 +11,7 @@ import typing
 from typing import Any, Literal
 
 from planner.base.errors import unknown
-from planner.base.records import Rows, record
+from planner.base.records import Rows, record, replace
 from planner.training.optimizers import OPTIMIZERS
 
 Lane = Literal["compute", "communication", "copy", "host"]
@@ -21,6 +21,8 @@ and the thread that launches."""
 Price = Literal["product", "attention", "traffic", "index", "link"]
 """How a kernel is priced: whole tiles of a matrix product; FLOPs of a fused attention; bytes over a bandwidth; an index
 computed for each element, or the bytes where those take longer; bytes over the host's link."""
+
+PRICE_WAYS = typing.get_args(Price)
 
 Compiled = Literal["alone", "kept", "merged"]
 """What torch.compile does with a kernel: nothing; its graph launches it; its graph merges it with its neighbours."""
@@ -147,7 +149,8 @@ class KernelKind:
     call_cost: str | None
     """The coefficient of what a call costs the host beyond its launches; None: nothing."""
     only_without_room: bool
-    """Moves only where the card has less room than its bytes: managed memory."""
+    """Managed memory: moves once an optimizer step, only where the card has less room than its bytes (each is counted
+    twice, in and out)."""
     ledger: str
     """Its class in a decoder layer."""
     ledger_outside: str
@@ -160,13 +163,15 @@ class KernelKind:
     def __post_init__(self) -> None:
         for name in (self.ledger, self.ledger_outside):
             LEDGER[name]
-        COMPILED[self.compiled]
-        if self.price not in typing.get_args(Price):
-            raise unknown("way of pricing", self.price, typing.get_args(Price))
+        if self.price not in PRICE_WAYS:
+            raise unknown("way of pricing", self.price, PRICE_WAYS)
         if self.lane not in ("compute", "copy"):  # a lane's rule for what waits for it is in planner.timing.step_time
             raise unknown(f"lane of kernel {self.name}", self.lane, ("compute", "copy"))
-        over_link = self.price == "link"
+        over_link, by_bytes = self.price == "link", self.price in ("traffic", "index")
         wrong = {
+            "bandwidth_share": self.bandwidth_share != 1.0 and not by_bytes,
+            "gpu_passes": self.gpu_passes != 1.0 and not by_bytes,
+            "compiled": COMPILED[self.compiled].traffic is not None and not by_bytes,
             "attention": (self.attention is not None) != (self.price == "attention"),
             "coefficient": (self.coefficient is None) != (self.price == "product"),
             "lane": self.lane == "copy" and not over_link,
@@ -184,15 +189,6 @@ class KernelKind:
         return self.ledger if layer >= 0 else self.ledger_outside
 
 
-def _kind(name: str, ledger: str, price: Price, coefficient: str | None, **others: Any) -> KernelKind:
-    """A row: what is not said is that of a plain kernel in the stream, of one class everywhere."""
-    plain = {
-        "lane": "compute", "bandwidth_share": 1.0, "gpu_passes": 1.0, "attention": None, "call_cost": None,
-        "only_without_room": False, "ledger_outside": ledger,
-    }  # fmt: skip
-    return KernelKind(name=name, ledger=ledger, price=price, coefficient=coefficient, **{**plain, **others})
-
-
 _GEMM = ("gemm", "mm", "linear", "cutlass", "matmul", "mkldnn", "nvjet", "splitk")
 _ATTENTION = ("attention", "flash_fwd", "flash_bwd", "fmha", "sdpa")
 _QUANTIZE = ("dequantize", "quantize", "kdequant")
@@ -201,34 +197,48 @@ _OPTIMIZER = tuple(sorted({word for row in OPTIMIZERS.values() for word in row.k
 
 
 def _product(name: str, ledger: str) -> KernelKind:
-    return _kind(name, ledger, "product", None, compiled="alone", profiled="matrix products", marks=_GEMM)
+    """Matrix products; `ledger`: whose."""
+    return KernelKind(
+        name=name, lane="compute", price="product", coefficient=None, bandwidth_share=1.0, gpu_passes=1.0,
+        attention=None, compiled="alone", call_cost=None, only_without_room=False, ledger=ledger,
+        ledger_outside=ledger, profiled="matrix products", marks=_GEMM,
+    )  # fmt: skip
 
 
 def _attention(name: str, coefficient: str, attention: FusedAttention) -> KernelKind:
-    return _kind(
-        name, "attention", "attention", coefficient, attention=attention, compiled="kept", profiled="attention",
-        marks=_ATTENTION,
+    """One direction of a fused attention."""
+    return KernelKind(
+        name=name, lane="compute", price="attention", coefficient=coefficient, bandwidth_share=1.0, gpu_passes=1.0,
+        attention=attention, compiled="kept", call_cost=None, only_without_room=False, ledger="attention",
+        ledger_outside="attention", profiled="attention", marks=_ATTENTION,
     )  # fmt: skip
 
 
 def _quantization(name: str, coefficient: str, bandwidth_share: float, call_cost: str | None) -> KernelKind:
-    return _kind(
-        name, "dequantization", "traffic", coefficient, bandwidth_share=bandwidth_share, call_cost=call_cost,
-        compiled="kept", profiled="dequantization", marks=_QUANTIZE,
+    """A kernel of bitsandbytes or of another quantized base."""
+    return KernelKind(
+        name=name, lane="compute", price="traffic", coefficient=coefficient, bandwidth_share=bandwidth_share,
+        gpu_passes=1.0, attention=None, compiled="kept", call_cost=call_cost, only_without_room=False,
+        ledger="dequantization", ledger_outside="dequantization", profiled="dequantization", marks=_QUANTIZE,
     )  # fmt: skip
 
 
 def _transfer(name: str, lane: Lane, only_without_room: bool) -> KernelKind:
-    return _kind(
-        name, LINK_CLASS, "link", LINK_COEFFICIENT, lane=lane, only_without_room=only_without_room, compiled="alone",
-        profiled=UNMARKED, marks=(),
+    """Copies between the card and its host."""
+    return KernelKind(
+        name=name, lane=lane, price="link", coefficient=LINK_COEFFICIENT, bandwidth_share=1.0, gpu_passes=1.0,
+        attention=None, compiled="alone", call_cost=None, only_without_room=only_without_room, ledger=LINK_CLASS,
+        ledger_outside=LINK_CLASS, profiled=UNMARKED, marks=(),
     )  # fmt: skip
 
 
-def _plain(name: str, ledger: str = "element-wise", **others: Any) -> KernelKind:
-    """An element-wise kernel: of the loss where it is outside of the layers."""
-    given = {"compiled": "merged", "ledger_outside": "loss", "profiled": UNMARKED, "marks": ()} | others
-    return _kind(name, ledger, given.pop("price", "traffic"), given.pop("coefficient", "bandwidth"), **given)
+def _plain(name: str) -> KernelKind:
+    """A kernel that reads and writes as fast as memory: of the loss where it is outside of the layers."""
+    return KernelKind(
+        name=name, lane="compute", price="traffic", coefficient="bandwidth", bandwidth_share=1.0, gpu_passes=1.0,
+        attention=None, compiled="merged", call_cost=None, only_without_room=False, ledger="element-wise",
+        ledger_outside="loss", profiled=UNMARKED, marks=(),
+    )  # fmt: skip
 
 
 _FLASH = FusedAttention(hopper="flash_hopper", short_rows="flash_length_half", own_fp32=False)
@@ -250,14 +260,16 @@ ROWS = (
     _quantization("dequantize", "dequantize", 1.0, "launch_quantized"),
     _quantization("int8_quantize", "bandwidth", INT8_QUANTIZE_BANDWIDTH, "launch_quantized"),
     _quantization("int8_dequantize", "bandwidth", INT8_DEQUANTIZE_BANDWIDTH, None),
-    _plain("optimizer", "optimizer", ledger_outside="optimizer", compiled="alone", profiled="optimizer",
-           marks=_OPTIMIZER),
+    replace(
+        _plain("optimizer"), ledger="optimizer", ledger_outside="optimizer", compiled="alone", profiled="optimizer",
+        marks=_OPTIMIZER,
+    ),
     _transfer("host_transfer", "compute", False),
     _transfer("overlapped_transfer", "copy", False),
     _transfer("paged_transfer", "compute", True),
-    _plain("softmax", "attention", profiled="loss", marks=_SOFTMAX),
-    _plain("log_softmax", gpu_passes=LOG_SOFTMAX_PASSES, profiled="loss", marks=_SOFTMAX),
-    _plain("indexed", price="index", coefficient="indexed"),
+    replace(_plain("softmax"), ledger="attention", profiled="loss", marks=_SOFTMAX),
+    replace(_plain("log_softmax"), gpu_passes=LOG_SOFTMAX_PASSES, profiled="loss", marks=_SOFTMAX),
+    replace(_plain("indexed"), price="index", coefficient="indexed"),
     *(_plain(name) for name in ("elementwise", "norm", "reduce", "cast", "copy", "dropout")),
 )  # fmt: skip
 

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from planner.base.records import NamedTuple
 from planner.step.kernels import Lane
 from planner.timing.arrays import Number, maximum
 
+Event = tuple[Lane, Number, tuple[int, ...]]
+"""Work on a lane, its seconds, and the numbers of the earlier events whose ends it waits for, beside the one before it
+on its lane."""
 
-class Event(NamedTuple):
-    """Work on a lane."""
-
-    lane: Lane
-    seconds: Number
-    after: tuple[int, ...] = ()
-    """Numbers of the earlier events whose ends it waits for, beside the one before it on its lane."""
+Span = tuple[Number, Number]
+"""When an event begins and ends, in seconds since the first."""
 
 
-class Span(NamedTuple):
-    """When an event begins and ends, in seconds since the first."""
-
-    start: Number
-    end: Number
-
-
-def schedule(events: Iterable[Event]) -> list[Span]:
-    """When each event runs: as soon as its lane is free and all that it waits for has ended.
+def schedule(events: Iterable[Event]) -> tuple[list[Span], dict[Lane, Number]]:
+    """When each event runs, and when each lane is done: as soon as a lane is free and all that it waits for has ended.
 
     Raises:
         ValueError: an event waits for one that is not before it.
@@ -38,19 +28,19 @@ def schedule(events: Iterable[Event]) -> list[Span]:
         for other in after:
             if not 0 <= other < number:
                 raise ValueError(f"event {number} waits for {other}, which is not before it")
-            end = spans[other].end
-            start = end if start is None else maximum(start, end)
-        free[lane] = end = seconds if start is None else start + seconds
-        spans.append(Span(0.0 if start is None else start, end))
-    return spans
+            ended = spans[other][1]
+            start = ended if start is None else maximum(start, ended)
+        free[lane] = ended = seconds if start is None else start + seconds
+        spans.append((0.0 if start is None else start, ended))
+    return spans, free
 
 
-def end(spans: Sequence[Span]) -> Number:
-    """When the last of the events has ended."""
-    latest = spans[0].end
-    for span in spans[1:]:
-        latest = maximum(latest, span.end)
-    return latest
+def duration(events: Iterable[Event]) -> Number:
+    """When the last of some events has ended."""
+    first, *others = schedule(events)[1].values()
+    for ended in others:
+        first = maximum(first, ended)
+    return first
 
 
 def beside(stream: Number, lane: Lane, seconds: Number) -> Number:
@@ -59,8 +49,7 @@ def beside(stream: Number, lane: Lane, seconds: Number) -> Number:
     Of equal layers, each of which waits for its own piece of that work, all together wait for what the work of all
     takes longer than the kernels of all.
     """
-    spans = schedule((Event("compute", stream), Event(lane, seconds)))
-    return end(spans) - spans[0].end
+    return duration((("compute", stream, ()), (lane, seconds, ()))) - stream
 
 
 Phase = tuple[Number, Number]
@@ -76,8 +65,8 @@ def launched_ahead(micro_batch: Sequence[Phase], times: Number, last: Phase) -> 
     it is longest where it changes in the first or the last.
     """
     hosts, devices = (sum(seconds) * (times - 1) for seconds in zip(*micro_batch, strict=True))
-    first = end(schedule(_phases((*micro_batch, (hosts, devices), last))))
-    later = end(schedule(_phases(((hosts, 0.0), *micro_batch, last))))  # the device's own way is in the first
+    first = duration(_phases((*micro_batch, (hosts, devices), last)))
+    later = duration(_phases(((hosts, 0.0), *micro_batch, last)))  # the device's own way is in the first
     return maximum(first, later)
 
 
@@ -85,6 +74,6 @@ def _phases(phases: Iterable[Phase]) -> Iterable[Event]:
     """Each phase on both lanes: the device's waits for the host to have launched all phases before it."""
     launched: tuple[int, ...] = ()
     for number, (host, device) in enumerate(phases):
-        yield Event("host", host)
-        yield Event("compute", device, launched)
+        yield "host", host, ()
+        yield "compute", device, launched
         launched = (2 * number,)

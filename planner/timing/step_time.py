@@ -180,7 +180,9 @@ class Sums:
         self.class_s: dict[str, Number] = dict.fromkeys(CLASSES, 0.0)
         """Seconds that kernels run over one optimizer step, by class: without the gaps between them."""
         self.by_coefficient: dict[str, Number] = {}
-        self.known: dict[tuple[Any, ...], Priced] = {}
+        self.known: dict[tuple[Any, ...], tuple[Priced, Number, Number, Shares]] = {}
+        """Of equal kernels: the price, the longer of arithmetic and traffic, 1 where it is arithmetic, what follows
+        which coefficient."""
         self.accumulation = training.gradient_accumulation_steps
 
     def add(self, kernel: Kernel, run: Record) -> None:
@@ -190,8 +192,8 @@ class Sums:
         if part is None:
             return
         times, kind = segment.repeat, kernel.kind
-        price = self._price(kernel)
-        seconds = maximum(price.compute, price.memory) + price.latency
+        price, longer, bound, shares = self._price(kernel)
+        seconds = longer + price.latency
         if kind.only_without_room:
             self.paged = self.paged[0] + kernel.bytes * times, self.paged[1] + seconds * times
             return
@@ -210,8 +212,7 @@ class Sums:
         if segment.layer >= 0:
             self.in_layers[part] += seconds * times
         name = kind.ledger_class(segment.layer)
-        busy = maximum(price.compute, price.memory) + kernel.count * SHORTEST_KERNEL_S
-        self.class_s[name] += busy * steps
+        self.class_s[name] += (longer + kernel.count * SHORTEST_KERNEL_S) * steps
         if not self.explained:
             return
         self.flops[part] += kernel.flops * times
@@ -219,22 +220,24 @@ class Sums:
             self.compute += price.compute * steps
             self.memory += price.memory * steps
             self.latency += price.latency * steps
-        bound = is_more(price.compute, price.memory)
         line = self.classes[name]
         for place, amount in enumerate((seconds, kernel.flops, kernel.bytes, launches / times, seconds * bound)):
             line[place] += amount * steps
-        for coefficient, share in shares_of(self.rates, kernel, bound):
+        for coefficient, share in shares:
             held = self.by_coefficient.get(coefficient, 0.0)
             self.by_coefficient[coefficient] = held + seconds * share * steps
 
-    def _price(self, kernel: Kernel) -> Priced:
+    def _price(self, kernel: Kernel) -> tuple[Priced, Number, Number, Shares]:
         key = (
             kernel.op, kernel.dtype, kernel.shape, kernel.bytes, kernel.flops, kernel.count, kernel.layout,
             kernel.elements,
         )  # fmt: skip
         found = self.known.get(key)
         if found is None:
-            found = self.known[key] = self.rates.price(kernel, self.training.seq_len)
+            price = self.rates.price(kernel, self.training.seq_len)
+            bound = is_more(price.compute, price.memory)
+            shares = shares_of(self.rates, kernel, bound) if self.explained else ()
+            found = self.known[key] = price, maximum(price.compute, price.memory), bound, shares
         return found
 
     def whole_step(self, coefficients: Mapping[str, Any]) -> WholeStep:

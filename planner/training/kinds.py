@@ -85,7 +85,8 @@ class Number:
     def checked(self, key: str, value: Any) -> object:
         """Return the number."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.holds(value):
-            raise InvalidInput(f"{key} is {one_line(value)!r}; {self.allowed}")
+            shown = value if isinstance(value, float) else repr(one_line(value))
+            raise InvalidInput(f"{key} is {shown}; {self.allowed}")
         return value
 
 

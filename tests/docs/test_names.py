@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from calibrate.oracle import cases
+from planner.cli.main import cli
 from planner.training.losses import KERNEL_SETS, LOSSES
 from planner.training.optimizers import OPTIMIZERS
 from planner.training.own_modules import OWN_MODULES
@@ -93,3 +95,28 @@ def test_own_modules_are_asked_for_by_name_in_the_registry_only() -> None:
         if isinstance(node, ast.Compare) and "own_modules" in ast.unparse(node) and "registry" not in file
     ]
     assert not found, "\n".join(found)
+
+
+def flags_of(command: click.Command, ctx: click.Context) -> set[str]:
+    """Every flag of a command and of the commands below it."""
+    found = {flag for param in command.get_params(ctx) for flag in (*param.opts, *param.secondary_opts)}
+    if isinstance(command, click.Group):
+        for name in command.list_commands(ctx):
+            inner = command.get_command(ctx, name)
+            assert inner is not None
+            found |= flags_of(inner, click.Context(inner))
+    return found
+
+
+def test_flags_named_in_messages_exist() -> None:
+    known = flags_of(cli, click.Context(cli))
+    assert {"--rank", "--no-kbit-prep", "--target-modules"} <= known
+    missing = {
+        f"{file}:{node.lineno} {flag}"
+        for file, tree in sources()
+        if file.startswith("planner/")
+        for node in literals(tree)
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*\b", str(node.value))
+        if flag not in known | {"--config"}  # trl's
+    }
+    assert not missing, "\n".join(sorted(missing))

@@ -90,6 +90,21 @@ def test_a_segment_counts_as_often_as_it_stands_for_layers() -> None:
     assert line.bytes == pytest.approx(14e9)
 
 
+def test_the_ledger_counts_the_optimizer_once() -> None:
+    """Four micro batches of 2 + 1 s, then one optimizer of 3 s, whose tensor the host touches once."""
+    found = step((2, 0), (1, 0), (3, 1), 4)
+    lines = {line.name: line for line in found.ledger}
+    assert lines["element-wise"].seconds == pytest.approx(12.0)
+    assert lines["optimizer"].seconds == pytest.approx(3.0)
+    assert lines["optimizer"].bytes == pytest.approx(1.5e9)
+
+
+def test_no_overlap_is_better_than_the_longest_of_all() -> None:
+    """The host launches for 5 + 4 + 3 s: more than the 3 s of traffic, so the step cannot be shorter."""
+    assert step((1, 5), (1, 4), (1, 3)).perfect_overlap_s == pytest.approx(12.0)
+    assert step((5, 2), (6, 2), (3, 2)).perfect_overlap_s == pytest.approx(14.0)
+
+
 def test_what_bounds_a_step() -> None:
     assert step((1, 5), (4, 1), (1, 1)).bound == "kernel launch"  # 4 of 10 seconds
     assert step((5, 2), (6, 2), (3, 2)).bound == "memory bandwidth"

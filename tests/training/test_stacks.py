@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from planner.base.errors import Contradiction, InvalidInput, UnknownName
+from planner.facts import catalog
 from planner.training import settings, stacks
 from planner.training.own_modules import OWN_MODULES, OwnModules
 from planner.training.settings import SETTINGS
@@ -86,6 +87,11 @@ def test_every_default_of_a_framework_is_a_value_that_its_setting_takes() -> Non
         settings_given = [(key, entry.value) for key, entry in stack.defaults]
         for key, value in settings_given:
             assert settings.checked({key: value}) == {key: value}
+
+
+def test_formats_of_configs_name_frameworks_of_the_table() -> None:
+    named = {table.get("stack") for table in catalog.framework_tables().values()} - {None}
+    assert named and named <= set(STACKS)
 
 
 def test_given_wins_over_stack_over_neutral() -> None:

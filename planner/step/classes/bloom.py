@@ -89,7 +89,7 @@ HABITS = {
         splits_projection=_split,
         eager=_eager,
         activation=_bloom_gelu,
-        returns_probabilities=True,
+        returns_probabilities_since=(4, 54),
         upcasts_since=(4, 48),
         slices_hidden_since=(5, 0),  # not in 4.57
     )

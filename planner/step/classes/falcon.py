@@ -104,8 +104,8 @@ HABITS = {
         repeats_in_module_before=ALWAYS,
         copies_for_sdpa_since=NEVER,  # calls it itself
         eager=_eager,
-        returns_probabilities=True,
-        always_masks=True,  # allow_is_causal_skip=False
+        returns_probabilities_since=(4, 54),
+        always_masks_since=(5, 2),  # allow_is_causal_skip=False
         alibi_in_mask=True,
         tables_beside_alibi=True,
         tables_per_layer_before=(4, 45),

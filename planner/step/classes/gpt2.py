@@ -43,7 +43,7 @@ HABITS = {
         passes_groups_since=ALWAYS,  # expands its one head: a view
         copies_for_sdpa_since=NEVER,  # calls it itself
         hands_on_mask_before=(4, 54),  # v4.53.3
-        positions_of_rows_before=(4, 53),  # of the mask that the trainer hands on
+        positions_of_rows_before=(4, 54),  # of the mask that the trainer hands on
         # no _gradient_checkpointing_func and no GradientCheckpointingLayer in v4.54.1 to 4.57.1
         ignores_checkpoints=((4, 54), (5, 0)),
         fuses_lora=False,
@@ -55,7 +55,7 @@ HABITS = {
         makes_layer_buffer=eager.causal_mask,  # local layers add it to the common mask
         masks_by_window=False,
         keeps_scores_dtype=True,
-        returns_probabilities=True,
+        returns_probabilities_since=(4, 54),
         slices_hidden_since=(5, 0),  # not in 4.57
     ),
 }

@@ -37,7 +37,7 @@ HABITS = {
     "mpt": Habits(
         layer=_layer,
         eager=_eager,
-        returns_probabilities=True,
+        returns_probabilities_since=(4, 54),
         boolean_mask=True,
         alibi_of_longest=True,
         upcasts_since=(4, 48),

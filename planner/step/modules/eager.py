@@ -27,7 +27,7 @@ def eager(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, source: 
         return _with_sinks(step, spec, q, k, v), ()
     if step.habits.eager is not None:
         return step.habits.eager(step, spec, q, k, v, source)
-    return _standard(step, spec, q, k, v), ()
+    return standard(step, spec, q, k, v), ()
 
 
 def shapes(step: Step, spec: Attention) -> tuple[Shape, Shape]:
@@ -36,7 +36,7 @@ def shapes(step: Step, spec: Attention) -> tuple[Shape, Shape]:
     return (matrices, s, s, spec.head_dim), (matrices, s, spec.v_head_dim or spec.head_dim, s)
 
 
-def _standard(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def standard(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """eager_attention_forward: whole score matrices, softmax in fp32, cast back."""
     eng = step.eng
     groups = spec.num_heads // spec.num_kv_heads
@@ -118,7 +118,7 @@ def value_product(step: Step, spec: Attention, probs: Tensor, v: Tensor, heads_f
 
 def keep_probabilities(step: Step, probs: Tensor) -> None:
     """A class whose layer returns the probabilities holds them beside its output."""
-    if step.habits.returns_probabilities:
+    if step.train.versions.transformers >= step.habits.returns_probabilities_since:
         step.probabilities = probs
 
 
