@@ -14,7 +14,7 @@ from planner.plan.rows import Block, Caption
 from planner.plan.table import Tabulator
 from planner.report import grid as report
 from planner.report.grid import Out
-from planner.report.table import caption_of, columns_of, kept, notes_of, warnings_of
+from planner.report.table import caption_of, columns_of, kept, left_out, notes_of, warnings_of
 
 
 def chosen_style(style: str | None, output: str | None) -> str:
@@ -80,12 +80,8 @@ class View(NamedTuple):
             self._whole(columns, rows, caption, out, width)
             if self.style in report.STREAMED:
                 _tell_notes(made, tell)
-        problems: dict[str, int] = {}
-        for one in made:
-            for reason, number in one.problems.reasons.items():
-                problems[reason] = problems.get(reason, 0) + number
-        for reason, number in problems.items():
-            tell(f"left out {number:,}: {one_line(reason, 300)}")
+        for line in left_out(made):
+            tell(line)
         return count
 
     def _stream(self, blocks: Iterator[Block], columns: Sequence[str], caption: Caption, out: Out) -> int:
