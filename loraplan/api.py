@@ -91,7 +91,7 @@ def fits(
 
 
 def table(
-    models: Model | Sequence[str],
+    models: Paths,
     gpus: str | Sequence[str] = (),
     *,
     vram: str | Sequence[str] = (),
@@ -135,8 +135,12 @@ def table(
     from planner.plan.grid import tables
     from planner.report.table import Look, laid_out
 
-    several = [models] if isinstance(models, (str, PathLike)) else models
-    found = {"model": [*several], "gpu": _several(gpus), "vram": _several(vram), **lists_of(lists)}
+    found: dict[str, Sequence[object]] = {
+        "model": [*paths_of(models)],
+        "gpu": _several(gpus),
+        "vram": _several(vram),
+        **lists_of(lists),
+    }
     base = request_from(
         None, None, {}, margin=margin, calibration=calibration, config=config, one_gpu=one_gpu,
         allow_outside=allow_outside, cost=Cost(tokens, rows, epochs, mean_tokens, price),

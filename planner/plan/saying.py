@@ -128,8 +128,14 @@ def job_of_program(
 
 
 def paths_of(files: str | PathLike[str] | Sequence[str | PathLike[str]]) -> tuple[str, ...]:
-    """Names of files, one or several."""
-    several = (files,) if isinstance(files, (str, PathLike)) else tuple(files)
+    """Names of files or models, one or several.
+
+    Raises:
+        InvalidInput: anything else.
+    """
+    several = (files,) if isinstance(files, (str, PathLike)) else files
+    if isinstance(several, Mapping) or not all(isinstance(name, (str, PathLike)) for name in several):
+        raise InvalidInput(f"{one_line(repr(files))} is no name or list of names; write ids or paths")
     return tuple(str(fspath(name)) for name in several)
 
 

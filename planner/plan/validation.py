@@ -57,7 +57,7 @@ class Predicted(Protocol):
     def warnings(self) -> tuple[str, ...]: ...
 
 
-Predict = Callable[[dict[str, Any], str, "str | None"], Predicted]
+Predict = Callable[[Mapping[str, object], str, "str | None"], Predicted]
 """predict(options, model_id, gpu_id): `options` as from `row_options`; gpu_id None where the row names no card."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from planner.base.errors import InvalidInput
+from planner.base.errors import InvalidInput, one_line
 from planner.plan import rows as plan_rows
 from planner.plan.rows import Caption
 from planner.plan.table import Tabulator, Wanted
@@ -45,7 +45,17 @@ def laid_out(made: Sequence[Tabulator], how: Look) -> tuple[list[str], list[tupl
         raise InvalidInput(next((reason for one in made for reason in one.problems.reasons), "no rows"))
     some = (plan_rows.select(block, conditions) for block in blocks)
     rows = kept((row for block in some for row in block.rows(columns)), columns, how)
-    return columns, rows, caption_of(made, final=True)
+    caption = caption_of(made, final=True)
+    return columns, rows, caption._replace(lines=(*caption.lines, *left_out(made)))
+
+
+def left_out(made: Sequence[Tabulator]) -> list[str]:
+    """Which combinations have no answer, and why, in lines."""
+    problems: dict[str, int] = {}
+    for one in made:
+        for reason, number in one.problems.reasons.items():
+            problems[reason] = problems.get(reason, 0) + number
+    return [f"left out {number:,}: {one_line(reason, 300)}" for reason, number in problems.items()]
 
 
 def kept(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], how: Kept) -> list[tuple[Any, ...]]:

@@ -263,6 +263,17 @@ def test_a_model_may_be_a_config() -> None:
         loraplan.fits({"hidden_size": 3})
 
 
+@pytest.mark.extra
+def test_a_table_says_what_it_leaves_out() -> None:
+    table = loraplan.table([SMALL, LLAMA], "t4", target_modules=["c_attn"])
+    assert [row[0] for row in table.rows] == [SMALL]
+    assert any(line.startswith("left out 1: ") and "c_attn" in line for line in table.notes)
+    with pytest.raises(loraplan.InvalidInput, match="write ids or paths"):
+        loraplan.table({"model_type": "gpt2"}, "t4")  # type: ignore[arg-type]
+    with pytest.raises(loraplan.UnknownName, match="did you mean"):
+        loraplan.table(SMALL, "t4", micro_bach_size=[1, 2])
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("trainer", ["SFTConfig", "TrainingArguments"])
 def test_objects_say_what_a_script_would_say(tmp_path: Path, trainer: str) -> None:

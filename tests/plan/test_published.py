@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from planner.base import data_files
-from planner.cli.validate import _Glue
 from planner.facts import measurements
 from planner.plan import validation
+from planner.plan.published import PublishedRuns
 from planner.report import validation_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,7 +32,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> validation.Report:
     """Every published row, predicted with the shipped calibrations only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAPLAN_DATA", str(tmp_path_factory.mktemp("data")))
-        return validation.score(measurements.read_measurements(ROWS), _Glue().predict)
+        return validation.score(measurements.read_measurements(ROWS), PublishedRuns().predict)
 
 
 def pinned() -> dict[tuple[str, str], dict[str, str]]:
