@@ -136,6 +136,27 @@ def test_rows_name_categories() -> None:
         assert {(OWNERS[name].category, OWNERS[name].in_head) for name in names} == {(category, category)}
 
 
+@pytest.mark.parametrize(
+    ("category", "names"),
+    [
+        ("base weights", ("weight", "weight_absmax", "weight_qweight", "weight_qzeros", "weight_state2.absmax")),
+        ("adapters", ("adapter",)),
+        ("gradients", ("gradient",)),
+        ("optimizer state", ("optimizer_state",)),
+        ("checkpoints", ("checkpoint", "checkpoint_reload")),
+        ("weight copies", ("dequantize", "autocast_weight", "lora_factor")),
+        ("workspaces", ("cublas", "int8_product", "optimizer_temporary", "softmax_grad_times_output")),
+        ("workspaces", ("flash_attention_workspace", "efficient_attention_workspace", "cudnn_attention_workspace")),
+        ("inputs", ("input_ids", "attention_mask", "positions", "rotary_tables")),
+        ("activations", ("linear", "flash_attention_logsumexp", "lora_dropout_mask", "norm", "alibi", "silu")),
+        ("activation gradients", ("linear_grad", "weight_grad", "sum_to", "accumulate_grad", "silu_grad")),
+    ],
+)
+def test_who_owns_what(category: str, names: tuple[str, ...]) -> None:
+    """As the ledger of a trace sorts the same storages (calibrate.oracle.ledger)."""
+    assert {OWNERS[name].category for name in names} == {category}
+
+
 def test_where_a_storage_is_made_decides() -> None:
     """A linear's result and gradient: of the layers, or of the head, which the backward meets before the layers."""
     eng = Engine()
