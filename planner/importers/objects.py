@@ -17,6 +17,7 @@ from planner.importers.job import Job, _merged
 from planner.importers.python_file import CALLS, SAME
 from planner.importers.rules import Reading, Value
 from planner.training.spec import Versions
+from planner.training.stacks import CUSTOM
 
 PLACE = "arguments"
 """What messages call a value's place: the arguments of a call."""
@@ -64,7 +65,7 @@ def read_objects(objects: Sequence[object], versions: Versions | None = None, *,
     given, defaults = _merged([reading])
     return Job(
         files=(),
-        stack=framework.stack or "custom",
+        stack=framework.stack or CUSTOM,
         stack_origin=f"{PLACE}: {framework.title.replace('script', 'objects')}",
         model=None,
         model_origin="",

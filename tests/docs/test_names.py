@@ -76,13 +76,21 @@ def test_an_8_bit_base_is_asked_for_by_its_row() -> None:
     assert not found, "read the row's field instead:\n" + "\n".join(found)
 
 
+def _parts(node: ast.Compare | ast.BoolOp) -> Iterator[ast.AST]:
+    """What is compared or chosen, and what is in it where that is a tuple or a set."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if isinstance(child, (ast.Tuple, ast.Set, ast.List)):
+            yield from child.elts
+
+
 def test_no_framework_is_compared_by_name() -> None:
     found = [
         f"{file}:{node.lineno} {ast.unparse(node)}"
         for file, tree in sources()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Compare)
-        and any(name.value in FRAMEWORKS for side in (node.left, *node.comparators) for name in literals(side))
+        if isinstance(node, (ast.Compare, ast.BoolOp))  # a == "trl"; a or "custom"
+        and any(isinstance(part, ast.Constant) and part.value in FRAMEWORKS for part in _parts(node))
     ]
     assert not found, "read the stack's field instead:\n" + "\n".join(found)
 
