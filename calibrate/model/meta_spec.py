@@ -262,7 +262,7 @@ class _Reader:
             post_attention_norm=norms.get("post_attention_norm"),
             pre_mlp_norm=norms.get("pre_mlp_norm"),
             post_mlp_norm=norms.get("post_mlp_norm"),
-            attention=attention,
+            mixer=attention,
             mlp=mlp,
             experts=experts,
             parallel=parallel,
@@ -299,7 +299,7 @@ class _Reader:
             return layer
         if not 0 < rest <= real // 1000:
             raise self._unmodelled(f"{real:,} parameters in layer {index}, of which {known:,} have a place")
-        held = {norm.name for norm in (*layer.norms, *layer.attention.norms)} | inside.linears.keys()
+        held = {norm.name for norm in (*layer.norms, *layer.mixer.norms)} | inside.linears.keys()
         others = [
             name
             for name, parameter in self.layers[index].named_parameters()

@@ -128,13 +128,14 @@ def show_model(model: str, style: str) -> int:
 
 def _model_facts(found: LoadedModel) -> dict[str, Any]:
     from planner.model import lora
+    from planner.step.modules.mixers import MIXERS
 
     spec, loaded = found.spec, found.loaded
-    first = spec.layers[0].attention
+    first = next(iter(spec.attentions()), None)
     defaults = lora.PEFT_DEFAULT_TARGETS.get(spec.model_type)
     kinds = [
-        f"{count} x {layer.attention.kind} attention"
-        + (f", window {layer.attention.sliding_window}" if layer.attention.sliding_window else "")
+        f"{count} x {MIXERS[layer.mixer.kind].label}"
+        + (f", window {layer.attention.sliding_window}" if layer.attention and layer.attention.sliding_window else "")
         + (f", {layer.experts.num_experts} experts, {layer.experts.top_k} chosen" if layer.experts else "")
         for layer, count in spec.distinct_layers()
     ]
@@ -149,9 +150,9 @@ def _model_facts(found: LoadedModel) -> dict[str, Any]:
         "layer_kinds": kinds,
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
-        "attention_heads": first.num_heads,
-        "key_value_heads": first.num_kv_heads,
-        "head_dim": first.head_dim,
+        "attention_heads": first and first.num_heads,
+        "key_value_heads": first and first.num_kv_heads,
+        "head_dim": first and first.head_dim,
         "max_position_embeddings": spec.max_position_embeddings or None,
         "tied_head": spec.tied,
         "modules": lora.module_names(spec),

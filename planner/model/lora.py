@@ -169,8 +169,8 @@ def _expand_keywords(model: ModelSpec, targets: Iterable[str]) -> list[str]:
             names[target] = None
             continue
         for layer, _ in model.distinct_layers():
-            inside = layer.attention.linears if keyword == "attention" else layer.linears
-            skipped = {linear.name for linear in layer.attention.linears} if keyword == "mlp" else set()
+            inside = layer.mixer.linears if keyword == "attention" else layer.linears
+            skipped = {linear.name for linear in layer.mixer.linears} if keyword == "mlp" else set()
             names.update(dict.fromkeys(linear.name for linear in inside if linear.name not in skipped))
         if keyword == ALL_LINEAR:
             names.update(dict.fromkeys(linear.name for linear in model.embedding_projections))
@@ -279,9 +279,11 @@ def _weighted_modules(model: ModelSpec) -> Iterator[tuple[str, int, int]]:
     """Yield (path, parameters, occurrences) of every module that owns parameters."""
     for layer, count in model.distinct_layers():
         prefix = f"{model.layer_prefix}.0"
-        inner: tuple[Linear | Norm, ...] = (*layer.linears, *layer.norms, *layer.attention.norms)
+        inner: tuple[Linear | Norm, ...] = (*layer.linears, *layer.norms, *layer.mixer.norms)
         for part in inner:
             yield f"{prefix}.{part.name}", part.num_parameters, count
+        for weight in layer.mixer.weights:
+            yield f"{prefix}.{weight.name.rpartition('.')[0]}", weight.num_parameters, count
         if layer.experts is not None:
             yield f"{prefix}.{layer.experts.name}", layer.experts.expert_elements, count
             if not layer.experts.router_is_linear:

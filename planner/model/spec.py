@@ -7,7 +7,8 @@ written with them. Shapes are in elements.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from math import prod
+from typing import Literal, Protocol
 
 from planner.base.errors import InvalidInput
 from planner.base.records import record, replace
@@ -68,14 +69,57 @@ class Norm:
 
 
 @record
+class Weight:
+    """A learned tensor of a mixer that is neither a linear module's nor a norm's (a convolution's, a decay, ...)."""
+
+    name: str
+    """With its module, as in the checkpoint ("conv.conv.weight")."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return prod(self.shape)
+
+
+class Mixer(Protocol):
+    """What exchanges between the tokens of a row in one layer: a frozen record of its parts.
+
+    How a kind runs is its row in `planner.step.modules.mixers`.
+    """
+
+    @property
+    def kind(self) -> str:
+        """The row of MIXERS."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its linear modules, in the order of the modules: what is quantized and adapted."""
+
+    @property
+    def norms(self) -> tuple[Norm, ...]: ...
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """Its other learned tensors."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+
+MixerKind = Literal["standard", "mla"]
+"""Kinds of mixers: attention, multi-head latent attention."""
+Position = Literal["rope", "alibi", "learned", "none"]
+
+
+@record
 class Attention:
-    """Self-attention of one layer.
+    """Self-attention of one layer, a mixer.
 
     `projections` are the modules that read the layer's input, in call order: q, k, v; or one fused module with
     `parts`; for MLA q_a/q_b (or q), kv_a, kv_b. `output` is the projection back to the hidden size.
     """
 
-    kind: Literal["standard", "mla"] = "standard"
+    kind: MixerKind = "standard"
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -94,7 +138,7 @@ class Attention:
     kv_lora_rank: int = 0
     qk_rope_head_dim: int = 0
     """MLA: the part of head_dim that is rotated (shared single key head)."""
-    position: Literal["rope", "alibi", "learned", "none"] = "rope"
+    position: Position = "rope"
     rotary_dim: int = 0
     """Rotated elements per head (partial rotary); 0 with position="rope": all of head_dim."""
     sliding_window: int = 0
@@ -132,6 +176,15 @@ class Attention:
     @property
     def norms(self) -> tuple[Norm, ...]:
         return tuple(n for n in (self.q_norm, self.k_norm, self.q_a_norm, self.kv_a_norm) if n is not None)
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return ()
+
+    @property
+    def rotary_width(self) -> int:
+        """Entries of a rotary table for one position."""
+        return (self.qk_rope_head_dim if self.kind == "mla" else self.rotary_dim) or self.head_dim
 
     @property
     def num_parameters(self) -> int:
@@ -223,14 +276,14 @@ class Experts:
 
 @record
 class Layer:
-    """One decoder layer.
+    """One decoder layer: a mixer, then a feed-forward or experts.
 
-    Residual scheme: x + attn(input_norm(x)), then x + mlp(pre_mlp_norm(x)). `post_attention_norm` and
+    Residual scheme (attn: the mixer): x + attn(input_norm(x)), then x + mlp(pre_mlp_norm(x)). `post_attention_norm` and
     `post_mlp_norm` normalise a branch's output before the addition (gemma2, olmo2 with no input norms).
     parallel: x + attn(input_norm(x)) + mlp(pre_mlp_norm(x) or the same norm's output).
     """
 
-    attention: Attention
+    mixer: Mixer
     mlp: Mlp | None = None
     experts: Experts | None = None
     input_norm: Norm | None = None
@@ -246,6 +299,11 @@ class Layer:
     """Branch outputs pass a dropout whose p in the config is above 0 (gpt2: 0.1); at p = 0 it is an identity."""
 
     @property
+    def attention(self) -> Attention | None:
+        """The mixer where it is attention (of either kind)."""
+        return self.mixer if isinstance(self.mixer, Attention) else None
+
+    @property
     def norms(self) -> tuple[Norm, ...]:
         own = (self.input_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm)
         return tuple(n for n in own if n is not None)
@@ -254,11 +312,11 @@ class Layer:
     def linears(self) -> tuple[Linear, ...]:
         mlp = self.mlp.linears if self.mlp else ()
         experts = self.experts.linears if self.experts else ()
-        return (*self.attention.linears, *mlp, *experts)
+        return (*self.mixer.linears, *mlp, *experts)
 
     @property
     def num_parameters(self) -> int:
-        total = self.attention.num_parameters + sum(n.num_parameters for n in self.norms)
+        total = self.mixer.num_parameters + sum(n.num_parameters for n in self.norms)
         total += self.mlp.num_parameters if self.mlp else 0
         return total + (self.experts.num_parameters if self.experts else 0)
 
@@ -381,13 +439,21 @@ class ModelSpec:
         for key, number in counts.items():
             yield kinds[key], number
 
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of every distinct layer that has one, in order."""
+        return tuple(layer.attention for layer, _ in self.distinct_layers() if layer.attention is not None)
+
+    def positions(self, kind: Position) -> Attention | None:
+        """The first attention whose tokens know their place in this way; None: no layer's."""
+        return next((attention for attention in self.attentions() if attention.position == kind), None)
+
     def elements_kept_in_fp32(self, dtype: str, transformers: tuple[int, int]) -> int:
         """Elements of norms and routers that are fp32 after from_pretrained(dtype=`dtype`), a 16-bit one."""
         if not self.keep_in_fp32:
             return 0
         parts: list[tuple[str, int]] = [(n.name, n.num_parameters) for n in (self.final_norm,) if n is not None]
         for layer, number in self.distinct_layers():
-            inside = [(n.name, n.num_parameters) for n in (*layer.attention.norms, *layer.norms)]
+            inside = [(n.name, n.num_parameters) for n in (*layer.mixer.norms, *layer.norms)]
             if layer.experts is not None:
                 inside.append((layer.experts.router.name, layer.experts.router.weight_elements))
             parts += [(name, elements * number) for name, elements in inside]

@@ -7,6 +7,7 @@ from planner.device.hardware import CPU, Gpu
 from planner.memory import allocator, sequence, walk
 from planner.model.spec import ModelSpec
 from planner.step.classes.registry import habits_of
+from planner.step.modules.mixers import MIXERS
 from planner.training.losses import KERNEL_SETS, LOSSES
 from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
@@ -114,13 +115,15 @@ def uncertainty(model: ModelSpec, training: TrainingSpec) -> tuple[tuple[str, fl
     doubts = habits_of(model.model_type, training.own_modules).doubts
     reasons += doubts(model, training) if doubts is not None else ()
     own_attention = any(
-        not layer.attention.has_sdpa(training.versions.transformers)
-        and not layer.attention.logit_softcap
-        and layer.attention.position != "none"
-        for layer, _ in model.distinct_layers()
+        not attention.has_sdpa(training.versions.transformers)
+        and not attention.logit_softcap
+        and attention.position != "none"
+        for attention in model.attentions()
     )
     if own_attention:
         reasons.append(("the class's own attention keeps score matrices whose lifetimes are modelled coarsely", 0.2))
+    kinds = dict.fromkeys(layer.mixer.kind for layer, _ in model.distinct_layers())
+    reasons += [reason for kind in kinds for reason in MIXERS[kind].uncertainty]
     if model.derived:
         reasons.append(("a class outside the registry: operations are taken from a common decoder layer", 0.10))
     if model.remote_code:

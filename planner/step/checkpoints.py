@@ -7,7 +7,8 @@ unsloth's and transformers' offloading of what they keep.
 from __future__ import annotations
 
 from planner.step.context import Step
-from planner.step.engine import Engine, Frame, Grads, LayerForward, Node, StopRecompute, Tensor, Unit
+from planner.step.engine import Engine, Frame, Grads, LayerForward, Node, StopRecompute, Tensor
+from planner.step.owners import Unit
 from planner.step.scopes import Handler
 from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
 from planner.training.losses import KERNEL_SETS

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from planner.device import cuda_rules
 from planner.model.spec import ModelSpec
-from planner.step.engine import FP32, OUTSIDE, Dimensions, Engine, Owner, Size, Tensor, Unit
+from planner.step.engine import FP32, Dimensions, Engine, Size, Tensor
 from planner.step.habits import Habits
+from planner.step.owners import OUTSIDE, Owner, Unit
 from planner.step.scopes import Backwards, Handler, Scope
 from planner.training.own_modules import OWN_MODULES
 from planner.training.spec import TrainingSpec

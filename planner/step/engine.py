@@ -4,6 +4,12 @@ Layers are written against it as PyTorch modules are written against torch. A st
 reference to it goes, as in PyTorch, so the lifetime of a tensor is what the code says: local variables, saved
 tensors of autograd nodes, gradient buffers. (This relies on CPython's reference counting.)
 
+A tensor knows its shape as far as the modules say it. Parameters, the embeddings, outputs of linear modules, products
+of batches, norms, fused attention and the experts' inputs have one, and element-wise operations keep that of their
+larger operand; there, the number of rows comes from the shape. What is still counted in elements, a shape of one
+number: heads split and joined for the rotation, masks, gradients, and the loss (planner.step.modules.losses takes its
+tokens from the step: shifted logits count rows that they no longer have).
+
 Sizes are bytes or elements: ints, or in a sweep polynomials (planner.base.polynomials) that stand for all cells in
 which the step has the same structure. The backward order, the in-place accumulation of gradients and the moments at
 which inputs, saved tensors and outputs die follow torch/csrc/autograd/engine.cpp and input_buffer.cpp (torch 2.13).
@@ -18,11 +24,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
-from planner.base.records import NamedTuple
 from planner.step.kernels import Kernel
 from planner.step.kernels import Layout as Layout
 from planner.step.kernels import Shape as Shape
 from planner.step.kernels import Size as Size
+from planner.step.owners import Owner, Unit
 
 FP32, BF16, FP16, INT8, INT64 = "fp32", "bf16", "fp16", "int8", "int64"
 ITEMSIZE: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int64": 8}
@@ -48,6 +54,8 @@ class Storage:
             record.events.append((self.index, -self.nbytes))
 
 
+MATRIX = 2
+"""Dimensions of a matrix; more of them are several matrices."""
 Dimensions = tuple[Size, ...]
 """Shape of a tensor, slowest dimension first."""
 
@@ -106,35 +114,10 @@ class Record:
         self.closed = True
 
 
-class Unit(NamedTuple):
-    """What a strategy gathers, frees, recomputes and steps as one: a decoder layer, or all that is outside them."""
-
-    layer: int
-    """Of the record: an emulated layer or pattern of layers; -1: outside."""
-    sublayer: int = 0
-    """Which layer of a pattern."""
-
-
-OUTSIDE = Unit(-1)
-"""Embeddings, final norm and head."""
-
-
-class Owner(NamedTuple):
-    """Whose a parameter is."""
-
-    unit: Unit
-    module: str
-    """Path of the module inside its decoder layer, or in the model for what is outside ("self_attn.q_proj")."""
-    role: str
-    """Name of the parameter in the module: weight, bias, lora_A, lora_B, ...; of a quantized weight the part."""
-    trainable: bool
-
-
 class Tensor:
     """A tensor without data: shape, dtype, storage, and its place in the autograd graph.
 
-    A shape of one number only counts elements: not every module says the shapes of what it makes yet. All parameters
-    have theirs.
+    A shape of one number only counts elements.
     """
 
     __slots__ = ("dtype", "grad", "is_view", "node", "numel", "owner", "requires_grad", "shape", "slot", "storage")
@@ -161,9 +144,18 @@ class Tensor:
     def nbytes(self) -> Size:
         return self.numel * ITEMSIZE[self.dtype]
 
-    def view(self, numel: Size | None = None) -> Tensor:
-        """Return another tensor on the same storage, outside the graph."""
-        return Tensor(self.storage, self.numel if numel is None else numel, self.dtype)
+    def view(self, shape: Size | Dimensions | None = None) -> Tensor:
+        """Return another tensor on the same storage, outside the graph; None: of the same shape."""
+        if shape is None:
+            return Tensor(self.storage, self.shape, self.dtype, self.numel)
+        return Tensor(self.storage, shape, self.dtype)
+
+    def rows(self, width: int) -> Size:
+        """Vectors of `width` elements in it: all dimensions but the last, where it says that it is one of rows."""
+        shape = self.shape
+        if len(shape) > 1 and type(shape[-1]) is int and shape[-1] == width:
+            return shape[0] if len(shape) == MATRIX else elements_of(shape[:-1])
+        return self.numel // width
 
 
 Grads = list["Tensor | None"]
@@ -267,6 +259,10 @@ class Engine:
         """Allocate a tensor."""
         numel = elements_of(shape) if type(shape) is tuple else shape
         return Tensor(Storage(self.record, numel * ITEMSIZE[dtype], op), shape, dtype, numel)
+
+    def like(self, x: Tensor, dtype: str, op: str) -> Tensor:
+        """Allocate a tensor of x's shape."""
+        return Tensor(Storage(self.record, x.numel * ITEMSIZE[dtype], op), x.shape, dtype, x.numel)
 
     def enter(self, phase: str, layer: int = -1) -> None:
         """Begin a segment of the record."""

@@ -44,8 +44,8 @@ class Habits:
     """The model with a framework's own modules in the place of transformers', and the settings in their names."""
     layer: Callable[[Step, LayerWeights, Tensor], Tensor] | None = None
     """The decoder layer's forward, where it is not one of those of `planner.step.layers`."""
-    standard_attention_only: bool = False
-    """Whether `layer` and the framework's positions know no other attention (latent attention is transformers')."""
+    own_mixers_only: bool = False
+    """Whether `layer` and the framework's positions know no other mixers than MIXERS has as `in_own_modules`."""
     inlined_mlp: Callable[[Step, LayerWeights, list[Tensor]], Tensor] | None = None
     """The layer's own calls of its linear modules instead of an MLP's; it takes its input out of the list."""
     makes_buffers: Callable[[Step], list[Tensor]] | None = None
@@ -58,7 +58,7 @@ class Habits:
     """What a framework keeps beside the loaded model, given its embedding: buffers; the embedding in use."""
     load_adapter: Callable[[Step, LinearWeights, LoraSpec], None] | None = None
     """How LoRA's factors lie, where not as PEFT's."""
-    norm: Callable[[Step, Norm, Parameters, Tensor, Size], Tensor] | None = None
+    norm: Callable[[Step, Norm, Parameters, Tensor], Tensor] | None = None
     """The final norm, where it is not a module of `planner.step.modules.norms`."""
     scales_in_embedding_since: Release = NEVER
     """Since: the embedding module multiplies its output itself, before a hook on it; else the model does."""

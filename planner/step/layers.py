@@ -11,10 +11,10 @@ from planner.model.spec import Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import Tensor
-from planner.step.modules.attention import attention
 from planner.step.modules.eager import DROPOUT
 from planner.step.modules.experts import experts
 from planner.step.modules.feed_forward import Finish, mlp
+from planner.step.modules.mixers import MIXERS
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 
@@ -24,7 +24,8 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     spec, habits = held.spec, step.habits
     arg = x
     try:
-        if habits.layer is not None and not (habits.standard_attention_only and spec.attention.kind != "standard"):
+        knows = not habits.own_mixers_only or MIXERS[spec.mixer.kind].in_own_modules
+        if habits.layer is not None and knows:
             out = habits.layer(step, held, x)
         else:
             out = parallel_layer(step, held, x) if spec.parallel else sequential_layer(step, held, x)
@@ -34,9 +35,14 @@ def decoder_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     return out
 
 
+def mix(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
+    """The layer's mixer; `finish` is what follows inside its module."""
+    return MIXERS[held.spec.mixer.kind].forward(step, held, x, finish)
+
+
 def layer_norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor) -> Tensor:
     """A norm of the layer over every token, if it has that norm."""
-    return x if spec is None else norm(step, spec, held.norms[spec.name], x, step.tokens)
+    return x if spec is None else norm(step, spec, held.norms[spec.name], x)
 
 
 def feed_forward(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
@@ -60,7 +66,7 @@ def sequential_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     late = spec.norm_after_residual
     residual = x
     x = x if late else layer_norm(step, held, spec.input_norm, x)
-    x = attention(step, held, x)
+    x = mix(step, held, x)
     x = layer_norm(step, held, spec.post_attention_norm, x)
     x = ops.add(eng, residual, branch(step, held, x), "residual")
     if late:
@@ -103,9 +109,9 @@ def named_layer(
     normed: Tensor | None = layer_norm(step, held, spec.input_norm, x)
     assert normed is not None
     if adds_in_attention:
-        attended = x = attention(step, held, normed, added)
+        attended = x = mix(step, held, normed, added)
     else:
-        attended = branch(step, held, attention(step, held, normed))
+        attended = branch(step, held, mix(step, held, normed))
         x = ops.add(eng, residual, attended, "residual")
     if not names_normed:
         normed = None
@@ -128,7 +134,7 @@ def parallel_layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     eng, spec = step.eng, held.spec
     residual = x
     second = normed = layer_norm(step, held, spec.input_norm, x)
-    attended = attention(step, held, normed)
+    attended = mix(step, held, normed)
     attended = branch(step, held, attended)  # a name while the branch's dropout runs
     if spec.pre_mlp_norm is not None:
         second = layer_norm(step, held, spec.pre_mlp_norm, x)

@@ -15,6 +15,7 @@ from planner.step.engine import (
     FP32,
     INPUT_GRAD,
     ITEMSIZE,
+    Dimensions,
     Engine,
     Grads,
     Layout,
@@ -41,7 +42,7 @@ def promote(a: str, b: str) -> str:
 
 def unary(eng: Engine, x: Tensor, op: str, dtype: str | None = None, strided: bool = False) -> Tensor:
     """A pass without backward of its own: output like x. `strided`: x or the output is not contiguous."""
-    out = eng.empty(x.numel, dtype or x.dtype, op)
+    out = eng.like(x, dtype or x.dtype, op)
     if strided or (out.dtype != x.dtype and x.dtype != FP32):  # fp32 to 16 bits is copied by vectors
         eng.indexed(out.dtype, x.nbytes + out.nbytes, out.numel)
     else:
@@ -93,9 +94,9 @@ def reshape_view(eng: Engine, x: Tensor, numel: Size | None = None) -> Tensor:
     return out
 
 
-def narrow(eng: Engine, x: Tensor, numel: Size, op: str = "slice_grad") -> Tensor:
+def narrow(eng: Engine, x: Tensor, shape: Size | Dimensions, op: str = "slice_grad") -> Tensor:
     """A slice of x: the backward fills a zero tensor of x's size (slice_backward)."""
-    out = x.view(numel)
+    out = x.view(shape)
     full = x.numel
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
@@ -117,14 +118,14 @@ def colons(eng: Engine, x: Tensor, number: int, op: str = "slice_grad") -> Tenso
     return x
 
 
-def split(eng: Engine, x: Tensor, numels: Sequence[Size], op: str = "split_grad") -> list[Tensor]:
+def split(eng: Engine, x: Tensor, shapes: Sequence[Size | Dimensions], op: str = "split_grad") -> list[Tensor]:
     """torch.split/chunk: views; the backward concatenates, filling missing parts with zeros."""
-    outs = [x.view(n) for n in numels]
+    outs = [x.view(shape) for shape in shapes]
     full = x.numel
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         dtype = next(g.dtype for g in grads if g is not None)
-        missing = [eng.empty(n, dtype, op) for n, g in zip(numels, grads, strict=True) if g is None]
+        missing = [eng.empty(n, dtype, op) for n, g in zip(shapes, grads, strict=True) if g is None]
         out = eng.empty(full, dtype, op)
         eng.indexed(dtype, 2 * out.nbytes, out.numel)
         del missing
@@ -156,7 +157,8 @@ def add(
     eng: Engine, a: Tensor, b: Tensor, op: str = "add", numel: Size | None = None, strided: bool = False
 ) -> Tensor:  # fmt: skip
     """a + b: saves nothing; the gradient reaches both sides as it is."""
-    out = eng.empty(a.numel if numel is None else numel, promote(a.dtype, b.dtype), op)
+    dtype = promote(a.dtype, b.dtype)
+    out = eng.like(a, dtype, op) if numel is None else eng.empty(numel, dtype, op)
     binary(eng, a, b, out, strided)
     eng.link(out, (a, b), lambda node, grads: [grads[0], grads[0]])
     return out
@@ -297,7 +299,7 @@ def mul(eng: Engine, a: Tensor, b: Tensor, op: str = "mul") -> Tensor:
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))
-    out = eng.empty(big.numel, dtype, op)
+    out = eng.like(big, dtype, op)
     binary(eng, a, b, out)
     eng.finish(made, out)
     return out
@@ -510,7 +512,7 @@ def linear(
         return results
 
     made = eng.begin((x, w, b), backward, tuple(saved))
-    out = eng.empty(m * n, x.dtype, op)
+    out = eng.empty((m, n), x.dtype, op)
     eng.finish(made, out)
     eng.matmul(kind, x.dtype, m, n, k)
     del arg
@@ -531,7 +533,6 @@ def bmm(
     scales: baddbmm with an alpha, by which the backward multiplies each product into a new tensor.
     """
     batch, m, n, k = shape
-    out_numel = batch * m * n
     b = autocast_half(eng, b)  # C++ evaluates arguments from the right
     a = autocast_half(eng, a)
     saved = []
@@ -555,7 +556,7 @@ def bmm(
         return results
 
     made = eng.begin((a, b), backward, tuple(saved))
-    out = eng.empty(out_numel, a.dtype, op)
+    out = eng.empty((batch, m, n), a.dtype, op)
     eng.matmul("bmm", a.dtype, m, n, k, batch, layout=layout)
     eng.finish(made, out)
     return out
@@ -568,7 +569,7 @@ def softmax_fp32(eng: Engine, x: Tensor, *, casts_inside: bool, writes_product: 
     """softmax(x, dtype=float32); `casts_inside` and `writes_product` are CUDA rules (planner.device.cuda_rules)."""
     if not casts_inside:
         x = cast(eng, x, FP32, "softmax_cast")
-    out = eng.empty(x.numel, FP32, "softmax")
+    out = eng.like(x, FP32, "softmax")
     eng.kernel("softmax", FP32, x.nbytes + out.nbytes)
     source = x.dtype
 
@@ -605,7 +606,7 @@ def layer_norm(
     if eng.autocast:
         weight = autocast_fp32(eng, weight) if weight is not None else None
         bias = autocast_fp32(eng, bias) if bias is not None else None
-    out = eng.empty(x.numel, x.dtype, op)
+    out = eng.like(x, x.dtype, op)
     mean = eng.empty(rows, FP32, op)
     rstd = eng.empty(rows, FP32, op)
     eng.kernel("norm", x.dtype, x.nbytes + out.nbytes)

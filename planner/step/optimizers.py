@@ -9,7 +9,8 @@ import typing
 
 from planner.base.errors import unknown
 from planner.step.context import Step
-from planner.step.engine import FP32, ITEMSIZE, Size, Storage, Tensor, Unit, elements_of
+from planner.step.engine import FP32, ITEMSIZE, MATRIX, Size, Storage, Tensor, elements_of
+from planner.step.owners import Unit
 from planner.step.transfers import PAGED_TRANSFER
 from planner.training.optimizers import (
     BNB_8BIT_BLOCK,
@@ -21,9 +22,6 @@ from planner.training.optimizers import (
 
 TENSORS_PER_LAUNCH = 30
 """Tensors that one multi-tensor kernel takes (ATen/native/cuda/MultiTensorApply.cuh depth_to_max_tensors, 5 lists)."""
-
-MATRIX = 2
-"""Dimensions of a matrix; more of them are several matrices."""
 
 
 class OptimizerState:

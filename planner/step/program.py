@@ -18,7 +18,7 @@ from planner.model.spec import Attention, Layer, Linear, ModelSpec, Norm
 from planner.step import checkpoints, layers, loading, ops
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, OUTSIDE, LayerForward, Record, Tensor, Unit
+from planner.step.engine import FP32, INT64, LayerForward, Record, Tensor
 from planner.step.modules import linears, losses, positions
 from planner.step.modules import weights as modules_weights
 from planner.step.modules.attention import (
@@ -29,9 +29,11 @@ from planner.step.modules.attention import (
     takes_boolean_mask,
 )
 from planner.step.modules.eager import DROPOUT, adds_mask
+from planner.step.modules.mixers import MIXERS
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
+from planner.step.owners import OUTSIDE, Unit
 from planner.training.losses import LOSSES
 from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
@@ -275,19 +277,23 @@ class _Run:
         if habits.makes_layer_buffer is not None and habits.layer_buffer_first:
             held.buffer = habits.makes_layer_buffer(self.step)
         specs = {spec.name: spec for spec in layer.linears}
-        norms = {spec.name: spec for spec in (*layer.attention.norms, *layer.norms)}
-        names = [*specs, *norms]
+        norms = {spec.name: spec for spec in (*layer.mixer.norms, *layer.norms)}
+        weights = {spec.name: spec for spec in layer.mixer.weights}
+        names = [*specs, *norms, *weights]
         for name in sorted(names) if loading.by_name(self.step) else names:
             if name in specs:
                 held.linears[name] = linears.load_base(self.step, specs[name], name in adapted)
-            else:
+            elif name in norms:
                 held.norms[name] = self._norm(norms[name])
+            else:
+                held.mixing[name] = self.step.weight(name, weights[name].shape)
         held.linears = {name: held.linears[name] for name in specs}  # in the order of the modules again
         if layer.experts is not None:
             self._load_experts(held)
         if habits.makes_layer_buffer is not None and not habits.layer_buffer_first:
             held.buffer = habits.makes_layer_buffer(self.step)
-        held.tables = positions.load_tables(self.step, layer.attention)
+        if layer.attention is not None:
+            held.tables = positions.load_tables(self.step, layer.attention)
         return held
 
     def _load_experts(self, held: LayerWeights) -> None:
@@ -413,7 +419,7 @@ class _Run:
         eng.enter("loss")
         if model.final_norm is not None:
             spec = model.final_norm
-            hidden = (step.habits.norm or norm)(step, spec, self.outer_norms[spec.name], hidden, step.tokens)
+            hidden = (step.habits.norm or norm)(step, spec, self.outer_norms[spec.name], hidden)
         del names, outputs
         if not self._reenters():
             self._drop_positions()
@@ -421,11 +427,7 @@ class _Run:
 
     def _layer(self, unit: Unit, held: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         step = self.step
-        spec = held.spec.attention
-        window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
-        mask = self.masks.get(self._masks_window(held))
-        tables = self.rotary.get(step.habits.tables_by_window and bool(spec.sliding_window))
-        arguments = (tables, mask, step.alibi, self.position_ids, window)
+        arguments = self._arguments(held.spec.attention)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
             with step.unit(unit, x):
@@ -442,16 +444,28 @@ class _Run:
             run = handler.wrap(step, run)
         return run(hidden)
 
+    def _arguments(
+        self, spec: Attention | None
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Rotary tables, 4-D mask and ALiBi that a layer's attention reads; what else its call is given."""
+        step = self.step
+        if spec is None:
+            return None, None, None, self.position_ids, None
+        window = self.window_mask if always_masks(step) or needs_window_mask(step, spec) else None
+        mask = self.masks.get(self._masks_window(spec))
+        tables = self.rotary.get(step.habits.tables_by_window and bool(spec.sliding_window))
+        return tables, mask, step.alibi, self.position_ids, window
+
     def _embed(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The first layer's input, and what the model's frame names until the last layer: embeddings as looked up."""
         step, eng, model = self.step, self.eng, self.step.model
         assert self.embedding is not None
         width = model.token_embedding.width
-        out = eng.empty(step.tokens * width, self.embedding.dtype, "embedding")
+        out = eng.empty((step.tokens, width), self.embedding.dtype, "embedding")
         eng.kernel("elementwise", out.dtype, 2 * out.nbytes)
         self._link_table(out, self.embedding)
         if self.stable:
-            out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], step.tokens)
+            out = ops.layer_norm(eng, out, self.stable[1], self.stable[2], out.rows(width))
         in_module = step.train.versions.transformers >= step.habits.scales_in_embedding_since
         if model.embedding_scale and in_module:
             out = ops.scale(eng, out, "embedding")
@@ -461,19 +475,19 @@ class _Run:
             out = ops.scale(eng, out, "embedding")
         names = [out]
         for projection in self.projections[:1]:
-            out = linears.base_forward(step, projection, out)
+            out = linears.forward(step, projection, out)
         if model.position_embedding is not None:
             every_row = step.train.versions.transformers < step.habits.positions_of_rows_before
-            rows = step.tokens if every_row else step.seq
-            places = eng.empty(rows * model.hidden_size, self.embedding.dtype, "embedding")
+            shape = (step.batch, step.seq, model.hidden_size) if every_row else (step.seq, model.hidden_size)
+            places = eng.empty(shape, self.embedding.dtype, "embedding")
             self._link_table(places, self.tables[1])
-            out = ops.add(eng, out, places, "embedding", step.tokens * model.hidden_size)
+            out = ops.add(eng, out, places, "embedding")
             names.append(places)
         if model.embedding_dropout:
             out = ops.dropout(eng, out, DROPOUT, "embedding_dropout")
         if model.embedding_norm is not None:
             spec = model.embedding_norm
-            out = norm(step, spec, self.outer_norms[spec.name], out, step.tokens)
+            out = norm(step, spec, self.outer_norms[spec.name], out)
         return out, tuple(names)
 
     def _link_table(self, out: Tensor, table: Tensor) -> None:
@@ -493,42 +507,48 @@ class _Run:
         self.rotary.clear()
 
     def _positions(self, dtype: str) -> None:
-        """Rotary tables (shared by all layers) and the 4-D mask where the attention needs one."""
-        step, eng, habits = self.step, self.eng, self.step.habits
-        spec = step.model.layers[0].attention
-        if habits.gives_tables is not None and not (habits.standard_attention_only and spec.kind != "standard"):
+        """Rotary tables (shared by all layers) and the 4-D masks that the attention of any layer needs."""
+        step, eng, habits = self.step, self.step.eng, self.step.habits
+        attentions = step.model.attentions()
+        if not attentions:
+            return
+        own = not habits.own_mixers_only or all(MIXERS[spec.kind].in_own_modules for spec in attentions)
+        if habits.gives_tables is not None and own:
             if habits.counts_positions:
                 self.position_ids = eng.empty(step.seq, INT64, "positions")
             given = habits.gives_tables(step, self.buffers)
             if given is not None:
                 self.rotary[False] = self.rotary[True] = given
             return
-        if spec.position == "rope" or habits.tables_beside_alibi:
+        rotated, biased = step.model.positions("rope"), step.model.positions("alibi")
+        if rotated is None and habits.tables_beside_alibi:
+            rotated = biased
+        if rotated is not None:
             self.position_ids = eng.empty(step.seq, INT64, "positions")
-            windows = {bool(held.spec.attention.sliding_window) for held in self.weights}
+            windows = {bool(spec.sliding_window) for spec in attentions}
             if not positions.tables_per_layer(step):
                 for windowed in windows if habits.tables_by_window else {False}:
-                    self.rotary[windowed] = positions.tables(step, spec, dtype)
+                    self.rotary[windowed] = positions.tables(step, rotated, dtype)
         assert self.embedding is not None
-        eager, entries = runs_eager(step, spec), step.batch * step.seq * step.seq
-        if spec.position == "alibi":
-            self._alibi(spec, dtype)
-        if spec.position == "alibi" and habits.alibi_in_mask:
-            self.masks[False] = eng.empty(entries * spec.num_heads, self.embedding.dtype, "attention_mask")
+        eager, entries = any(runs_eager(step, spec) for spec in attentions), step.batch * step.seq * step.seq
+        if biased is not None:
+            self._alibi(biased, dtype)
+        if biased is not None and habits.alibi_in_mask:
+            self.masks[False] = eng.empty(entries * biased.num_heads, self.embedding.dtype, "attention_mask")
         elif (
             (eager and adds_mask(step)) or hands_on_mask(step) or (step.train.padded and step.train.attention == "sdpa")
         ):
             # made from the embedding's output; later norms and projections may have another dtype
             adds = (eager or not takes_boolean_mask(step)) and not habits.boolean_mask
             kind = self.embedding.dtype if adds else "int8"
-            for windowed in {self._masks_window(held) for held in self.weights}:
+            for windowed in {self._masks_window(spec) for spec in attentions}:
                 self.masks[windowed] = eng.empty(entries, kind, "attention_mask")
-        elif always_masks(step) or any(needs_window_mask(step, held.spec.attention) for held in self.weights):
+        elif always_masks(step) or any(needs_window_mask(step, spec) for spec in attentions):
             self.window_mask = eng.empty(step.seq * step.seq, "int8", "attention_mask")
 
-    def _masks_window(self, held: LayerWeights) -> bool:
+    def _masks_window(self, spec: Attention) -> bool:
         """Whether a layer takes the mask of a window."""
-        return bool(held.spec.attention.sliding_window) and self.step.habits.masks_by_window
+        return bool(spec.sliding_window) and self.step.habits.masks_by_window
 
     def _alibi(self, spec: Attention, dtype: str) -> None:
         """The bias of every head and key: of the longest row in fp32, or of every row of the batch."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from planner.step.context import Step
-    from planner.step.engine import LayerForward, Tensor, Unit
+    from planner.step.engine import LayerForward, Tensor
+    from planner.step.owners import Unit
 
 
 class Handler:

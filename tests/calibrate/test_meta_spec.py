@@ -63,7 +63,7 @@ def test_shapes_are_those_of_the_class(model_type: str) -> None:
     for path, elements in planned_norms(spec):
         assert sum(p.numel() for p in modules[path].parameters()) == elements, path
     assert spec.tied == (real.get_output_embeddings().weight is real.get_input_embeddings().weight)
-    assert spec.layers[0].attention.sdpa == real._supports_sdpa
+    assert spec.attentions()[0].sdpa == real._supports_sdpa
     assert model_type in spec.notes[0] and "not in the registry" in spec.notes[0]
 
 

@@ -46,5 +46,5 @@ def planned_norms(spec: ModelSpec) -> Iterator[tuple[str, int]]:
         if norm is not None:
             yield norm.name, norm.num_parameters
     for index, layer in enumerate(spec.layers):
-        for norm in (*layer.norms, *layer.attention.norms):
+        for norm in (*layer.norms, *layer.mixer.norms):
             yield f"{spec.layer_prefix}.{index}.{norm.name}", norm.num_parameters

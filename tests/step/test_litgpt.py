@@ -80,7 +80,7 @@ def test_parts_of_a_fused_projection_are_stacked_in_one_adapter() -> None:
     """LoRAQKVLinear: A of every adapted part in one tensor, B likewise (litgpt/lora.py)."""
     case = next(c for c in CASES if name_of(c) == "llama-gqa qv bf16 512")
     model, training = litgpt.own_modules(build_spec(case["config"], model_id="x"), training_of(case))
-    attention = model.layers[0].attention
+    (attention,) = model.attentions()
     assert [one.parts for one in attention.projections] == [(512, 128, 128)]
     assert training.lora is not None and training.lora.target_slices == (0, 2)
     run = program.run(build_spec(case["config"], model_id="x"), training_of(case), Architecture())

@@ -15,8 +15,9 @@ from planner.model.spec import Layer, ModelSpec
 from planner.step import program
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import OUTSIDE, Owner, Tensor, Unit
+from planner.step.engine import Tensor
 from planner.step.optimizers import OptimizerState, factors
+from planner.step.owners import OUTSIDE, Owner, Unit
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 MODELS = (

@@ -14,7 +14,8 @@ from planner.model.families import build_spec
 from planner.step import checkpoints, program
 from planner.step.classes import registry
 from planner.step.context import Step
-from planner.step.engine import OUTSIDE, LayerForward, Record, Storage, Tensor, Unit
+from planner.step.engine import LayerForward, Record, Storage, Tensor
+from planner.step.owners import OUTSIDE, Unit
 from planner.step.scopes import Handler
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -131,7 +132,7 @@ class Gathering(Handler):
 @pytest.mark.parametrize("mode", ["none", "full", "offload"])
 def test_what_is_gathered_for_a_unit_lies_there_once(mode: str, reenters: bool) -> None:
     """Short rows: the peak is in a layer's backward, which one gathered unit is added to."""
-    settings = {"gradient_checkpointing": mode, "use_reentrant": reenters}
+    settings: dict[str, Any] = {"gradient_checkpointing": mode, "use_reentrant": reenters}
     plain, gathered = run([], **settings), run([Gathering()], **settings)
     sizes = [(plain.events, walk.breakdown(plain)), (gathered.events, walk.breakdown(gathered))]
     assert 0 < sizes[1][1].peak_allocated_bytes - sizes[0][1].peak_allocated_bytes <= Gathering.BYTES

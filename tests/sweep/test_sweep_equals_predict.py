@@ -165,7 +165,7 @@ def some(rng: random.Random, values: tuple[int, ...], number: int) -> tuple[int,
 def axes_of(rng: random.Random, model: ModelSpec) -> sweep.Axes:
     """A few of each number; lengths around the model's window too."""
     lengths = some(rng, LENGTHS, 4)
-    window = next((layer.attention.sliding_window for layer in model.layers if layer.attention.sliding_window), 0)
+    window = next((attention.sliding_window for attention in model.attentions() if attention.sliding_window), 0)
     if window:
         lengths = tuple(sorted({*lengths, window - 1, window, window + 1}))
     return sweep.Axes(

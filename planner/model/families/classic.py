@@ -36,7 +36,7 @@ def opt(config: Config, model_id: str) -> ModelSpec:
 
     layer = Layer(
         # OptSdpaAttention; not in 4.45.2
-        attention=standard_attention(s, out="out_proj", bias=bias, position="learned", sdpa_since=(4, 46)),
+        mixer=standard_attention(s, out="out_proj", bias=bias, position="learned", sdpa_since=(4, 46)),
         mlp=plain_mlp(
             s.hidden,
             s.intermediate,
@@ -74,7 +74,7 @@ def opt(config: Config, model_id: str) -> ModelSpec:
 def bloom(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, four_times=True)
     layer = Layer(
-        attention=fused_attention(
+        mixer=fused_attention(
             s,
             qkv="self_attention.query_key_value",
             out="self_attention.dense",
@@ -106,7 +106,7 @@ def mpt(config: Config, model_id: str) -> ModelSpec:
     dropped = drops(settings, "attn_pdrop")
     s = replace(sizes(config, four_times=True), attention_dropout=dropped)
     layer = Layer(
-        attention=fused_attention(
+        mixer=fused_attention(
             s,
             qkv="attn.Wqkv",
             out="attn.out_proj",
@@ -155,7 +155,7 @@ def falcon(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, four_times=True)
     bias = boolean(config, "bias", default=False)
     layer = Layer(
-        attention=fused_attention(
+        mixer=fused_attention(
             s,
             qkv="self_attention.query_key_value",
             out="self_attention.dense",
@@ -201,7 +201,7 @@ def stablelm(config: Config, model_id: str) -> ModelSpec:
                 weight_elements=heads * s.head_dim,
             )
     layer = Layer(
-        attention=standard_attention(
+        mixer=standard_attention(
             s,
             bias=boolean(config, "use_qkv_bias", default=False),
             out_bias=False,

@@ -32,7 +32,7 @@ def _spec(config: Config, model_id: str, s: Sizes, kinds: tuple[tuple[int, bool]
 
     def make(key: tuple[int, bool]) -> Layer:
         return Layer(
-            attention=standard_attention(
+            mixer=standard_attention(
                 s,
                 bias=attention_bias(config),
                 sliding_window=key[0],

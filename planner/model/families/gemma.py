@@ -53,7 +53,7 @@ def _sandwich(
 
     def make(window: int) -> Layer:
         return Layer(
-            attention=standard_attention(s, bias=attention_bias(config), sliding_window=window, **attention),
+            mixer=standard_attention(s, bias=attention_bias(config), sliding_window=window, **attention),
             mlp=gated_mlp(s.hidden, s.intermediate, act=act),
             input_norm=_norm("input_layernorm", s.hidden),
             post_attention_norm=_norm("post_attention_layernorm", s.hidden),

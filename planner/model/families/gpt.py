@@ -29,7 +29,7 @@ from planner.model.spec import Attention, Layer, LinearClass, Mlp, ModelSpec, Ta
 def _layer(config: Config, s: Sizes, attention: Attention, mlp: Mlp, **rest: Any) -> Layer:
     """The GPT-2 layer: ln_1, attention, ln_2, feed-forward."""
     return Layer(
-        attention=attention,
+        mixer=attention,
         mlp=mlp,
         input_norm=layer_norm("ln_1", s.hidden),
         hidden_dropout=drops(config, "resid_pdrop", "resid_dropout", default=rest.pop("dropout", 0.0)),

@@ -330,7 +330,7 @@ def pre_norm_layer(
     """The llama layer: input_layernorm before attention, post_attention_layernorm before the feed-forward."""
     bias = kind == "layernorm"
     return Layer(
-        attention=attention,
+        mixer=attention,
         mlp=feed_forward if isinstance(feed_forward, Mlp) else None,
         experts=feed_forward if isinstance(feed_forward, Experts) else None,
         input_norm=Norm(name="input_layernorm", size=s.hidden, kind=kind, bias=bias),

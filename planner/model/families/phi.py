@@ -30,7 +30,7 @@ def phi(config: Config, model_id: str) -> ModelSpec:
     if boolean(config, "qk_layernorm", default=False):
         norms = {f"{x}_norm": layer_norm(f"self_attn.{x}_layernorm", s.head_dim) for x in ("q", "k")}
     layer = Layer(
-        attention=standard_attention(
+        mixer=standard_attention(
             s,
             out="dense",
             bias=True,

@@ -29,7 +29,7 @@ def olmo(config: Config, model_id: str) -> ModelSpec:
         return Norm(name=name, size=s.hidden, kind="layernorm_upcast", weight=False)
 
     layer = Layer(
-        attention=standard_attention(s, bias=attention_bias(config), clips_qkv=bool(config.get("clip_qkv"))),
+        mixer=standard_attention(s, bias=attention_bias(config), clips_qkv=bool(config.get("clip_qkv"))),
         mlp=gated_mlp(s.hidden, s.intermediate, act=activation(config)),
         input_norm=norm("input_layernorm"),
         pre_mlp_norm=norm("post_attention_layernorm"),
@@ -54,7 +54,7 @@ def _post_norm(
 
     def make(key: tuple[int, bool]) -> Layer:
         return Layer(
-            attention=standard_attention(
+            mixer=standard_attention(
                 s,
                 bias=bias,
                 sliding_window=key[0],

@@ -30,7 +30,7 @@ def qwen(config: Config, model_id: str) -> ModelSpec:
     # the file's no_bias leaves the fused projection's bias alone
     biased = not boolean(config, "no_bias", default=True)
     layer = Layer(
-        attention=fused_attention(s, qkv="attn.c_attn", out="attn.c_proj", bias=True, out_bias=biased),
+        mixer=fused_attention(s, qkv="attn.c_attn", out="attn.c_proj", bias=True, out_bias=biased),
         mlp=gated_mlp(s.hidden, s.intermediate // 2, names=("w2", "w1", "c_proj"), bias=biased),
         input_norm=Norm(name="ln_1", size=s.hidden),
         pre_mlp_norm=Norm(name="ln_2", size=s.hidden),
@@ -72,7 +72,7 @@ def internlm2(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config)
     bias = boolean(config, "bias", default=True)
     layer = Layer(
-        attention=fused_attention(s, qkv="attention.wqkv", out="attention.wo", bias=bias),
+        mixer=fused_attention(s, qkv="attention.wqkv", out="attention.wo", bias=bias),
         mlp=gated_mlp(
             s.hidden, s.intermediate, prefix="feed_forward", names=("w1", "w3", "w2"), act=activation(config)
         ),

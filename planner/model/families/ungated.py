@@ -41,7 +41,7 @@ def apertus(config: Config, model_id: str) -> ModelSpec:
     s = sizes(config, num_key_value_heads=32)
     act = activation(config, default="xielu")
     layer = Layer(
-        attention=standard_attention(
+        mixer=standard_attention(
             s,
             bias=attention_bias(config),
             q_norm=Norm(name="self_attn.q_norm", size=s.head_dim),
@@ -71,7 +71,7 @@ def nemotron(config: Config, model_id: str) -> ModelSpec:
         return Norm(name=name, size=s.hidden, kind="layernorm_1p", bias=True)
 
     layer = Layer(
-        attention=standard_attention(s, bias=attention_bias(config), rotary_dim=rotary),
+        mixer=standard_attention(s, bias=attention_bias(config), rotary_dim=rotary),
         mlp=plain_mlp(
             s.hidden,
             s.intermediate,

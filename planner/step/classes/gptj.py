@@ -13,7 +13,7 @@ from planner.step.modules import eager, positions
 
 def _embed_positions(step: Step) -> list[Tensor]:
     """The table of every position, a buffer (embed_positions)."""
-    spec = step.model.layers[0].attention
+    spec = step.model.attentions()[0]
     entries = step.model.max_position_embeddings * (spec.rotary_dim or spec.head_dim)
     return [step.eng.empty(entries, FP32, "weight")]
 

@@ -13,12 +13,13 @@ from planner.base.errors import Contradiction
 from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.model.lora import resolve_targets
-from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
+from planner.model.spec import Attention, Layer, Linear, Mixer, Mlp, ModelSpec, Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
 from planner.step.habits import ALWAYS, NEVER, Habits, Release
 from planner.step.modules import attention, experts, linears, losses, quantized
+from planner.step.modules.mixers import MIXERS
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import LoraSpec, TrainingSpec
@@ -67,7 +68,9 @@ _QKV = ("q", "k", "v")
 def _joined(layer: Layer) -> tuple[Linear, ...]:
     """The projections in whose place litgpt has one; none where they are one already, or of latent attention."""
     spec = layer.attention
-    return spec.projections if spec.kind == "standard" and len(spec.projections) == len(_QKV) else ()
+    return (
+        spec.projections if spec is not None and spec.kind == "standard" and len(spec.projections) == len(_QKV) else ()
+    )
 
 
 def _own_name(layer: Layer, projection: Linear) -> str:
@@ -83,13 +86,13 @@ def _own_names(layer: Layer, linear: Linear) -> tuple[str, ...]:
 
 
 def _own_layer(layer: Layer) -> Layer:
-    return replace(layer, attention=_own_attention(layer), mlp=_own_mlp(layer, layer.mlp))
+    return replace(layer, mixer=_own_mixer(layer), mlp=_own_mlp(layer, layer.mlp))
 
 
-def _own_attention(layer: Layer) -> Attention:
+def _own_mixer(layer: Layer) -> Mixer:
     joined = _joined(layer)
-    if not joined:
-        return layer.attention
+    if layer.attention is None or not joined:
+        return layer.mixer
     parts = tuple(one.out_features for one in joined)
     fused = replace(joined[0], name=_own_name(layer, joined[0]), out_features=sum(parts), parts=parts)
     return replace(layer.attention, projections=(fused,))
@@ -113,8 +116,8 @@ def own_state(step: Step, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]
     """
     eng = step.eng
     buffers: list[Tensor] = []
-    spec = step.model.layers[0].attention
-    if spec.position == "rope":
+    spec = step.model.positions("rope")
+    if spec is not None:
         width = spec.rotary_dim or spec.head_dim
         buffers += [eng.empty(step.seq * width, FP32, "rotary_tables") for _ in range(2)]
     bnb = QUANTIZATIONS[step.train.quantization.kind].by_bitsandbytes
@@ -130,7 +133,7 @@ def own_state(step: Step, embedding: Tensor) -> tuple[list[Tensor], list[Tensor]
 
 def tables(step: Step, buffers: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     """cos and sin for the longest row are made once, with the model."""
-    if step.model.layers[0].attention.position != "rope":
+    if step.model.positions("rope") is None:
         return None
     return buffers[0].view(), buffers[1].view()
 
@@ -152,13 +155,14 @@ def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
 
 def forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """LoRALinear.forward: the base, and (dropout(x) @ A.T @ B.T) * scaling."""
-    eng, m, spec = step.eng, step.tokens, held.spec
+    eng, spec = step.eng, held.spec
+    m = linears.rows_of(held, x)
     if not held.lora:
-        return linears.base_forward(step, held, x)
+        return linears.base_forward(step, held, x, m)
     if len(spec.parts) == len(_QKV):
         return _forward_qkv(step, held, x)
     arg = x
-    pretrained = linears.base_forward(step, held, x)
+    pretrained = linears.base_forward(step, held, x, m)
     _, b, rank, width = held.lora[0]
     product = ops.linear(eng, _low(step, held, x), b, m, width, rank, op="lora_b")
     lora = ops.scale(eng, product, "lora_scale")
@@ -172,14 +176,15 @@ def _low(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """dropout(x) @ A.T"""
     a, _, rank, _ = held.lora[0]
     dropped = ops.dropout(step.eng, x, step.lora_dropout, "lora_dropout")
-    return ops.linear(step.eng, dropped, a, step.tokens, rank, held.spec.in_features, op="lora_a")
+    return ops.linear(step.eng, dropped, a, linears.rows_of(held, x), rank, held.spec.in_features, op="lora_a")
 
 
 def _forward_qkv(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     """LoRAQKVLinear.forward: B as a grouped convolution, copied into zeros where a part is not adapted."""
-    eng, m, spec = step.eng, step.tokens, held.spec
+    eng, spec = step.eng, held.spec
+    m = linears.rows_of(held, x)
     arg = x
-    pretrained = linears.base_forward(step, held, x)
+    pretrained = linears.base_forward(step, held, x, m)
     b, width = held.lora[0][1], held.lora[0][3]
     after_a = _low(step, held, x)
     after_b = _convolutions(step, held, after_a, b)
@@ -193,7 +198,7 @@ def _forward_qkv(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 def _convolutions(step: Step, held: LinearWeights, after_a: Tensor, b: Tensor) -> Tensor:
     """One convolution in groups where all parts are equally wide, else one for each and their concatenation."""
-    eng, m = step.eng, step.tokens
+    eng, m = step.eng, after_a.shape[0]
     q, k, _ = held.spec.parts
     stacked, width = held.lora[0][2:]
     if q == k:
@@ -284,12 +289,12 @@ def layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 
 
 def _norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor) -> Tensor:
-    return x if spec is None else norm(step, spec, held.norms[spec.name], x, step.tokens)
+    return x if spec is None else norm(step, spec, held.norms[spec.name], x)
 
 
-def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor, rows: Size) -> Tensor:
+def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor) -> Tensor:
     """torch's LayerNorm, or RMSNorm: x * x instead of a power, the weight multiplies in fp32, the cast comes last."""
-    eng, arg = step.eng, x
+    eng, arg, rows = step.eng, x, x.rows(spec.size)
     weight, bias = weights
     if spec.kind.startswith("layernorm"):
         out = ops.layer_norm(eng, x, weight, bias, rows)
@@ -311,13 +316,14 @@ def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x
 
 def _attention(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
     """CausalSelfAttention.forward; v stays a view of the projection's output unless its heads are repeated."""
-    eng, t, spec = step.eng, step.tokens, held.spec.attention
+    eng, spec = step.eng, held.attention
+    t = x.rows(spec.projections[0].in_features)
     arg = x
     qkv = forward(step, held.linears[spec.projections[0].name], x)
     q, k, v = ops.split(eng, qkv, (t * spec.q_size, t * spec.kv_size, t * spec.kv_size))
     if spec.q_norm is not None and spec.k_norm is not None:
-        q = norm(step, spec.q_norm, held.norms[spec.q_norm.name], q, q.numel // spec.q_norm.size)
-        k = norm(step, spec.k_norm, held.norms[spec.k_norm.name], k, k.numel // spec.k_norm.size)
+        q = norm(step, spec.q_norm, held.norms[spec.q_norm.name], q)
+        k = norm(step, spec.k_norm, held.norms[spec.k_norm.name], k)
     rotated: tuple[Tensor, ...] = ()
     if spec.position == "rope":
         part = spec.rotary_dim or spec.head_dim
@@ -363,7 +369,7 @@ def _sdpa(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Te
         return attention.fused(step, alike, q, k, v, by_heads=spec.position == "rope")  # torch.cat joins by heads
     buffers = cuda_rules.efficient_backward_workspace(b, s, s, heads, heads, spec.head_dim, ITEMSIZE[q.dtype])
     return attention.fused_attention(
-        eng, q, k, v, out_numel=q.numel, logsumexp_numel=b * heads * cuda_rules.round_up(s, 32), mask=mask,
+        eng, q, k, v, out_shape=(b * s, spec.q_size), logsumexp_numel=b * heads * cuda_rules.round_up(s, 32), mask=mask,
         workspace_bytes=sum(n for _, n in buffers), flops=4.0 * b * heads * s * s * spec.head_dim,
         op="efficient_attention",
     )  # fmt: skip
@@ -428,14 +434,9 @@ def head_and_loss(step: Step, head: LinearWeights, hidden: Tensor) -> tuple[Tens
     else:
         each = _chunks(step)
         width = step.model.hidden_size
-        slices = ops.split(eng, hidden, [rows * width for rows in each], "lm_head_grad")
-        halves = []
-        whole = step.tokens
-        for piece, rows in zip(slices, each, strict=True):
-            step.tokens = rows
-            halves.append(_capped(step, forward(step, head, piece)))
-        step.tokens = whole
-        del slices, piece
+        slices = ops.split(eng, hidden, [(rows, width) for rows in each], "lm_head_grad")
+        halves = [_capped(step, forward(step, head, piece)) for piece in slices]
+        del slices
         logits = [ops.cast(eng, half, FP32, "outputs_to_fp32") for half in halves]
         _forget_earlier(step, logits)
         del halves
@@ -504,7 +505,9 @@ def _capped(step: Step, logits: Tensor) -> Tensor:
 
 def doubts(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
     """What is not known of these modules, with the share of allocated memory that it may be."""
-    dense = all(layer.experts is None and layer.attention.kind == "standard" for layer, _ in model.distinct_layers())
+    dense = all(
+        layer.experts is None and MIXERS[layer.mixer.kind].in_own_modules for layer, _ in model.distinct_layers()
+    )
     four_bit = QUANTIZATIONS[training.quantization.kind].packed_4bit
     if not dense:
         yield "litgpt's experts and latent attention are approximated by those of transformers", 0.15
@@ -528,7 +531,7 @@ def habits(of_class: Habits) -> Habits:
         doubts=doubts,
         rebuild=own_modules,
         layer=layer,
-        standard_attention_only=True,
+        own_mixers_only=True,
         makes_own_state=own_state,
         load_adapter=load_adapter,
         norm=norm,

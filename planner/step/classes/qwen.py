@@ -38,7 +38,7 @@ def _layer(step: Step, held: LayerWeights, x: Tensor) -> Tensor:
 
 def _rotary_buffers(step: Step) -> list[Tensor]:
     """RotaryEmbedding caches cos and sin of twice the longest row so far."""
-    width = step.model.layers[0].attention.head_dim
+    width = step.model.attentions()[0].head_dim
     return [step.eng.empty(2 * step.seq * width, FP32, "rotary_tables") for _ in range(2)]
 
 
@@ -48,7 +48,7 @@ def _logn(step: Step) -> Tensor:
 
 def _tables(step: Step, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The part of the cached tables that the row needs."""
-    numel = step.seq * step.model.layers[0].attention.head_dim
+    numel = step.seq * step.model.attentions()[0].head_dim
     return buffers[0].view(numel), buffers[1].view(numel)
 
 
@@ -121,7 +121,7 @@ def _own_mask(step: Step, spec: Attention, q: Tensor, k: Tensor, v: Tensor) -> T
     )
     rows = b * spec.num_heads * cuda_rules.round_up(s, 32)
     out = attention.fused_attention(
-        eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=rows,
+        eng, q, k, v, out_shape=(step.batch * step.seq, spec.q_size), logsumexp_numel=rows,
         workspace_bytes=sum(n for _, n in buffers), flops=attention.attention_flops(step, spec, masked=True),
         op="efficient_attention", mask=bias,
     )  # fmt: skip

@@ -5,15 +5,16 @@ The order of calls and the lifetimes of local names follow transformers 5.23 and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.model.spec import Attention, Norm
 from planner.step import ops
 from planner.step.context import Step
-from planner.step.engine import FP32, INT64, ITEMSIZE, Engine, Grads, Node, Size, Tensor
+from planner.step.engine import FP32, INT64, ITEMSIZE, Dimensions, Engine, Grads, Node, Size, Tensor
 from planner.step.modules import eager, fused_lora, linears, picking, positions
 from planner.step.modules.feed_forward import Finish
-from planner.step.modules.latent_attention import _project_mla
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.losses import KERNEL_SETS
@@ -28,13 +29,14 @@ COPIES_FOR_SDPA_BEFORE = (4, 56)
 
 def attention(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Self-attention module: projections, positions, kernel, output projection; `finish` is what follows inside it."""
-    spec = _heads_after_projection(step, held.spec.attention)
+    return mixed(step, held, x, _project, finish)
+
+
+def mixed(step: Step, held: LayerWeights, x: Tensor, project: Project, finish: Finish | None) -> Tensor:
+    """Attention of any kind, given how it projects its input."""
+    spec = _heads_after_projection(step, held.attention)
     arg = x
-    named: tuple[Tensor, ...] = ()
-    if spec.kind == "mla":
-        q, k, v = _project_mla(step, held, x)
-    else:
-        named, q, k, v = _project(step, held, spec, x)
+    named, q, k, v = project(step, held, spec, x)
     if _repeats_in_module(step, spec):
         k = eager.repeat_heads(step, spec, k)
         v = eager.repeat_heads(step, spec, v)
@@ -69,13 +71,15 @@ def _repeats_in_module(step: Step, spec: Attention) -> bool:
 
 Projected = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]
 """What the module's frame names to its end beside q, k, v; and those."""
+Project = Callable[[Step, LayerWeights, Attention, Tensor], Projected]
 
 
 def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Projected:
     """q, k, v from separate or fused projections, with their norms and rotary."""
-    eng, t, habits = step.eng, step.tokens, step.habits
+    eng, habits = step.eng, step.habits
+    t = x.rows(spec.projections[0].in_features)
     named: tuple[Tensor, ...] = ()
-    sizes = (t * spec.q_size, t * spec.kv_size, t * spec.kv_size)
+    sizes = ((t, spec.q_size), (t, spec.kv_size), (t, spec.kv_size))
     group = [held.linears[p.name] for p in spec.projections]
     if len(group) > 1 and _fuses_lora(step, group):
         q, k, v = fused_lora.fused_lora(step, group, x)
@@ -86,7 +90,7 @@ def _project(step: Step, held: LayerWeights, spec: Attention, x: Tensor) -> Proj
         if spec.clips_qkv:
             fused = picking.clamp(eng, fused, 2)
         if habits.splits_projection is not None:
-            q, k, v = habits.splits_projection(step, held.spec.attention, fused)
+            q, k, v = habits.splits_projection(step, held.attention, fused)
             named = (fused,)
         else:
             q, k, v = ops.split(eng, fused, sizes)
@@ -145,7 +149,7 @@ def _projected_norm(step: Step, held: LayerWeights, spec: Norm | None, x: Tensor
     """q_norm / k_norm over heads or over the whole projection."""
     if spec is None:
         return x
-    return norm(step, spec, held.norms[spec.name], x, x.numel // spec.size)
+    return norm(step, spec, held.norms[spec.name], x)
 
 
 def needs_window_mask(step: Step, spec: Attention) -> bool:
@@ -329,7 +333,7 @@ def fused_attention(
     k: Tensor,
     v: Tensor,
     *,
-    out_numel: Size,
+    out_shape: Dimensions,
     logsumexp_numel: Size,
     workspace_bytes: Size,
     flops: Size,
@@ -339,19 +343,20 @@ def fused_attention(
 ) -> Tensor:
     """One fused attention kernel: saves q, k, v, output and logsumexp; dq, dk, dv and workspaces in backward.
 
-    `padding`: FLOPs that the kernel does over those that count.
+    out_shape: rows, and what lies in each, padded where the kernel pads heads.
+    padding: FLOPs that the kernel does over those that count.
     """
-    out = eng.empty(out_numel, q.dtype, op)
+    out = eng.empty(out_shape, q.dtype, op)
     lse = eng.empty(logsumexp_numel, FP32, f"{op}_logsumexp")
     rng = eng.empty(2, INT64, f"{op}_rng")
     eng.kernel(op, q.dtype, q.nbytes + k.nbytes + v.nbytes + out.nbytes, flops, elements=flops * padding)
     saved = (q, k, v, out.view(), lse, rng) + ((mask,) if mask is not None else ())
-    numels, dtype = (q.numel, k.numel, v.numel), q.dtype
+    numels, dtype, written = (q.numel, k.numel, v.numel), q.dtype, out.nbytes
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
         results: list[Tensor | None] = [eng.empty(n, dtype, f"{op}_grad") for n in numels]
         work = eng.workspace(workspace_bytes, f"{op}_workspace")
-        moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * out_numel * ITEMSIZE[dtype]
+        moved = 2 * sum(n * ITEMSIZE[dtype] for n in numels) + 2 * written
         again = flops * ATTENTION_BACKWARD
         eng.kernel(f"{op}_backward", dtype, moved, again, count=3, elements=again * padding)
         del work
@@ -402,7 +407,7 @@ def flash(
     rule = cuda_rules.flash_backward_workspace if op == "flash_attention" else cuda_rules.cudnn_backward_workspace
     buffers = rule(b, s, s, heads, spec.num_kv_heads, spec.head_dim)
     return fused_attention(
-        step.eng, q, k, v, out_numel=step.tokens * spec.q_size, logsumexp_numel=b * heads * s,
+        step.eng, q, k, v, out_shape=(b * s, spec.q_size), logsumexp_numel=b * heads * s,
         workspace_bytes=sum(n for _, n in buffers), flops=attention_flops(step, spec), op=op,
         padding=_padding(step, spec, op),
     )  # fmt: skip
@@ -428,7 +433,7 @@ def _efficient(
     if op == "cudnn_attention":
         buffers, rows = cuda_rules.cudnn_backward_workspace(b, s, s, heads, kv_heads, spec.head_dim), s
     return fused_attention(
-        eng, q, k, v, out_numel=step.tokens * heads * v_dim, logsumexp_numel=b * heads * rows,
+        eng, q, k, v, out_shape=(b * s, heads * v_dim), logsumexp_numel=b * heads * rows,
         workspace_bytes=sum(n for _, n in buffers), flops=attention_flops(step, spec, masked), op=op, mask=mask,
         padding=_padding(step, spec, op, masked),
     )  # fmt: skip

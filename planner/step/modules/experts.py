@@ -13,7 +13,7 @@ from planner.step.modules.weights import LayerWeights
 
 def experts(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """A mixture of experts: router, sorted tokens, grouped products, weighted sum (integrations/moe.py)."""
-    eng, t = step.eng, step.tokens
+    eng, t = step.eng, x.rows(spec.hidden_size)
     arg = x
     pairs = t * (spec.num_experts if spec.every_token else spec.top_k)
     shared = mlp(step, held, spec.shared, x) if spec.shared is not None and step.habits.shared_first else None
@@ -89,7 +89,7 @@ def _adapted_parameter(step: Step, held: LayerWeights, name: str, weight: Tensor
 
 def _route(step: Step, held: LayerWeights, spec: Experts, x: Tensor) -> Tensor:
     """Router logits, softmax in fp32, the top-k weights."""
-    eng, t = step.eng, step.tokens
+    eng, t = step.eng, x.rows(spec.hidden_size)
     if spec.router_is_linear:
         logits = linears.forward(step, held.linears[spec.router.name], x)
     else:

@@ -18,7 +18,7 @@ Finish = Callable[[Tensor], Tensor]
 
 def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | None = None) -> Tensor:
     """Feed-forward module: gated (separate or fused gate and up) or plain."""
-    eng, t = step.eng, step.tokens
+    eng = step.eng
     arg = x
     if not spec.gated:
         hidden = activate(step, spec, linears.forward(step, held.linears[spec.up.name], x))
@@ -38,7 +38,7 @@ def mlp(step: Step, held: LayerWeights, spec: Mlp, x: Tensor, finish: Finish | N
         del gate, up
     else:
         fused = linears.forward(step, held.linears[spec.up.name], x)
-        gate, up = ops.split(eng, fused, (t * spec.intermediate_size, t * spec.intermediate_size))
+        gate, up = ops.split(eng, fused, [(fused.rows(spec.up.out_features), spec.intermediate_size)] * 2)
         hidden = ops.mul(eng, up, activate(step, spec, gate), "mlp")
         del fused, gate, up
     out = linears.forward(step, held.linears[spec.down.name], hidden)

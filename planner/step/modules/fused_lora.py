@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.device import cuda_rules
 from planner.step.context import Step
 from planner.step.engine import FP16, Grads, Node, Tensor
+from planner.step.modules.linears import rows_of
 from planner.step.modules.weights import LinearWeights
 from planner.training.quantizations import QUANTIZATIONS
 
@@ -17,15 +18,15 @@ def fused_lora(step: Step, group: list[LinearWeights], x: Tensor) -> list[Tensor
     input's gradient over x. Source: fms-acceleration plugins/fused-ops-and-kernels fused_ops/unsloth_lora
     {bnb,gptq}/fast_lora.py at 24bdadb2.
     """
-    eng, m = step.eng, step.tokens
-    k = group[0].spec.in_features
+    eng, k = step.eng, group[0].spec.in_features
+    m = rows_of(group[0], x)
     all_first = QUANTIZATIONS[group[0].kind].grouped
     weights = [_fused_weight(step, held, x.dtype) for held in group] if all_first else []
     outs, kept = [], [x]
     for held in group:
         weight = None if all_first else _fused_weight(step, held, x.dtype)
         n = held.spec.out_features
-        out = eng.empty(m * n, x.dtype, "linear_4bit")
+        out = eng.empty((m, n), x.dtype, "linear_4bit")
         eng.matmul("matmul", x.dtype, m, n, k)
         del weight
         if step.lora_dropout:

@@ -14,7 +14,7 @@ from planner.model.spec import Linear
 from planner.model.storage import is_quantized
 from planner.step import ops
 from planner.step.context import Step
-from planner.step.engine import FP16, Size, Tensor
+from planner.step.engine import FP16, MATRIX, Size, Tensor
 from planner.step.modules.quantized import _forward_4bit, _forward_8bit, _forward_gptq, _quantized
 from planner.step.modules.weights import LinearWeights
 from planner.training.quantizations import QUANTIZATIONS, Storing
@@ -59,25 +59,31 @@ def load_adapter(step: Step, held: LinearWeights, lora: LoraSpec) -> None:
 # --- forward -------------------------------------------------------------------------------------------------------
 
 
-def forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
-    """Run the module: plain, quantized, with or without adapters."""
+def forward(step: Step, held: LinearWeights, x: Tensor, rows: Size | None = None) -> Tensor:
+    """Run the module: plain, quantized, with or without adapters; `rows` of x where it is not made of whole ones."""
+    m = rows_of(held, x) if rows is None else rows
     if not held.lora:
-        return base_forward(step, held, x)
+        return base_forward(step, held, x, m)
     if QUANTIZATIONS[held.kind].by_bitsandbytes:
-        return _lora_bnb(step, held, x)
-    return _lora_plain(step, held, x)
+        return _lora_bnb(step, held, x, m)
+    return _lora_plain(step, held, x, m)
 
 
-def base_forward(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
-    """The base layer alone."""
-    return _BY_STORING[QUANTIZATIONS[held.kind].storing](step, held, x)
+def rows_of(held: LinearWeights, x: Tensor) -> Size:
+    """Rows that the product runs over: a matrix has its own (attention may have padded them), else elements tell."""
+    return x.shape[0] if len(x.shape) == MATRIX else x.rows(held.spec.in_features)
 
 
-def _forward_plain(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def base_forward(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
+    """The base layer alone, on the m rows of x."""
+    return _BY_STORING[QUANTIZATIONS[held.kind].storing](step, held, x, m)
+
+
+def _forward_plain(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """A weight that is not quantized."""
     spec = held.spec
     assert held.weight is not None
-    m, n, k = step.tokens, spec.out_features, spec.in_features
+    n, k = spec.out_features, spec.in_features
     if spec.cls == "subclass" and held.bias is not None and step.habits.adds_bias_apart:
         arg = x  # FalconLinear: x @ weight.T, then + bias into a new tensor (modeling_falcon.py)
         out = ops.linear(step.eng, x, held.weight, m, n, k)
@@ -88,24 +94,23 @@ def _forward_plain(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
 
 
 def head_chunk(step: Step, held: LinearWeights, hidden: Tensor, rows: Size, chunks: int) -> Tensor:
-    """The head on one of `chunks` slices of the positions; the slice's gradient lands in a full-size tensor."""
+    """The head on one of `chunks` slices of the positions; the slice's gradient lands in a full-size tensor.
+
+    `rows` of the longest; a slice is an equal part of the elements, even where that is no whole number of rows.
+    """
     part = ops.narrow(step.eng, hidden, hidden.numel // chunks, "lm_head_grad")
-    whole, step.tokens = step.tokens, rows
-    try:
-        return forward(step, held, part)
-    finally:
-        step.tokens = whole
+    return forward(step, held, part, rows)
 
 
 def _matmul_name(spec: Linear) -> str:
     return "lm_head" if spec.name == "lm_head" else "linear"
 
 
-def _adapter_product(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def _adapter_product(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """lora_B(lora_A(dropout(x))) * scaling over all adapted slices (one slice: no concatenation)."""
     eng = step.eng
     p = step.lora_dropout
-    m, k = step.tokens, held.spec.in_features
+    k = held.spec.in_features
     outs = []
     for a, b, rank, width in held.lora:
         low = ops.linear(eng, ops.dropout(eng, x, p, "lora_dropout"), a, m, rank, k, op="lora_a")
@@ -119,27 +124,27 @@ def _adapter_product(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     return out
 
 
-def _lora_plain(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def _lora_plain(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """peft lora.Linear.forward (and GPTQ's): x is cast to the adapter's dtype even under autocast."""
     eng = step.eng
     arg = x  # nn.Module.__call__ keeps its arguments alive
-    result = base_forward(step, held, x)
+    result = base_forward(step, held, x, m)
     dtype = result.dtype
     x = ops.cast(eng, x, held.lora[0][0].dtype, "lora_input_cast")
     if held.dora is not None:
-        result = _dora(step, held, x, result)
+        result = _dora(step, held, x, result, m)
     else:
-        result = ops.add(eng, result, _adapter_product(step, held, x), "lora_add")
+        result = ops.add(eng, result, _adapter_product(step, held, x, m), "lora_add")
     result = ops.cast(eng, result, dtype, "lora_result_cast")
     del arg
     return result
 
 
-def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def _lora_bnb(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """peft Linear4bit/Linear8bitLt.forward: 4-bit clones the base output; x is cast only without autocast."""
     eng = step.eng
     arg = x
-    result = base_forward(step, held, x)
+    result = base_forward(step, held, x, m)
     if QUANTIZATIONS[held.kind].packed_4bit:
         result = ops.contiguous(eng, result, "lora_clone")
     dtype = result.dtype
@@ -147,11 +152,11 @@ def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     if convert:
         x = ops.cast(eng, x, held.lora[0][0].dtype, "lora_input_cast")
     if held.dora is not None:
-        result = _dora(step, held, x, result)
+        result = _dora(step, held, x, result, m)
         if convert:
             result = ops.cast(eng, result, dtype, "lora_result_cast")
     else:
-        output = _adapter_product(step, held, x)
+        output = _adapter_product(step, held, x, m)
         if convert:
             output = ops.cast(eng, output, dtype, "lora_result_cast")
         result = ops.add(eng, result, output, "lora_add")
@@ -159,21 +164,21 @@ def _lora_bnb(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     return result
 
 
-def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor) -> Tensor:
+def _dora(step: Step, held: LinearWeights, x: Tensor, result: Tensor, m: Size) -> Tensor:
     """DoraLinearVariant.forward (peft variants.py): the scaled difference is added to the base result."""
     eng = step.eng
     base = None if step.lora_dropout else result
     x = ops.dropout(eng, x, step.lora_dropout, "lora_dropout")
-    return ops.add(eng, result, _dora_layer(step, held, x, base), "lora_add")
+    return ops.add(eng, result, _dora_layer(step, held, x, base, m), "lora_add")
 
 
-def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor | None) -> Tensor:
+def _dora_layer(step: Step, held: LinearWeights, x: Tensor, base: Tensor | None, m: Size) -> Tensor:
     """DoraLinearLayer.forward (peft dora.py): magnitude / norm of (W + scaled B A), both products rescaled.
 
     With dropout there is no `base`: the base product is made again from the dropped input.
     """
     eng, spec = step.eng, held.spec
-    m, n, k = step.tokens, spec.out_features, spec.in_features
+    n, k = spec.out_features, spec.in_features
     a, b, rank, _ = held.lora[0]
     delta = _dora_weight(step, held)
     delta = ops.cast(eng, delta, x.dtype, "dora_weight")
@@ -219,7 +224,7 @@ def plain_weight(step: Step, held: LinearWeights, dtype: str) -> Tensor:
     return step.eng.empty(held.spec.weight_elements, dtype, "dequantize")
 
 
-_BY_STORING: Rows[Callable[[Step, LinearWeights, Tensor], Tensor]] = Rows(
+_BY_STORING: Rows[Callable[[Step, LinearWeights, Tensor, Size], Tensor]] = Rows(
     "way to store weights",
     typing.get_args(Storing),
     (

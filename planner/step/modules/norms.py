@@ -9,9 +9,10 @@ from planner.step.engine import FP32, Grads, Node, Size, Tensor
 from planner.training.losses import KERNEL_SETS
 
 
-def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor, rows: Size) -> Tensor:
-    """A normalisation module of the kind `spec` names; `rows` is the number of normalised vectors."""
+def norm(step: Step, spec: Norm, weights: tuple[Tensor | None, Tensor | None], x: Tensor) -> Tensor:
+    """A normalisation module of the kind `spec` names, over x's vectors of `spec.size` elements."""
     arg = x
+    rows = x.rows(spec.size)
     weight = weights[0]
     if spec.kind in ("layernorm", "layernorm_upcast", "layernorm_1p"):
         out = _torch_layer_norm(step, spec, weights, x, rows)

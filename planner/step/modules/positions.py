@@ -50,7 +50,7 @@ def layer_tables(step: Step, spec: Attention, dtype: str) -> tuple[tuple[Tensor,
 def tables(step: Step, spec: Attention, dtype: str) -> tuple[Tensor, Tensor]:
     """cos and sin of every position (modeling_llama.py LlamaRotaryEmbedding.forward); `dtype`: that of the layer."""
     eng = step.eng
-    width = (spec.qk_rope_head_dim if spec.kind == "mla" else spec.rotary_dim) or spec.head_dim
+    width = spec.rotary_width
     numel = step.seq * (width // 2 if step.habits.half_tables else width)
     own = tables_per_layer(step)
     op = "layer_rotary_tables" if own else "rotary_tables"

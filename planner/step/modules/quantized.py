@@ -37,13 +37,13 @@ def _quantized(step: Step, spec: Linear, quant: QuantizationSpec) -> list[Tensor
     ]
 
 
-def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def _forward_4bit(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """bitsandbytes Linear4bit.forward: compute dtype in, matmul_4bit, input dtype out."""
     eng, spec, train = step.eng, held.spec, step.train
     arg = x
     source = x.dtype
     x = ops.cast(eng, x, train.quantization.compute_dtype, "compute_dtype_cast")
-    m, n, k = step.tokens, spec.out_features, spec.in_features
+    n, k = spec.out_features, spec.in_features
     nested = train.quantization.double_quant
     weights = spec.weight_elements
     release = train.versions.bitsandbytes
@@ -53,7 +53,7 @@ def _forward_4bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
         work = [eng.workspace(size, "dequantize") for size in step.arch_4bit_forward(m, n, k, ITEMSIZE[x.dtype])]
     if work:
         eng.kernel("dequantize", x.dtype, weights // 2 + sum(w.nbytes for w in work), count=3 if nested else 1)
-    out = eng.empty(m * n, x.dtype, "linear_4bit")
+    out = eng.empty((m, n), x.dtype, "linear_4bit")
     eng.matmul("matmul", x.dtype, m, n, k)
     del work
     dtype, numel = x.dtype, x.numel
@@ -92,19 +92,19 @@ def _dequantize_first(step: Step, held: LinearWeights, dtype: str) -> list[Stora
     return [weight]
 
 
-def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def _forward_8bit(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """MatMul8bitLt: int8 copy of the input, int8 product; keeps the input; backward dequantizes the weight."""
     eng, spec = step.eng, held.spec
-    m, n, k = step.tokens, spec.out_features, spec.in_features
+    n, k = spec.out_features, spec.in_features
     if not step.arch.int8_kernels:
-        return _forward_8bit_cpu(step, held, x)
+        return _forward_8bit_cpu(step, held, x, m)
     half = ops.unary(eng, x, "int8_input_cast", FP16) if x.dtype != FP16 else x
     quantized = eng.empty(x.numel, "int8", "int8_quantize")
     scales = eng.empty(m, FP32, "int8_quantize")
     del half
     product = eng.workspace(m * n * 4, "int8_product")
     # int8_scaled_mm writes fp16, then casts inside itself (backends/cuda/ops.py)
-    out = eng.empty(m * n, FP16, "linear_8bit" if x.dtype == FP16 else "int8_product")
+    out = eng.empty((m, n), FP16, "linear_8bit" if x.dtype == FP16 else "int8_product")
     if x.dtype != FP16:
         out = ops.unary(eng, out, "linear_8bit", x.dtype)
     eng.kernel("int8_quantize", FP16, 5 * x.numel)  # a row is read for its maximum, then again
@@ -116,18 +116,18 @@ def _forward_8bit(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     numel, dtype = x.numel, x.dtype
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [_backward_8bit(step, spec, numel, dtype)]
+        return [_backward_8bit(step, spec, (numel, m), dtype)]
 
     eng.link(out, (x,), backward, (x,), hooked=False)
     return out
 
 
-def _backward_8bit(step: Step, spec: Linear, numel: Size, dtype: str) -> Tensor:
-    """The input's gradient: the weight is dequantized in two passes, then one product."""
-    eng = step.eng
+def _backward_8bit(step: Step, spec: Linear, sizes: tuple[Size, Size], dtype: str) -> Tensor:
+    """The input's gradient, given its elements and rows: the weight is dequantized in two passes, then one product."""
+    eng, (numel, m) = step.eng, sizes
     weight = _dequantize_8bit(step, spec, dtype)
     result = eng.empty(numel, dtype, "linear_8bit_grad")
-    eng.matmul("matmul", dtype, step.tokens, spec.in_features, spec.out_features, layout="nn")
+    eng.matmul("matmul", dtype, m, spec.in_features, spec.out_features, layout="nn")
     del weight
     return result
 
@@ -141,7 +141,7 @@ def _dequantize_8bit(step: Step, spec: Linear, dtype: str) -> Tensor:
     return weight
 
 
-def _forward_8bit_cpu(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def _forward_8bit_cpu(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """MatMul8bitFp, bitsandbytes' function on CPUs: the weight is dequantized for the forward product too."""
     eng, spec = step.eng, held.spec
     numel, dtype = x.numel, x.dtype
@@ -149,26 +149,26 @@ def _forward_8bit_cpu(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
     product = eng.autocast or dtype
     if product != dtype:
         x, weight = ops.unary(eng, x, "autocast", product), ops.unary(eng, weight, "autocast_weight", product)
-    out = eng.empty(step.tokens * spec.out_features, product, "linear_8bit")
-    eng.matmul("matmul", product, step.tokens, spec.out_features, spec.in_features)
+    out = eng.empty((m, spec.out_features), product, "linear_8bit")
+    eng.matmul("matmul", product, m, spec.out_features, spec.in_features)
     del weight
 
     def backward(node: Node, grads: Grads) -> list[Tensor | None]:
-        return [_backward_8bit(step, spec, numel, dtype)]
+        return [_backward_8bit(step, spec, (numel, m), dtype)]
 
     eng.link(out, (x,), backward, (x,), hooked=False)
     return out
 
 
-def _forward_gptq(step: Step, held: LinearWeights, x: Tensor) -> Tensor:
+def _forward_gptq(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
     """GPTQ/AWQ linear in training: the weight is dequantized to fp16 for the product, forward and backward."""
     eng, spec = step.eng, held.spec
-    m, n, k = step.tokens, spec.out_features, spec.in_features
+    n, k = spec.out_features, spec.in_features
     source = x.dtype
     target = eng.autocast or step.train.quantization.compute_dtype
     x = ops.cast(eng, x, target, "compute_dtype_cast")
     weight = eng.empty(spec.weight_elements, x.dtype, "dequantize")
-    out = eng.empty(m * n, x.dtype, "linear_gptq")
+    out = eng.empty((m, n), x.dtype, "linear_gptq")
     eng.kernel("dequantize", x.dtype, spec.weight_elements // 2 + weight.nbytes, count=2)
     eng.matmul("matmul", x.dtype, m, n, k)
     del weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.model.spec import Layer, Linear
+from planner.model.spec import Attention, Layer, Linear
 from planner.step.engine import FP32, Size, Tensor
 
 
@@ -27,12 +27,14 @@ class LinearWeights:
 class LayerWeights:
     """The tensors of one decoder layer, by module name."""
 
-    __slots__ = ("buffer", "expert_adapters", "experts", "linears", "norms", "router", "spec", "tables")
+    __slots__ = ("buffer", "expert_adapters", "experts", "linears", "mixing", "norms", "router", "spec", "tables")
 
     def __init__(self, spec: Layer) -> None:
         self.spec = spec
         self.linears: dict[str, LinearWeights] = {}
         self.norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.mixing: dict[str, Tensor] = {}
+        """The mixer's weights that are neither a linear's nor a norm's."""
         self.experts: list[Tensor] = []
         self.router: Tensor | None = None
         self.buffer: Tensor | None = None
@@ -41,3 +43,10 @@ class LayerWeights:
         """Rotary tables of all positions, in old releases (planner.step.modules.positions.load_tables)."""
         self.expert_adapters: dict[str, tuple[Tensor, Tensor]] = {}
         """Fused parameter -> its (A, B), stacked over the experts (peft lora.ParamWrapper)."""
+
+    @property
+    def attention(self) -> Attention:
+        """The layer's attention: for modules that run no other mixer."""
+        found = self.spec.attention
+        assert found is not None, f"{self.spec.mixer.kind} is no attention"
+        return found
