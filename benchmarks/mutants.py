@@ -134,7 +134,7 @@ class Copy:
         if ran.returncode == 0:
             return ""
         failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        return failed[0].split(" - ")[0] if failed else f"pytest ended with {ran.returncode}"
+        return failed[0].split(" - ")[0].partition(" ")[2] if failed else f"pytest ended with {ran.returncode}"
 
     def outcome(self, mutant: Mutant, wider: bool) -> Outcome:
         """Apply a mutant, run its tests, where they pass the wider set if asked for, and take it back."""

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from planner.step import program
+from planner.base.records import replace
+from planner.step import loading, program
 from planner.step.engine import Kernel
+from planner.training.spec import Versions
 from tests.helpers.step_toy import TOYS, architecture, recorded, toy, training
 
 FILE = Path(__file__).parent.parent / "facts" / "kernels.csv"
@@ -119,3 +121,20 @@ def test_every_fact_names_its_source() -> None:
     facts = rows()
     assert all(len(row["source"]) > 20 for row in facts)
     assert len({(row["probe"], row["arguments"]) for row in facts}) == len(facts)
+
+
+def test_a_card_limits_the_block_that_loading_begins_with() -> None:
+    """transformers 4.57 caching_allocator_warmup: what the weights need (2 B of 551,552), or what the card has free."""
+    for limit, taken in ((0, 1_103_104), (1000, 1000), (1 << 30, 1_103_104)):
+        arch = replace(architecture(), warmup_limit=limit)
+        settings = training(device_map=True, versions=Versions(transformers=(4, 57)))
+        record = program.run(toy("llama"), settings, arch, full_depth=True).record
+        assert [int(n) for index, n in record.events if record.ops[index] == "loading" and n > 0] == [taken]
+
+
+def test_a_weight_is_quantized_before_the_reader_that_was_busy_takes_the_next() -> None:
+    """Two readers at 2 GB/s: 2 GB take one a second, 4 GB the other two; the first then reads the third weight."""
+    sizes = {1: 2 * 10**9, 2: 4 * 10**9, 3: 1000}
+    events = [event for name, size in sizes.items() for event in ((name, size), (name + 10, 500), (name, -size))]
+    found = loading.overlap(events, [1, 2, 3], 2)
+    assert [event for event in found if event[1] > 0][:4] == [(1, 2 * 10**9), (2, 4 * 10**9), (11, 500), (3, 1000)]
