@@ -21,10 +21,21 @@ import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import ReferenceType, ref
 
-from planner.step.owners import Owner, Unit
+from planner.step.scopes import Owner, Unit
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Watcher(Protocol):
+        """What is told when the backward comes to the nodes of a unit, and when it leaves them."""
+
+        def before_backward(self, unit: Unit) -> None: ...
+
+        def after_backward(self, unit: Unit) -> None: ...
+
 
 Size = Any
 """int, or a Polynomial in a sweep."""
@@ -61,6 +72,8 @@ Dimensions = tuple[Size, ...]
 
 def elements_of(shape: Dimensions) -> Size:
     """Elements of a tensor of this shape."""
+    if len(shape) == MATRIX:
+        return shape[0] * shape[1]
     numel = shape[0]
     for size in shape[1:]:
         numel = numel * size
@@ -221,14 +234,6 @@ class Node:
         self.frame: Frame | None = None
         self.layer = -1
         self.sublayer = 0
-
-
-class Watcher(Protocol):
-    """What is told when the backward comes to the nodes of a unit, and when it leaves them."""
-
-    def before_backward(self, unit: Unit) -> None: ...
-
-    def after_backward(self, unit: Unit) -> None: ...
 
 
 class Frame:
@@ -493,7 +498,12 @@ class Engine:
         while ready:
             node = heapq.heappop(ready)[2]
             if node.leaf is None:
-                self._arrive(node)
+                if self.watcher is not None:
+                    self._arrive(node, self.watcher)
+                else:
+                    self.record.sublayer = node.sublayer
+                    if node.layer != self.layer:
+                        self.enter("backward", node.layer)
             attributes = node.saved if node.attributes else ()
             results = self._evaluate(node, buffers.pop(id(node)))
             if attributes:
@@ -522,7 +532,7 @@ class Engine:
             self._leave()
         self._drop_attributes(held)
 
-    def _arrive(self, node: Node) -> None:
+    def _arrive(self, node: Node, watcher: Watcher) -> None:
         """The backward comes to a node that is not a leaf: it may be the first one of its unit."""
         crosses = self._unit is None or self._unit[0] != node.layer or self._unit[1] != node.sublayer
         if crosses:
@@ -530,9 +540,9 @@ class Engine:
         self.record.sublayer = node.sublayer
         if node.layer != self.layer:
             self.enter("backward", node.layer)
-        if crosses and self.watcher is not None:
+        if crosses:
             self._unit = Unit(node.layer, node.sublayer)
-            self.watcher.before_backward(self._unit)
+            watcher.before_backward(self._unit)
 
     def _leave(self) -> None:
         """The backward has run all nodes of a unit that were ready, those that accumulate its gradients included."""

@@ -27,7 +27,7 @@ from planner.step.modules.mixers import MIXERS
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
-from planner.step.owners import OUTSIDE, Unit
+from planner.step.scopes import OUTSIDE, Unit
 from planner.training.losses import LOSSES
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import TrainingSpec

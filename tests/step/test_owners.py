@@ -17,7 +17,7 @@ from planner.step.classes import registry
 from planner.step.context import Step
 from planner.step.engine import Tensor
 from planner.step.optimizers import OptimizerState, factors
-from planner.step.owners import OUTSIDE, Owner, Unit
+from planner.step.scopes import OUTSIDE, Owner, Unit
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 MODELS = (
@@ -49,6 +49,10 @@ def loaded(name: str, **settings: Any) -> tuple[ModelSpec, program.Stack, Step, 
         def owned(self, tensor: Tensor, name: str, trainable: bool = False) -> Tensor:
             owned.append(tensor)
             return super().owned(tensor, name, trainable)
+
+        def owned_together(self, parts: list[Tensor], module: str) -> list[Tensor]:
+            owned.extend(parts)
+            return super().owned_together(parts, module)
 
     step.__class__ = Watched
     program._Run(step, stack)._load()
