@@ -358,10 +358,10 @@ class _Run:
         dtype = step.train.lora.dtype
         head, table = model.head, model.token_embedding
         if head.name.endswith(name):
-            shape = (head.weight_elements,)
+            shape = head.out_features, head.in_features
             self.head.weight = step.trainable(f"{head.name}.weight", shape, dtype, "adapter")
         elif table.name.endswith(name):
-            self.embedding = step.trainable(f"{table.name}.weight", (table.num_parameters,), dtype, "adapter")
+            self.embedding = step.trainable(f"{table.name}.weight", (table.rows, table.width), dtype, "adapter")
 
     # --- forward ----------------------------------------------------------------------------------------------
 

@@ -99,6 +99,15 @@ def test_owners_of_adapters_are_the_targets(name: str, kind: Any) -> None:
     assert [t for t in owned if owner(t).trainable] == step.parameters
 
 
+def test_saved_modules_are_matrices_for_adafactor() -> None:
+    """PEFT's copy of a head or an embedding has the module's shape, so its second moment is factored."""
+    saved = LoraSpec(r=8, modules_to_save=("lm_head", "embed_tokens"))
+    model, _, step, _ = loaded("meta-llama/Llama-3.1-8B", method="lora", lora=saved, optimizer="adafactor")
+    copies = [t for t in step.parameters if owner(t).unit == OUTSIDE]
+    assert {owner(t).module for t in copies} == {"lm_head", "model.embed_tokens"}
+    assert [factors(t) for t in copies] == [model.vocab_size + model.hidden_size] * 2
+
+
 def test_a_pattern_of_layers_has_a_unit_for_each() -> None:
     _, stack, _, _ = loaded("google/gemma-3-12b-it", method="full", lora=None, quantization=QuantizationSpec())
     assert stack.units[:6] == [Unit(0, place) for place in range(6)]
