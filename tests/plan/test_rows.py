@@ -18,6 +18,7 @@ from planner.model.spec import Linear
 from planner.plan import search
 from planner.step import loading, program
 from planner.step.context import Step
+from planner.step.habits import COMMON
 from planner.step.modules import linears, losses
 from planner.training import optimizers, quantizations, stacks
 from planner.training.choices import CHOICES
@@ -129,15 +130,15 @@ def test_a_made_up_quantization_is_no_weight_of_another() -> None:
 
 def test_a_made_up_quantization_is_not_multiplied_as_gptq() -> None:
     """Before: every unknown kind went to GPTQ's product."""
-    step = Step(SPEC, altered(), cuda_rules.Architecture())
+    step = Step(SPEC, altered(), cuda_rules.Architecture(), COMMON)
     held = linears.load_base(step, SPEC.layers[0].linears[0], True)
     held.kind = "nf3"
     with pytest.raises(UnknownName):
-        linears.base_forward(step, held, step.eng.empty(step.tokens * 128, "bf16", "x"))
+        linears.forward(step, held, step.eng.empty(step.tokens * 128, "bf16", "x"))
 
 
 def test_a_made_up_loss_does_not_make_whole_logits() -> None:
-    step = Step(SPEC, altered(loss="made-up"), cuda_rules.Architecture())
+    step = Step(SPEC, altered(loss="made-up"), cuda_rules.Architecture(), COMMON)
     head = linears.load_base(step, SPEC.head, False)
     with pytest.raises(UnknownName):
         losses.head_and_loss(step, head, step.eng.empty(step.tokens * 128, "bf16", "x"))
