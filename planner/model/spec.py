@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from planner.base.errors import InvalidInput
 from planner.base.records import record, replace
@@ -81,29 +81,32 @@ class Weight:
         return prod(self.shape)
 
 
-class Mixer(Protocol):
-    """What exchanges between the tokens of a row in one layer: a frozen record of its parts.
+if TYPE_CHECKING:
+    from typing import Protocol
 
-    How a kind runs is its row in `planner.step.modules.mixers`.
-    """
+    class Mixer(Protocol):
+        """What exchanges between the tokens of a row in one layer: a frozen record of its parts.
 
-    @property
-    def kind(self) -> str:
-        """The row of MIXERS."""
+        How a kind runs is its row in `planner.step.modules.mixers`.
+        """
 
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """Its linear modules, in the order of the modules: what is quantized and adapted."""
+        @property
+        def kind(self) -> str:
+            """The row of MIXERS."""
 
-    @property
-    def norms(self) -> tuple[Norm, ...]: ...
+        @property
+        def linears(self) -> tuple[Linear, ...]:
+            """Its linear modules, in the order of the modules: what is quantized and adapted."""
 
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        """Its other learned tensors."""
+        @property
+        def norms(self) -> tuple[Norm, ...]: ...
 
-    @property
-    def num_parameters(self) -> int: ...
+        @property
+        def weights(self) -> tuple[Weight, ...]:
+            """Its other learned tensors."""
+
+        @property
+        def num_parameters(self) -> int: ...
 
 
 MixerKind = Literal["standard", "mla"]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from planner.step.context import Step
 from planner.step.engine import Engine, Frame, Grads, LayerForward, Node, StopRecompute, Tensor
-from planner.step.owners import Unit
-from planner.step.scopes import Handler
+from planner.step.scopes import Handler, Unit
 from planner.step.transfers import HOST_TRANSFER, OVERLAPPED_TRANSFER
 from planner.training.losses import KERNEL_SETS
 

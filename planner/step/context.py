@@ -8,8 +8,7 @@ from planner.device import cuda_rules
 from planner.model.spec import ModelSpec
 from planner.step.engine import FP32, Dimensions, Engine, Size, Tensor
 from planner.step.habits import Habits
-from planner.step.owners import OUTSIDE, Owner, Unit
-from planner.step.scopes import Backwards, Handler, Scope
+from planner.step.scopes import OUTSIDE, Backwards, Handler, Owner, Scope, Unit
 from planner.training.own_modules import OWN_MODULES
 from planner.training.spec import TrainingSpec
 
@@ -69,7 +68,7 @@ class Step:
     def handle(self, handlers: Sequence[Handler]) -> None:
         """Let strategies act at the borders of units."""
         self.handlers = handlers
-        self.eng.watcher = Backwards(self) if handlers else None
+        self.eng.watcher = Backwards(self) if any(handler.watches_backward for handler in handlers) else None
 
     def unit(self, unit: Unit, x: Tensor) -> Scope:
         """The scope of a unit that runs on x."""
@@ -80,6 +79,13 @@ class Step:
         module, _, role = name.rpartition(".")
         tensor.owner = Owner(self.here, module, role, trainable)
         return tensor
+
+    def owned_together(self, parts: list[Tensor], module: str) -> list[Tensor]:
+        """Make `parts` what is kept of a module's weight."""
+        owner = Owner(self.here, module, "weight", False)
+        for part in parts:
+            part.owner = owner
+        return parts
 
     def trainable(self, name: str, shape: Dimensions, dtype: str, op: str) -> Tensor:
         """Allocate a trainable parameter and remember it for the optimizer."""

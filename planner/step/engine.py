@@ -21,14 +21,25 @@ import heapq
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 from planner.step.kernels import Kernel
 from planner.step.kernels import Layout as Layout
 from planner.step.kernels import Shape as Shape
 from planner.step.kernels import Size as Size
-from planner.step.owners import Owner, Unit
+from planner.step.scopes import Owner, Unit
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Watcher(Protocol):
+        """What is told when the backward comes to the nodes of a unit, and when it leaves them."""
+
+        def before_backward(self, unit: Unit) -> None: ...
+
+        def after_backward(self, unit: Unit) -> None: ...
+
 
 FP32, BF16, FP16, INT8, INT64 = "fp32", "bf16", "fp16", "int8", "int64"
 ITEMSIZE: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int64": 8}
@@ -62,6 +73,8 @@ Dimensions = tuple[Size, ...]
 
 def elements_of(shape: Dimensions) -> Size:
     """Elements of a tensor of this shape."""
+    if len(shape) == MATRIX:
+        return shape[0] * shape[1]
     numel = shape[0]
     for size in shape[1:]:
         numel = numel * size
@@ -191,14 +204,6 @@ class Node:
         self.frame: Frame | None = None
         self.layer = -1
         self.sublayer = 0
-
-
-class Watcher(Protocol):
-    """What is told when the backward comes to the nodes of a unit, and when it leaves them."""
-
-    def before_backward(self, unit: Unit) -> None: ...
-
-    def after_backward(self, unit: Unit) -> None: ...
 
 
 class Frame:
@@ -467,7 +472,12 @@ class Engine:
         while ready:
             node = heapq.heappop(ready)[2]
             if node.leaf is None:
-                self._arrive(node)
+                if self.watcher is not None:
+                    self._arrive(node, self.watcher)
+                else:
+                    self.record.sublayer = node.sublayer
+                    if node.layer != self.layer:
+                        self.enter("backward", node.layer)
             attributes = node.saved if node.attributes else ()
             results = self._evaluate(node, buffers.pop(id(node)))
             if attributes:
@@ -496,7 +506,7 @@ class Engine:
             self._leave()
         self._drop_attributes(held)
 
-    def _arrive(self, node: Node) -> None:
+    def _arrive(self, node: Node, watcher: Watcher) -> None:
         """The backward comes to a node that is not a leaf: it may be the first one of its unit."""
         crosses = self._unit is None or self._unit[0] != node.layer or self._unit[1] != node.sublayer
         if crosses:
@@ -504,9 +514,9 @@ class Engine:
         self.record.sublayer = node.sublayer
         if node.layer != self.layer:
             self.enter("backward", node.layer)
-        if crosses and self.watcher is not None:
+        if crosses:
             self._unit = Unit(node.layer, node.sublayer)
-            self.watcher.before_backward(self._unit)
+            watcher.before_backward(self._unit)
 
     def _leave(self) -> None:
         """The backward has run all nodes of a unit that were ready, those that accumulate its gradients included."""

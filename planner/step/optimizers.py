@@ -10,7 +10,7 @@ import typing
 from planner.base.errors import unknown
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, MATRIX, Size, Storage, Tensor, elements_of
-from planner.step.owners import Unit
+from planner.step.scopes import Unit
 from planner.step.transfers import PAGED_TRANSFER
 from planner.training.optimizers import (
     BNB_8BIT_BLOCK,

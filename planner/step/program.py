@@ -33,7 +33,7 @@ from planner.step.modules.mixers import MIXERS
 from planner.step.modules.norms import norm
 from planner.step.modules.weights import LayerWeights
 from planner.step.optimizers import OptimizerState
-from planner.step.owners import OUTSIDE, Unit
+from planner.step.scopes import OUTSIDE, Unit
 from planner.training.losses import LOSSES
 from planner.training.own_modules import OWN_MODULES
 from planner.training.quantizations import QUANTIZATIONS
@@ -368,10 +368,10 @@ class _Run:
         dtype = step.train.lora.dtype
         head, table = model.head, model.token_embedding
         if head.name.endswith(name):
-            shape = (head.weight_elements,)
+            shape = head.out_features, head.in_features
             self.head.weight = step.trainable(f"{head.name}.weight", shape, dtype, "adapter")
         elif table.name.endswith(name):
-            self.embedding = step.trainable(f"{table.name}.weight", (table.num_parameters,), dtype, "adapter")
+            self.embedding = step.trainable(f"{table.name}.weight", (table.rows, table.width), dtype, "adapter")
 
     # --- forward ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Scopes: where a strategy hooks into the step of a unit (a decoder layer), so that the program asks for none by name.
+"""Units: whose a parameter is, and the scopes where strategies hook into the step, so that no module asks for them.
 
 A strategy is a `Handler` in `step.handlers`. In a step with handlers a, b the order for every unit is: a and b before
 the forward, the forward, b and a after it; in the backward a and b before the unit's first node (and before anything
@@ -11,16 +11,47 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from planner.base.records import NamedTuple
+
 if TYPE_CHECKING:
     from types import TracebackType
 
     from planner.step.context import Step
     from planner.step.engine import LayerForward, Tensor
-    from planner.step.owners import Unit
+
+
+class Unit(NamedTuple):
+    """What a strategy gathers, frees, recomputes and steps as one: a decoder layer, or all that is outside them."""
+
+    layer: int
+    """Of the record: an emulated layer or pattern of layers; -1: outside."""
+    sublayer: int = 0
+    """Which layer of a pattern."""
+
+
+OUTSIDE = Unit(-1)
+"""Embeddings, final norm and head."""
+
+
+class Owner(NamedTuple):
+    """Whose a parameter is."""
+
+    unit: Unit
+    module: str
+    """Path of the module inside its decoder layer, or in the model for what is outside ("self_attn.q_proj")."""
+    role: str
+    """Its name in the module: weight (and all that is kept of a quantized one), bias, lora_A, lora_B, ..."""
+    trainable: bool
 
 
 class Handler:
     """A strategy. What it does not override does nothing."""
+
+    @property
+    def watches_backward(self) -> bool:
+        """Whether it has something to do there."""
+        own = type(self)
+        return (own.before_backward, own.after_backward) != (Handler.before_backward, Handler.after_backward)
 
     def wrap(self, step: Step, forward: LayerForward) -> LayerForward:
         """What runs in the place of a unit's whole forward, once a step: the forward, or it inside a checkpoint."""

@@ -134,7 +134,7 @@ def test_a_made_up_quantization_is_not_multiplied_as_gptq() -> None:
     held = linears.load_base(step, SPEC.layers[0].linears[0], True)
     held.kind = "nf3"
     with pytest.raises(UnknownName):
-        linears.base_forward(step, held, step.eng.empty(step.tokens * 128, "bf16", "x"))
+        linears.forward(step, held, step.eng.empty(step.tokens * 128, "bf16", "x"))
 
 
 def test_a_made_up_loss_does_not_make_whole_logits() -> None:

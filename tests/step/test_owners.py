@@ -17,7 +17,7 @@ from planner.step.classes import registry
 from planner.step.context import Step
 from planner.step.engine import Tensor
 from planner.step.optimizers import OptimizerState, factors
-from planner.step.owners import OUTSIDE, Owner, Unit
+from planner.step.scopes import OUTSIDE, Owner, Unit
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 MODELS = (
@@ -49,6 +49,10 @@ def loaded(name: str, **settings: Any) -> tuple[ModelSpec, program.Stack, Step, 
         def owned(self, tensor: Tensor, name: str, trainable: bool = False) -> Tensor:
             owned.append(tensor)
             return super().owned(tensor, name, trainable)
+
+        def owned_together(self, parts: list[Tensor], module: str) -> list[Tensor]:
+            owned.extend(parts)
+            return super().owned_together(parts, module)
 
     step.__class__ = Watched
     program._Run(step, stack)._load()
@@ -93,6 +97,15 @@ def test_owners_of_adapters_are_the_targets(name: str, kind: Any) -> None:
         frozen = {owner(t).module for t in here if not owner(t).trainable}
         assert frozen >= modules(layer), "quantized weights have owners too"
     assert [t for t in owned if owner(t).trainable] == step.parameters
+
+
+def test_saved_modules_are_matrices_for_adafactor() -> None:
+    """PEFT's copy of a head or an embedding has the module's shape, so its second moment is factored."""
+    saved = LoraSpec(r=8, modules_to_save=("lm_head", "embed_tokens"))
+    model, _, step, _ = loaded("meta-llama/Llama-3.1-8B", method="lora", lora=saved, optimizer="adafactor")
+    copies = [t for t in step.parameters if owner(t).unit == OUTSIDE]
+    assert {owner(t).module for t in copies} == {"lm_head", "model.embed_tokens"}
+    assert [factors(t) for t in copies] == [model.vocab_size + model.hidden_size] * 2
 
 
 def test_a_pattern_of_layers_has_a_unit_for_each() -> None:

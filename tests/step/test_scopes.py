@@ -15,8 +15,7 @@ from planner.step import checkpoints, program
 from planner.step.classes import registry
 from planner.step.context import Step
 from planner.step.engine import LayerForward, Record, Storage, Tensor
-from planner.step.owners import OUTSIDE, Unit
-from planner.step.scopes import Handler
+from planner.step.scopes import OUTSIDE, Handler, Unit
 from planner.training.spec import LoraSpec, QuantizationSpec, TrainingSpec
 
 LAYERS = [Unit(0), Unit(1), Unit(2), Unit(3)]

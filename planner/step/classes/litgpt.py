@@ -8,12 +8,13 @@ Local names stand for those of the frames there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from planner.base.errors import Contradiction
 from planner.base.records import replace
 from planner.device import cuda_rules
 from planner.model.lora import resolve_targets
-from planner.model.spec import Attention, Layer, Linear, Mixer, Mlp, ModelSpec, Norm
+from planner.model.spec import Attention, Layer, Linear, Mlp, ModelSpec, Norm
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP32, ITEMSIZE, Engine, Grads, Node, Size, Tensor
@@ -23,6 +24,9 @@ from planner.step.modules.mixers import MIXERS
 from planner.step.modules.weights import LayerWeights, LinearWeights
 from planner.training.quantizations import QUANTIZATIONS
 from planner.training.spec import LoraSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from planner.model.spec import Mixer
 
 HEAD_CHUNK = 128
 """Positions of a chunk of the head and of the loss (finetune/lora.py lm_head_chunk_size, utils.py chunk_size)."""

@@ -31,10 +31,8 @@ def _quantized(step: Step, spec: Linear, quant: QuantizationSpec) -> list[Tensor
         if quant.double_quant:
             scales = cuda_rules.absmax_blocks(spec.weight_elements)
             whole += [eng.empty(scales, FP32, "loading"), eng.empty(scales, FP32, "loading")]
-    return [
-        step.owned(eng.empty(n, "int8", f"weight_{part}"), f"{spec.name}.{part}")
-        for part, n in quantized_bytes(spec, quant)
-    ]
+    packed = [eng.empty(n, "int8", f"weight_{part}") for part, n in quantized_bytes(spec, quant)]
+    return step.owned_together(packed, spec.name)
 
 
 def _forward_4bit(step: Step, held: LinearWeights, x: Tensor, m: Size) -> Tensor:
