@@ -238,7 +238,9 @@ def lines_of(function: ast.FunctionDef) -> int:
 
 @pytest.mark.parametrize("path", CLI, ids=lambda path: path.stem)
 def test_a_command_is_words_in_one_call_and_an_exit_code(path: Path) -> None:
-    allowed = (*BELOW, *READS, "planner.cli", "calibrate", "planner")
+    allowed = [*BELOW, *READS, "planner.cli", "calibrate", "planner"]
+    if path.stem == "catalogue":  # names the mixers of a model's layers by their rows
+        allowed.append("planner.step")
     listed = path.stem in ("catalogue", "calibrate")  # these print tables of their own, of no run
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("planner", "calibrate"):
