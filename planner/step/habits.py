@@ -192,3 +192,15 @@ class Habits:
 
 COMMON = Habits()
 """What most classes do."""
+
+
+OWN_LOSS: Release = (4, 49)
+"""Release since which these classes leave the loss to loss_function, which casts logits to fp32: 4.48.0 to 4.48.2 call
+CrossEntropyLoss in the class, 4.48.3 does not any more (modeling files of bloom, falcon, gpt2, gpt_bigcode, mpt and
+opt)."""
+
+
+def last_patch_casts(model: ModelSpec, training: TrainingSpec) -> Iterator[tuple[str, float]]:
+    """Doubts of those classes: a release is known without its patch."""
+    if training.versions.transformers == (4, 48):
+        yield "transformers 4.48.3 casts the logits to fp32, 4.48.0 to 4.48.2 do not", 0.4

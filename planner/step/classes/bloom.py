@@ -6,7 +6,7 @@ from planner.model.spec import Attention
 from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Grads, Node, Tensor
-from planner.step.habits import Habits
+from planner.step.habits import OWN_LOSS, Habits, last_patch_casts
 from planner.step.modules import eager
 from planner.step.modules.weights import LayerWeights
 
@@ -90,7 +90,8 @@ HABITS = {
         eager=_eager,
         activation=_bloom_gelu,
         returns_probabilities_since=(4, 54),
-        upcasts_since=(4, 48),
+        upcasts_since=OWN_LOSS,
+        doubts=last_patch_casts,
         slices_hidden_since=(5, 0),  # not in 4.57
     )
 }

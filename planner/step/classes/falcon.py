@@ -6,7 +6,7 @@ from planner.model.spec import Attention
 from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, INT64, Tensor
-from planner.step.habits import ALWAYS, NEVER, Habits
+from planner.step.habits import ALWAYS, NEVER, OWN_LOSS, Habits, last_patch_casts
 from planner.step.modules import eager, picking
 from planner.step.modules.attention import attention
 from planner.step.modules.weights import LayerWeights
@@ -110,7 +110,8 @@ HABITS = {
         tables_beside_alibi=True,
         tables_per_layer_before=(4, 45),
         loaded_tables_before=(4, 45),
-        upcasts_since=(4, 48),
+        upcasts_since=OWN_LOSS,
+        doubts=last_patch_casts,
         slices_hidden_since=(4, 47),
     )
 }

@@ -6,7 +6,7 @@ from planner.base.records import replace
 from planner.step import layers
 from planner.step.context import Step
 from planner.step.engine import Tensor
-from planner.step.habits import ALWAYS, NEVER, Habits
+from planner.step.habits import ALWAYS, NEVER, OWN_LOSS, Habits, last_patch_casts
 from planner.step.modules import eager
 from planner.step.modules.weights import LayerWeights
 
@@ -26,7 +26,8 @@ _GPT2 = Habits(
     makes_layer_buffer=eager.mask_buffer,
     mask_buffers_before=(5, 2),
     adds_mask_since=(4, 52),  # _update_causal_mask; not in 4.51.3
-    upcasts_since=(4, 48),
+    upcasts_since=OWN_LOSS,
+    doubts=last_patch_casts,
     slices_hidden_since=(4, 53),
 )
 

@@ -6,7 +6,7 @@ from planner.model.spec import Attention
 from planner.step import layers, ops
 from planner.step.context import Step
 from planner.step.engine import FP32, Tensor
-from planner.step.habits import Habits
+from planner.step.habits import OWN_LOSS, Habits, last_patch_casts
 from planner.step.modules import eager
 from planner.step.modules.weights import LayerWeights
 
@@ -40,7 +40,8 @@ HABITS = {
         returns_probabilities_since=(4, 54),
         boolean_mask=True,
         alibi_of_longest=True,
-        upcasts_since=(4, 48),
+        upcasts_since=OWN_LOSS,
+        doubts=last_patch_casts,
         slices_hidden_since=(5, 0),  # not in 4.57
     )
 }

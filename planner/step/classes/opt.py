@@ -6,7 +6,7 @@ from planner.model.spec import Attention
 from planner.step import ops
 from planner.step.context import Step
 from planner.step.engine import FP16, FP32, Tensor
-from planner.step.habits import NEVER, Habits
+from planner.step.habits import NEVER, OWN_LOSS, Habits, last_patch_casts
 from planner.step.modules import eager, feed_forward, linears
 from planner.step.modules.weights import LayerWeights
 
@@ -52,7 +52,8 @@ HABITS = {
         scales_query=True,
         eager=_eager,
         positions_of_rows_before=NEVER,  # OPTLearnedPositionalEmbedding, to this day
-        upcasts_since=(4, 48),
+        upcasts_since=OWN_LOSS,
+        doubts=last_patch_casts,
         slices_hidden_since=(5, 0),  # not in 4.57
     )
 }
