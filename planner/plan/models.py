@@ -74,3 +74,52 @@ def _from_class(loaded: LoadedConfig, error: UnknownFamily) -> ModelSpec:
     except (ImportError, OSError):  # OSError: a torch whose libraries do not load
         raise error from None
     return spec_from_class(loaded.config, model_id=loaded.model_id)
+
+
+def model_facts(found: LoadedModel) -> dict[str, Any]:
+    """What is known of a model, by the names that `models show` prints."""
+    from planner.model import lora
+    from planner.step.modules.mixers import MIXERS
+
+    spec, loaded = found.spec, found.loaded
+    first = next(iter(spec.attentions()), None)
+    defaults = lora.PEFT_DEFAULT_TARGETS.get(spec.model_type)
+    kinds = [
+        f"{count} x {MIXERS[layer.mixer.kind].label}"
+        + (f", window {layer.attention.sliding_window}" if layer.attention and layer.attention.sliding_window else "")
+        + (f", {layer.experts.num_experts} experts, {layer.experts.top_k} chosen" if layer.experts else "")
+        for layer, count in spec.distinct_layers()
+    ]
+    facts: dict[str, Any] = {
+        "id": spec.model_id,
+        "model_type": spec.model_type,
+        "parameters": spec.num_parameters,
+        "parameters_in_files": spec.exact_parameters or None,
+        "stored_dtype": spec.stored_dtype or None,
+        "stored_quantization": spec.stored_quantization or None,
+        "layers": spec.num_layers,
+        "layer_kinds": kinds,
+        "hidden_size": spec.hidden_size,
+        "vocab_size": spec.vocab_size,
+        "attention_heads": first and first.num_heads,
+        "key_value_heads": first and first.num_kv_heads,
+        "head_dim": first and first.head_dim,
+        "max_position_embeddings": spec.max_position_embeddings or None,
+        "tied_head": spec.tied,
+        "modules": lora.module_names(spec),
+        "peft_default_targets": list(defaults) if defaults else None,
+        "read_from": loaded.origin,
+    }
+    record = loaded.record
+    if record is not None:
+        facts |= {
+            "source": record.source,
+            "confidence": record.confidence,
+            "counted": record.counted_how,
+            "published_parameters": record.published_parameters,
+            "published_source": record.published_source or None,
+            "difference": record.difference or None,
+            "note": record.note or None,
+        }
+    facts["warnings"] = list(found.warnings)
+    return {key: value for key, value in facts.items() if value not in (None, [])}

@@ -309,10 +309,10 @@ def test_a_search_ends_where_nothing_fits_any_more(monkeypatch: pytest.MonkeyPat
 def test_a_replay_that_limits_is_named() -> None:
     model = families.build_spec(sources.load_config("Qwen/Qwen2.5-7B").config, model_id="Qwen/Qwen2.5-7B")
     training = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={}))
-    values = list(range(3904, 4801, 64))
+    values = list(range(2048, 4801, 64))
     found = largest(model, training, catalog.gpu("t4"), "seq_len", values)
-    assert (found.value, found.limited_by) == (4352, "allocator replay")
-    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 4416}))
+    assert (found.value, found.limited_by) == (3456, "allocator replay")
+    above = stacks.to_training_spec(stacks.resolve("custom", method="qlora", given={"seq_len": 3520}))
     after = predict.predict(model, above, catalog.gpu("t4"))
     assert after.verdict == "too close to call"
     assert after.allocated.high < catalog.gpu("t4").rooms[2]
