@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
-SECTIONS = [part for part in TEXT.split("\n## ")[1:]]
+SECTIONS = TEXT.split("\n## ")[1:]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=[part.splitlines()[0] for part in SECTIONS])
