@@ -71,8 +71,8 @@ def gated(step: Step, held: LayerWeights, x: Tensor, finish: Finish | None) -> T
     assert isinstance(mixer, Gated)
     both = linears.forward(step, held.linears[mixer.into.name], x)
     first, second = ops.split(step.eng, both, (step.tokens * HIDDEN, step.tokens * HIDDEN))
-    product = ops.mul(step.eng, first, second, "gated")
-    scaled = ops.mul(step.eng, product, held.mixing[mixer.channels.name], "gated")
+    product = ops.mul(step.eng, first, second, "mlp")
+    scaled = ops.mul(step.eng, product, held.mixing[mixer.channels.name], "mlp")
     out = linears.forward(step, held.linears[mixer.back.name], scaled)
     return finish(out) if finish is not None else out
 
@@ -208,7 +208,7 @@ def test_its_linears_are_adapted(targets: tuple[str, ...], names: set[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, FULL, NF4, {"gradient_checkpointing": "full"}, {"untied_head": True}], ids=str
+    "settings", [{}, FULL, NF4, {"gradient_checkpointing": "full"}, {"own_modules": "litgpt"}], ids=str
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_with_it_is_planned_and_swept(name: str, settings: dict[str, Any]) -> None:
@@ -228,14 +228,13 @@ def test_a_model_with_it_is_planned_and_swept(name: str, settings: dict[str, Any
 
 
 def test_it_is_listed_and_explained() -> None:
-    from planner.cli import catalogue
-    from planner.plan import request
+    from planner.plan import models
 
-    found = request.load_model(NAME)
-    facts = catalogue._model_facts(found._replace(spec=MODELS["first"]))
+    found = models.load_model(NAME)
+    facts = models.model_facts(found._replace(spec=MODELS["first"]))
     assert facts["layer_kinds"] == ["8 x gated product", "8 x standard attention"]
     assert facts["attention_heads"] == 32
-    assert "attention_heads" not in catalogue._model_facts(found._replace(spec=MODELS["all"]))
+    assert "attention_heads" not in models.model_facts(found._replace(spec=MODELS["all"]))
     short = program.run(MODELS["every second"], training(), Architecture())
     whole = program.run(MODELS["every second"], training(), Architecture(), full_depth=True)
     ours, theirs = (walk.breakdown(one.record, one.layer_names) for one in (short, whole))

@@ -93,7 +93,7 @@ def test_no_module_changes_the_tokens_of_the_step(monkeypatch: pytest.MonkeyPatc
             super().__setattr__(name, value)
 
     monkeypatch.setattr(program, "Step", Fixed)
-    for settings in ({"loss": "chunked"}, {"loss": "chunked", "untied_head": True}, {"loss": "fused"}):
+    for settings in ({"loss": "chunked"}, {"loss": "chunked", "own_modules": "litgpt"}, {"loss": "fused"}):
         given: dict[str, Any] = {
             "method": "lora",
             "lora": LoraSpec(r=4),
@@ -116,7 +116,7 @@ def test_hidden_states_are_rows_of_the_hidden_size(monkeypatch: pytest.MonkeyPat
         return out
 
     monkeypatch.setattr(layers, "decoder_layer", watched)
-    for settings in ({}, {"untied_head": True}, {"attention": "eager"}, {"gradient_checkpointing": "none"}):
+    for settings in ({}, {"own_modules": "litgpt"}, {"attention": "eager"}, {"gradient_checkpointing": "none"}):
         given: dict[str, Any] = {
             "method": "lora",
             "lora": LoraSpec(r=4),

@@ -31,6 +31,8 @@ from planner.training import releases, stacks, versions
 from planner.training.choices import CHOICES
 from planner.training.spec import TrainingSpec, Versions
 
+pytestmark = pytest.mark.extra
+
 PLANNER = Path(program.__file__).parent.parent
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 500, 512, 1000, 1001, 1024, 1537, 4096)
 BATCHES = (1, 2, 3, 5, 8, 16)
