@@ -192,6 +192,7 @@ def test_several_configs_print_their_notes(call: Any, tmp_path: Path, style: str
         assert "warning (1 of 2 files): vision tower" in shown
 
 
+@pytest.mark.oracle
 def test_a_measured_job_prints_the_notes_of_its_plan(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

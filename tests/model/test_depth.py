@@ -39,6 +39,7 @@ def test_first_layers_of_every_model_of_the_catalogue(name: str) -> None:
     check(CONFIGS[name])
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("model_type", known_families())
 def test_first_layers_of_the_full_config_of_every_class(model_type: str) -> None:
     """A config as transformers writes it names every field, each layer's among them (smollm3, gpt_neo, llama4)."""

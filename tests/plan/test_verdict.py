@@ -54,6 +54,7 @@ def test_the_rule_at_its_edges(rooms: tuple[int, int, int], failed: bool, answer
     assert verdict.verdict_of(LIVE, rooms, failed) == answer
 
 
+@pytest.mark.extra
 def test_arrays_are_judged_as_numbers_are() -> None:
     np = pytest.importorskip("numpy")
     columns = [np.array(column) for column in zip(*(rooms for rooms, _, _ in CASES), strict=True)]

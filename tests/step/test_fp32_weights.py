@@ -25,6 +25,7 @@ ROUTER = 32 * 256
 """Elements of a router of SIZES: experts x hidden size."""
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("model_type", known_families())
 def test_families_keep_in_fp32_what_the_classes_keep(model_type: str) -> None:
     """Oracle: the lists of the class that AutoModelForCausalLM takes, and of those parts that have lists."""
