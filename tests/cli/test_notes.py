@@ -19,6 +19,8 @@ from planner.cli.main import cli
 from planner.facts import calibration_files, catalog
 from planner.timing import coefficients
 
+pytestmark = pytest.mark.extra
+
 GEMMA = "google/gemma-3-4b-it"
 TOWER = "vision tower not included"
 UNMODELLED = "relora"
@@ -192,7 +194,6 @@ def test_several_configs_print_their_notes(call: Any, tmp_path: Path, style: str
         assert "warning (1 of 2 files): vision tower" in shown
 
 
-@pytest.mark.oracle
 def test_a_measured_job_prints_the_notes_of_its_plan(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_predict_says_what_the_rule_says(model: ModelSpec) -> None:
     assert predict.predict(model, training()).verdict is None
 
 
+@pytest.mark.extra
 def test_a_cell_without_room_for_the_whole_cache_is_too_close(model: ModelSpec) -> None:
     axes = sweep.Axes(micro_batch_size=(8,), seq_len=(1024,), r=(8,), gradient_accumulation_steps=(1,))
     wide = sweep.Sweeper(model, axes).cells(training(), [card(2**40)])

@@ -207,6 +207,7 @@ def test_its_linears_are_adapted(targets: tuple[str, ...], names: set[str]) -> N
     assert adapter.facts(model, training(lora=spec)).trainable_parameters == run.trainable_parameters
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "settings", [{}, FULL, NF4, {"gradient_checkpointing": "full"}, {"own_modules": "litgpt"}], ids=str
 )

@@ -116,6 +116,7 @@ def test_paged_states_take_time_only_where_the_card_is_full() -> None:
     assert seconds[1] - seconds[0] == pytest.approx(2 * state / 22e9, rel=0.01)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "settings",
     [
