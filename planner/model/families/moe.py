@@ -31,9 +31,9 @@ from planner.model.spec import Activation, Attention, Experts, KeptInFp32, Layer
 MAX_EXPERTS = 65_536
 
 FP32_GATE = KeptInFp32(name="gate.weight", fp16_only=False, since=(5, 24))
-"""The router's weight in the classes of DeepSeek and of GLM-4 MoE (_keep_in_fp32_modules_strict, read in 5.24; earlier
-lists that were seen name only the correction of its scores)."""
-FP32_SCORES = KeptInFp32(name="e_score_correction_bias", fp16_only=False, since=(4, 51))
+"""The router's weight in the classes of DeepSeek and of GLM-4 MoE (_keep_in_fp32_modules_strict, read in 5.24; the
+modeling files of 4.52 to 4.57 have no such list, the releases between were not read)."""
+FP32_SCORES = KeptInFp32(name="e_score_correction_bias", fp16_only=False, since=(5, 24))
 """The correction of the router's scores: a buffer of one number an expert, not a parameter."""
 
 
@@ -135,7 +135,7 @@ def gpt_oss(config: Config, model_id: str) -> ModelSpec:
         final_norm=Norm(name="model.norm", size=s.hidden, kind="rms_fp32_weight"),
         tied=False,
         keep_in_fp32=tuple(
-            KeptInFp32(name=name, fp16_only=True, since=(4, 55))  # the class came with 4.55
+            KeptInFp32(name=name, fp16_only=True, since=(4, 55))  # read in 4.57; 4.53 has no such class
             for name in ("input_layernorm", "post_attention_layernorm", "norm")
         ),
     )
